@@ -1,0 +1,156 @@
+"""What the three scripts share: flags from a dataclass, one-line errors, device, header, metrics log."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import sys
+import time
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+
+class UserError(ValueError):
+    """Bad input from outside; its message is one line that says what, where and how to mend it."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with exit status 2 and one line on a UserError; everything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def flag(default, help: str, choices: tuple[str, ...] | None = None):
+    """A dataclass field that is a command-line flag: `batch_size: int = flag(64, "completions a step")`."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def parse_flags(config_class: type, description: str, argv: list[str] | None = None):
+    """A config dataclass from the command line: strict, dashes for underscores, --help with units and defaults.
+
+    A field of type bool is a switch; one of type `X | None` is None where the flag is not given, so that the script
+    can tell whether it was. An unknown flag or a bad value ends the program with status 2 and one line.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message} (see --help)\n")
+
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = kinds[field.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+        values = typing.get_args(kind)  # of a tuple
+        name = "--" + field.name.replace("_", "-")
+        help = field.metadata["help"] + ("" if field.default in (None, "", False) else f" (default: {field.default})")
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=help)
+        elif values:
+            parser.add_argument(name, type=values[0], nargs=len(values), default=field.default, metavar=values[0].__name__.upper(), help=help)
+        else:
+            choices = field.metadata["choices"]
+            metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+            parser.add_argument(name, type=kind, default=field.default, choices=choices, metavar=metavar, help=help)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """The device for "auto", "cpu", "cuda", "cuda:1", "mps", with the reason in words. UserError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"auto: {torch.cuda.get_device_name()}"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "auto: Apple GPU"
+        return torch.device("cpu"), "auto: no GPU found"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used ({str(error).splitlines()[0]}): try auto or cpu") from error
+    return device, "as asked"
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of the forward passes: "auto" is bfloat16 autocast on CUDA, float32 elsewhere. Weights stay float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype`; off for float32. Log-probs, losses and scores leave it for float32 by themselves."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def new_run(out: str, kind: str) -> Path:
+    """The folder of a new run: `out`, or the next free runs/<kind>-<number>. UserError if it holds another run."""
+    if not out:
+        taken = (int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{kind}-*") if p.name.rpartition("-")[2].isdigit())
+        out = f"runs/{kind}-{max(taken, default=0) + 1}"
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be used ({error.strerror}): choose another folder") from error
+    require(not occupied, f"--out {out}: holds another run: choose another folder or remove that one")
+    return folder
+
+
+def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype) -> None:
+    """Write what runs to <folder>/config.json: every flag as resolved, versions, device, command."""
+    import transformers
+
+    ran = dataclasses.asdict(config) | {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "argv": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    (folder / "config.json").write_text(json.dumps(ran, indent=2) + "\n")
+
+
+def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -> None:
+    """Print the run's header: device and why, precision, and every flag as resolved."""
+    print(f"device {device} ({reason}), {str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
+    given = dataclasses.asdict(config)
+    print("  " + "  ".join(f"{name} {value}" for name, value in given.items() if value not in ("", None)))
+
+
+class MetricsLog:
+    """<folder>/metrics.jsonl, one JSON object a step, flushed line by line: a killed run keeps its curve."""
+
+    def __init__(self, folder: Path):
+        self.file = open(folder / "metrics.jsonl", "w")
+        self.start = time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append {"step": step, "seconds": since the start, **metrics}."""
+        row = {"step": step, "seconds": round(time.monotonic() - self.start, 3), **metrics}
+        # JSON has no NaN: a strict reader (a browser, jq) would stop at the very line that matters.
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Share of the learning rate at `step` (from 1): linear up to `warmup_steps`, then 1."""
+    return min(1.0, step / max(1, warmup_steps))

@@ -1,0 +1,135 @@
+"""What a policy is worth: reward, KL, length and collapse measures on held-out prompts; calibration of a reward model."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import encode, pad
+from .logprobs import exact_kl
+from .reward import RewardModel
+from .rollout import completion_logits, generate
+
+
+class Sample(NamedTuple):
+    """One completion: prompt and completion as texts (together the whole text), its reward and its KL in nats."""
+
+    prompt: str
+    completion: str
+    reward: float
+    kl: float
+
+
+@torch.no_grad()
+def evaluate_policy(
+    policy: PreTrainedModel,
+    start: PreTrainedModel,
+    reward_model: RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    seed: int,
+    batch_size: int = 64,
+    measures: dict[str, Callable[[str], float]] | None = None,
+) -> tuple[dict[str, float], list[Sample]]:
+    """Sample one completion a prompt, always from the same seed, and measure.
+
+    reward: mean of the reward model. kl_sft: KL(policy || start) in nats per sequence, summed over the exact KL of
+    each next-token distribution on the sampled prefixes (far less noisy than k1). length: tokens, the end token
+    included. ended: share that ended by itself. distinct_2: different bigrams over all bigrams of the completions.
+    `measures` adds means of functions of the whole text, such as the toy world's gold reward.
+    """
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    samples, lengths, ended, bigrams = [], [], [], []
+    for i in range(0, len(prompts), batch_size):
+        rows = [encode(tokenizer, prompt, end=False) for prompt in prompts[i : i + batch_size]]
+        input_ids, attention_mask = pad(rows, "left", policy.device)
+        tokens, mask, _ = generate(
+            policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
+            eos_token_ids=eos_token_ids, pad_token_id=tokenizer.pad_token_id, generator=generator,
+        )  # fmt: skip
+        kl = exact_kl(
+            completion_logits(policy, input_ids, attention_mask, tokens, mask),
+            completion_logits(start, input_ids, attention_mask, tokens, mask),
+            temperature,
+        )
+        kl = kl.masked_fill(~mask, 0.0).sum(1)
+        completions, ends = split_end(tokens, mask, eos_token_ids)
+        rewards = reward_model.read_out(reward_model.logits(reward_model.encode_rollout(tokenizer, rows, completions)))
+        for row, completion, reward, k in zip(rows, completions, rewards.tolist(), kl.tolist()):
+            samples.append(Sample(*decode_parts(tokenizer, row, completion), reward, k))
+            bigrams += zip(completion, completion[1:])
+        lengths += mask.sum(1).tolist()
+        ended += ends.tolist()
+    metrics = {
+        "reward": _mean([sample.reward for sample in samples]),
+        "kl_sft": _mean([sample.kl for sample in samples]),
+        "length": _mean(lengths),
+        "ended": _mean(ended),
+        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+    }
+    for name, measure in (measures or {}).items():
+        metrics[name] = _mean([measure(sample.prompt + sample.completion) for sample in samples])
+    return metrics, samples
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def split_end(
+    tokens: torch.Tensor, mask: torch.Tensor, eos_token_ids: list[int]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Completions of a Rollout as id lists without their end tokens, and which of them ended by themselves (B,) bool.
+
+    >>> split_end(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[True, True, False], [True] * 3]), [2])
+    ([[5], [5, 6, 7]], tensor([ True, False]))
+    """
+    is_end = torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)) & mask
+    lengths = (mask & ~is_end).sum(1).tolist()
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths)], is_end.any(1)
+
+
+def decode_parts(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]) -> tuple[str, str]:
+    """Prompt and completion as texts that join to the whole text (decoded alone, a completion may lose its first space)."""
+    whole = tokenizer.decode(prompt + completion, skip_special_tokens=True)
+    start = tokenizer.decode(prompt, skip_special_tokens=True)
+    return start, whole[len(start) :]
+
+
+def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> float:
+    """Gap between stated and true certainty of pair predictions, over bins of confidence.
+
+        ECE = sum_b (n_b / n) |accuracy_b - confidence_b|,  confidence = max(p, 1 - p)        (Guo et al. 2017, eq. 3)
+
+    Args:
+        probabilities: (B,) that the chosen text is better; the chosen one is the truth, p = 1/2 is half right.
+
+    >>> expected_calibration_error(torch.tensor([0.75, 0.75, 0.75, 0.25]))
+    0.0
+    """
+    probabilities = probabilities.double()
+    confidence = torch.maximum(probabilities, 1 - probabilities)
+    correct = (probabilities > 0.5) + 0.5 * (probabilities == 0.5)
+    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.double, device=probabilities.device)
+    gaps.index_add_(0, bin_of, correct - confidence)  # n_b (accuracy_b - confidence_b)
+    return gaps.abs().sum().item() / len(probabilities)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95% percentile bootstrap interval of a mean.
+
+    >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
+    >>> 0.35 < low < 0.5 < high < 0.65
+    True
+    """
+    values = torch.tensor(values, dtype=torch.double)
+    generator = torch.Generator().manual_seed(seed)
+    means = [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high

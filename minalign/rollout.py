@@ -1,0 +1,151 @@
+"""Sampling completions with a key-value cache, and scoring them again in one pass.
+
+Prompts are padded on the left, so that every completion starts at the same column; positions come from the mask, so
+that padding shifts nobody. What is sampled is the full softmax of logits / temperature: what the log-probs describe.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from .logprobs import position_ids_from_mask
+
+
+class Rollout(NamedTuple):
+    """Completions without their prompts, T = tokens of the longest of them.
+
+    tokens (B, T) long, pad_token_id after the end; mask (B, T) bool, true up to and including the end token;
+    logprobs (B, T) float32, nats, at the sampling temperature, 0 where the mask is false.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: int | list[int],
+    pad_token_id: int,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample one completion per row: y_t ~ softmax(z_t / temperature), the whole vocabulary, until an end token.
+
+    No top-k, no top-p, no penalties; the checkpoint's own generation config is ignored. Dropout is off, and the
+    model's mode is put back. The log-probs are those of the very draws.
+
+    Args:
+        model: any transformers causal language model.
+        input_ids: (B, P) long, prompts padded on the left (any ids there).
+        attention_mask: (B, P), 1 or true for real tokens; each row has one at its end.
+        max_new_tokens: >= 1; T is smaller where every row has ended before.
+        temperature: > 0.
+        eos_token_ids: the end token, or all of them; the one drawn stays in the completion.
+        pad_token_id: fills the columns after the end.
+        generator: source of the draws, on the model's device; None is torch's own.
+    Returns:
+        Rollout(tokens, mask, logprobs), each (B, T), without a graph.
+    Raises:
+        ValueError: a prompt that is empty or padded on the right, max_new_tokens < 1, temperature <= 0, or prompt
+            and completion together longer than the model's context.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+    >>> prompt = torch.tensor([[3, 4]])
+    >>> rollout = generate(model, prompt, torch.ones_like(prompt), max_new_tokens=5, temperature=1.0,
+    ...                    eos_token_ids=2, pad_token_id=0, generator=torch.Generator().manual_seed(0))
+    >>> rollout.tokens.shape == rollout.mask.shape == rollout.logprobs.shape
+    True
+    """
+    attention_mask = attention_mask.bool()
+    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape or not bool(attention_mask[:, -1].all()):
+        raise ValueError(
+            f"got input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}, expected the same "
+            "(B, P) with a real token at the end of each row: pad prompts on the left, and give each at least one token"
+        )
+    if max_new_tokens < 1 or not temperature > 0:
+        raise ValueError(f"got max_new_tokens={max_new_tokens}, temperature={temperature}, expected >= 1 and > 0")
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = int(attention_mask.sum(1).max())
+    if context and longest + max_new_tokens > context:
+        raise ValueError(
+            f"got a prompt of {longest} tokens and max_new_tokens={max_new_tokens}, expected at most {context} together "
+            "(the model's context): shorten one of them"
+        )
+    eos = torch.tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=input_ids.device)
+
+    was_training = model.training
+    model.eval()  # dropout would make the samples those of another policy
+    cache = DynamicCache(config=model.config)
+    next_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
+    next_positions = position_ids_from_mask(attention_mask)
+    running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    tokens, mask, logprobs = [], [], []
+    for _ in range(max_new_tokens):
+        output = model(
+            input_ids=next_ids,
+            attention_mask=attention_mask.long(),
+            position_ids=next_positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
+        drawn = torch.multinomial(distribution.exp(), 1, generator=generator)  # (B, 1)
+        tokens.append(drawn.squeeze(1).masked_fill(~running, pad_token_id))
+        mask.append(running)
+        logprobs.append(distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0))
+        running = running & ~torch.isin(drawn.squeeze(1), eos)
+        if not running.any():
+            break
+        # Rows that have ended go on as dead weight: what they draw is masked, and their context is theirs alone.
+        next_ids = drawn
+        next_positions = next_positions[:, -1:] + 1
+        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+    model.train(was_training)
+    return Rollout(torch.stack(tokens, 1), torch.stack(mask, 1), torch.stack(logprobs, 1))
+
+
+def completion_logits(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Logits that predict each token of sampled completions, in one pass with gradients, already aligned.
+
+    The result's [:, t] is the distribution that tokens[:, t] was drawn from: the logits one column earlier, so the
+    first comes from the last column of the prompt, whose width (not length) is the same for all rows.
+
+    Args:
+        model: a causal language model; its mode is used as it is (eval: no dropout).
+        input_ids, attention_mask: (B, P), prompts padded on the left.
+        tokens, mask: (B, T) of a Rollout.
+    Returns:
+        (B, T, V) in the model's dtype. Positions outside the mask hold anything.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)).eval()
+    >>> ids = torch.tensor([[3, 4, 5, 6]])
+    >>> logits = completion_logits(model, ids[:, :2], torch.ones(1, 2), ids[:, 2:], torch.ones(1, 2))
+    >>> torch.equal(logits, model(ids).logits[:, 1:3])
+    True
+    """
+    full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
+    ids = torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0)
+    output = model(
+        input_ids=ids,
+        attention_mask=full_mask.long(),
+        position_ids=position_ids_from_mask(full_mask),
+        use_cache=False,
+        logits_to_keep=tokens.shape[1] + 1,
+    )
+    return output.logits[:, :-1]

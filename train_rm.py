@@ -1,0 +1,229 @@
+"""Preference pairs -> reward model.
+
+    python train_rm.py                                      the toy review world, about 15 seconds on a laptop
+    python train_rm.py --loss ordinal                       a distribution over the scores 1..10 instead of one number
+    python train_rm.py --model path-or-id --dataset pairs.jsonl
+
+A data set has the columns chosen and rejected (and prompt, chosen_rating, rejected_rating, margin), or text and rating.
+The run's folder holds config.json, metrics.jsonl and model/, a standard sequence classifier (the best by held-out loss).
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import softplus
+from tqdm import tqdm
+
+from minalign.common import (
+    MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
+    show_config, warmup_factor, write_config,
+)  # fmt: skip
+from minalign.losses import bradley_terry_loss, centering_penalty, ordinal_pairwise_loss, ordinal_rating_loss
+
+
+@dataclass
+class Config:
+    model: str = flag("", "language model to start from: a run, a folder or a hub id (default: the toy world's)")
+    dataset: str = flag("", "preference pairs: .jsonl, .csv, .parquet, folder or hub id (default: the toy world's)")
+    split: str = flag("train", "split of a hub data set")
+    out: str = flag("", "folder of the run (default: the next free runs/rm-N)")
+    seed: int = flag(0, "seed of the head, the order of pairs and the held-out split")
+    loss: str = flag("bradley-terry", "one number, or a distribution over scores", ("bradley-terry", "ordinal"))
+    ties: str | None = flag(None, "ordinal: a tie counts half, or as lost (default: half)", ("half", "strict"))
+    num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)")
+    rating_coef: float | None = flag(None, "ordinal: weight of the loss against ratings in the data (default: 0)")
+    rating_range: tuple[float, float] | None = flag(None, "ratings' scale in the data, mapped to 1..K (default: 1 K)")
+    margin: float | None = flag(None, "bradley-terry: weight of the margin (column margin, or rating gap) (default: 0)")
+    center_coef: float | None = flag(None, "bradley-terry: weight of (r_c + r_r)^2 (default: 0.01)")
+    steps: int | None = flag(None, "optimizer steps (default: one epoch)")
+    batch_size: int = flag(32, "pairs a step")
+    micro_batch_size: int | None = flag(None, "pairs a forward pass; changes memory, not the gradient (default: all)")
+    lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 1e-3)")
+    warmup: float = flag(0.1, "share of the steps over which the learning rate rises; then it falls linearly to 0")
+    weight_decay: float = flag(0.01, "AdamW weight decay")
+    max_grad_norm: float = flag(1.0, "gradient norm above which the whole batch's gradient is scaled down")
+    max_tokens: int = flag(512, "tokens of a text; a pair with a longer one is dropped and counted")
+    max_pairs: int = flag(100_000, "training pairs drawn where the data has more")
+    max_eval_pairs: int = flag(2_000, "held-out pairs drawn where the data has more")
+    min_rating_gap: float = flag(1.0, "text + rating data: smallest difference that makes a pair")
+    eval_share: float = flag(0.1, "share of the prompts (or texts) held out, chosen by their hash")
+    eval_every: int = flag(50, "steps between evaluations on all held-out pairs")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what depends on other flags; UserError for flags that make no sense, alone or together."""
+    ordinal = config.loss == "ordinal"
+    for name in ("ties", "num_scores", "rating_coef", "rating_range"):
+        require(ordinal or getattr(config, name) is None, f"--{name.replace('_', '-')} needs --loss ordinal")
+    for name in ("margin", "center_coef"):
+        require(not ordinal or getattr(config, name) is None, f"--{name.replace('_', '-')} needs --loss bradley-terry")
+    if ordinal:
+        config.ties = config.ties or "half"
+        config.num_scores = 10 if config.num_scores is None else config.num_scores
+        config.rating_coef = config.rating_coef or 0.0
+        config.rating_range = config.rating_range or (1.0, float(config.num_scores))
+        require(config.num_scores > 2, f"--num-scores {config.num_scores}: expected 3 or more")
+        require(config.rating_coef >= 0, f"--rating-coef {config.rating_coef}: expected 0 or more")
+        require(config.rating_range[0] < config.rating_range[1], "--rating-range: expected the lower end first")
+    else:
+        config.margin = config.margin or 0.0
+        config.center_coef = 0.01 if config.center_coef is None else config.center_coef
+        require(config.margin >= 0 and config.center_coef >= 0, "--margin and --center-coef: expected 0 or more")
+    config.lr = (1e-5 if config.dataset else 1e-3) if config.lr is None else config.lr
+    config.micro_batch_size = config.micro_batch_size or config.batch_size
+    for name in ("steps", "batch_size", "micro_batch_size", "max_tokens", "max_pairs", "max_eval_pairs", "eval_every"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    require(0 < config.eval_share < 1, f"--eval-share {config.eval_share}: expected a share between 0 and 1")
+    require(config.lr > 0 and config.max_grad_norm > 0, "--lr and --max-grad-norm: expected numbers above 0")
+    require(0 <= config.warmup <= 1, f"--warmup {config.warmup}: expected a share between 0 and 1")
+    require(bool(config.dataset) or not config.model, f"--model {config.model}: needs --dataset, too")
+    return config
+
+
+def pair_losses(config: Config, logits: torch.Tensor, examples: list) -> torch.Tensor:
+    """The training loss of each pair (B,): logits (2B, K), the chosen texts first."""
+    chosen, rejected = logits.chunk(2)  # (B, K) each
+    if config.loss == "bradley-terry":
+        chosen, rejected = chosen[:, 0], rejected[:, 0]
+        margin = config.margin * torch.tensor([pair_margin(e.pair, config) for e in examples], device=logits.device)
+        return bradley_terry_loss(chosen, rejected, margin) + config.center_coef * centering_penalty(chosen, rejected)
+    losses = ordinal_pairwise_loss(chosen, rejected, config.ties)
+    if config.rating_coef:
+        low, high = config.rating_range
+        ratings = torch.tensor([[e.pair.chosen_rating, e.pair.rejected_rating] for e in examples], device=logits.device)
+        scores = 1 + (ratings - low) / (high - low) * (config.num_scores - 1)  # (B, 2), on 1..K
+        losses = losses + config.rating_coef * (
+            ordinal_rating_loss(chosen, scores[:, 0]) + ordinal_rating_loss(rejected, scores[:, 1])
+        )
+    return losses
+
+
+def pair_margin(pair, config: Config) -> float:
+    """By how much the chosen text should win: the data's margin or the gap of its ratings; 0 where margins are off."""
+    if not config.margin:
+        return 0.0
+    return pair.margin if pair.margin is not None else pair.chosen_rating - pair.rejected_rating
+
+
+@torch.no_grad()
+def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
+    """Loss (the pairwise one alone), accuracy, margin, rewards and calibration over all held-out pairs."""
+    from minalign.evaluate import expected_calibration_error
+
+    logits = reward_model.logits([e.chosen for e in examples] + [e.rejected for e in examples])
+    chosen_rewards, rejected_rewards = reward_model.read_out(logits).chunk(2)
+    gap = chosen_rewards - rejected_rewards
+    if config.loss == "bradley-terry":
+        margin = config.margin * torch.tensor([pair_margin(e.pair, config) for e in examples], device=gap.device)
+        losses = bradley_terry_loss(chosen_rewards, rejected_rewards, margin)
+        floor = softplus(margin).mean()  # what a constant reward gets
+        probabilities = gap.sigmoid()
+    else:
+        losses = ordinal_pairwise_loss(*logits.chunk(2), config.ties)
+        floor = -math.log(0.5 if config.ties == "half" else (1 - 1 / config.num_scores) / 2)
+        probabilities = (-ordinal_pairwise_loss(*logits.chunk(2), "half")).exp()
+    rewards = torch.cat([chosen_rewards, rejected_rewards])
+    return {
+        "eval_loss": losses.mean().item(),
+        "eval_floor": float(floor),
+        "eval_accuracy": ((gap > 0) + 0.5 * (gap == 0)).float().mean().item(),  # a tie is half right
+        "eval_margin": gap.mean().item(),
+        "eval_ece": expected_calibration_error(probabilities),
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+    }
+
+
+def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Train by `config` into the folder `out`; returns the metrics of the saved model."""
+    from minalign import toy
+    from minalign.checkpoint import load_policy, whole_folder
+    from minalign.data import encode_pairs, length_grouped_batches, load_pairs
+    from minalign.reward import RewardModel
+
+    if config.dataset:
+        train_pairs, eval_pairs = load_pairs(
+            config.dataset, config.split, eval_share=config.eval_share, seed=config.seed, min_rating_gap=config.min_rating_gap
+        )
+        for part in (train_pairs, eval_pairs):
+            pair = part[0]
+            rated = pair.chosen_rating is not None and pair.rejected_rating is not None
+            require(rated or not config.rating_coef, f"{config.dataset}: no chosen_rating and rejected_rating: --rating-coef needs both")
+            require(rated or pair.margin is not None or not config.margin, f"{config.dataset}: no margin and no ratings: --margin needs them")
+    else:
+        train_pairs, eval_pairs = toy.preference_pairs(seed=config.seed, eval_share=config.eval_share)
+    require(bool(config.model) or not config.dataset, f"--dataset {config.dataset}: needs --model, too: the model to start from")
+    torch.manual_seed(config.seed)
+    backbone, tokenizer = load_policy(config.model or toy.start_policy_folder())
+    reward_model = RewardModel.from_backbone(backbone, tokenizer, num_labels=config.num_scores or 1)
+    reward_model.model.to(device)
+    del backbone
+
+    max_tokens = min(config.max_tokens, getattr(reward_model.model.config, "max_position_embeddings", config.max_tokens))
+    examples = encode_pairs(train_pairs, reward_model.encode, max_tokens=max_tokens, max_pairs=config.max_pairs, seed=config.seed)
+    held_out = encode_pairs(eval_pairs, reward_model.encode, max_tokens=max_tokens, max_pairs=config.max_eval_pairs, seed=config.seed)
+    require(bool(examples and held_out), "no pairs left to train or evaluate on: raise --max-tokens")
+    lengths = [max(len(e.chosen), len(e.rejected)) for e in examples]
+    order = torch.Generator().manual_seed(config.seed)
+    batches = length_grouped_batches(lengths, config.batch_size, order)
+    steps = config.steps or math.ceil(len(examples) / config.batch_size)
+
+    optimizer = torch.optim.AdamW(reward_model.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    log, best = MetricsLog(out), None
+    for step in tqdm(range(1, steps + 1), desc="reward model", unit="step"):
+        batch = [examples[i] for i in next(batches)]
+        rise, fall = warmup_factor(step, round(config.warmup * steps)), (steps - step + 1) / steps
+        optimizer.param_groups[0]["lr"] = config.lr * min(rise, fall / (1 - config.warmup) if config.warmup < 1 else 1)
+
+        loss = 0.0
+        optimizer.zero_grad()
+        for i in range(0, len(batch), config.micro_batch_size):
+            micro = batch[i : i + config.micro_batch_size]
+            with autocast(device, dtype):  # both members of a pair in one forward
+                logits = reward_model.forward([e.chosen for e in micro] + [e.rejected for e in micro])
+            micro_loss = pair_losses(config, logits, micro).sum() / len(batch)  # the whole batch divides, whatever the split
+            micro_loss.backward()
+            loss += micro_loss.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: {out} keeps the last good model: lower --lr")
+        optimizer.step()
+
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]}
+        if step % config.eval_every == 0 or step == steps:
+            metrics |= evaluate(config, reward_model, held_out)
+            tqdm.write(
+                f"step {step:4d}/{steps}  loss {loss:.4f}  held out: loss {metrics['eval_loss']:.4f} (constant "
+                f"{metrics['eval_floor']:.4f})  accuracy {metrics['eval_accuracy']:.3f}  margin {metrics['eval_margin']:.2f}  "
+                f"ece {metrics['eval_ece']:.3f}  reward {metrics['reward_mean']:.2f} +- {metrics['reward_std']:.2f}"
+            )
+            if best is None or metrics["eval_loss"] < best["eval_loss"]:
+                best = {"step": step} | metrics
+                with whole_folder(out / "model") as folder:
+                    reward_model.save_pretrained(folder)
+        log.write(step, metrics)
+    print(f"saved {out}/model: step {best['step']}, {reward_model.reading}, held-out accuracy {best['eval_accuracy']:.3f} "
+          f"on {len(held_out)} pairs")
+    return best
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, open the run, train."""
+    config = resolve(parse_flags(Config, __doc__, argv))
+    device, reason = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    out = new_run(config.out, "rm")
+    show_config(config, device, reason, dtype)
+    write_config(out, config, device, dtype)
+    train(config, out, device, dtype)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
