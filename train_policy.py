@@ -13,11 +13,8 @@ batch of samples, so there is no ratio and nothing to clip; AdamW without weight
 
 import copy
 import json
-import math
-import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +67,13 @@ class Config:
     dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
 
+COLUMNS = {  # of the printed table: metric -> heading
+    "reward": "reward", "kl_sft": "kl_sft", "kl_anchor": "kl_anch", "shaped_reward": "shaped", "baseline": "base",
+    "advantage_std": "adv_sd", "entropy": "entropy", "length": "length", "ended": "ended", "repeated": "repeat",
+    "grad_norm": "grad", "tokens_per_second": "tok/s",
+}  # fmt: skip
+
+
 class Task(NamedTuple):
     """What policies are trained on: the same for every run of one program."""
 
@@ -97,16 +101,20 @@ def resolve(config: Config) -> Config:
     if config.baseline == "ema":
         config.baseline_decay = 0.9 if config.baseline_decay is None else config.baseline_decay
         require(0 <= config.baseline_decay < 1, f"--baseline-decay {config.baseline_decay}: expected a number in [0, 1)")
-    for name in ("steps", "batch_size", "group_size", "micro_batch_size", "max_new_tokens", "eval_prompts", "eval_every"):
-        require(getattr(config, name) >= 1, f"--{name.replace('_', '-')} {getattr(config, name)}: expected 1 or more")
-    require(config.baseline != "rloo" or config.group_size > 1, "--baseline rloo needs --group-size 2 or more")
-    require(config.batch_size % config.group_size == 0, f"--batch-size {config.batch_size}: expected a multiple of --group-size {config.group_size}")
-    require(config.temperature > 0, f"--temperature {config.temperature}: expected a number above 0")
-    require(config.beta >= 0, f"--beta {config.beta}: expected 0 or more (it is subtracted)")
-    require(config.lr > 0 and config.max_grad_norm > 0, "--lr and --max-grad-norm: expected numbers above 0")
-    require(config.reward_clip is None or config.reward_clip > 0, f"--reward-clip {config.reward_clip}: expected a number above 0")
-    require(config.missing_eos_penalty >= 0, f"--missing-eos-penalty {config.missing_eos_penalty}: expected 0 or more")
+    for names, lowest in (
+        (("steps", "batch_size", "group_size", "micro_batch_size", "max_new_tokens", "eval_prompts", "eval_every"), 1),
+        (("beta", "missing_eos_penalty", "warmup_steps"), 0),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            require(value >= lowest, f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
+    for name in ("lr", "max_grad_norm", "temperature", "reward_clip"):
+        value = getattr(config, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0")
     require(0 < config.eval_share < 1, f"--eval-share {config.eval_share}: expected a share between 0 and 1")
+    require(config.baseline != "rloo" or config.group_size > 1, "--baseline rloo needs --group-size 2 or more")
+    require(config.batch_size % config.group_size == 0,
+            f"--batch-size {config.batch_size}: expected a multiple of --group-size {config.group_size}")  # fmt: skip
     require(not toy_world or not config.model, f"--model {config.model}: needs --dataset, too: the prompts")
     require(toy_world or bool(config.model), f"--dataset {config.dataset}: needs --model, too: the start policy")
     require(toy_world or bool(config.rm), f"--dataset {config.dataset}: needs --rm, too: make one with train_rm.py")
@@ -118,7 +126,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
 
     Raises UserError on a reward, loss or gradient that is not finite; the policy then is that of the step before.
     """
-    from minalign.data import encode, pad
+    from minalign.data import encode, pad, shuffled_forever
     from minalign.evaluate import decode_parts, split_end
     from minalign.rollout import completion_logits, generate
 
@@ -199,44 +207,37 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         if config.anchor == "ema":
             ema_update_(list(anchor.parameters()), list(policy.parameters()), config.mu)
 
-        lengths = mask.sum(1)
-        per_sequence = lambda per_token: per_token.masked_fill(~mask, 0.0).sum(1).mean().item()  # noqa: E731
+        def per_sequence(values):
+            """Mean over sequences of the sum over tokens."""
+            return values.masked_fill(~mask, 0.0).sum(1).mean().item()
+
+        tokens_sampled = mask.sum().item()
         metrics = {
             "reward": rewards.mean().item(),
-            "kl_sft": per_sequence(kl_k1(sampling_logprobs, start_logprobs)),  # nats per sequence, one noisy k1 each
+            "kl_sft": per_sequence(kl_k1(sampling_logprobs, start_logprobs)),  # nats a sequence; one noisy k1 each
             "kl_anchor": per_sequence(kl_k1(sampling_logprobs, anchor_logprobs)),
             "shaped_reward": shaped.mean().item(),
             "baseline": baseline_before,
             "advantage_std": advantages.std(correction=0).item(),
-            "entropy": per_sequence(torch.cat(entropies)) / lengths.float().mean().item(),  # nats per token
-            "length": lengths.float().mean().item(),
+            "entropy": per_sequence(torch.cat(entropies)) * len(rows) / tokens_sampled,  # nats a token
+            "length": tokens_sampled / len(rows),
             "ended": ended.float().mean().item(),
             "repeated": 1 - len({(*p, -1, *c) for p, c in zip(rows, completions)}) / len(rows),
             "grad_norm": grad_norm.item(),
             "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_second": lengths.sum().item() / (time.monotonic() - began),
+            "tokens_per_second": tokens_sampled / (time.monotonic() - began),
         }
         if step % config.eval_every == 0 or step == config.steps:
             held_out, _ = evaluate(config, task, policy, dtype)
             metrics |= {f"eval_{name}": value for name, value in held_out.items()}
-        log.write(step, metrics)
-        if step % 10 == 0 or step == 1:
-            tqdm.write(f"step {step:4d}/{config.steps}  " + "  ".join(f"{k} {metrics[k]:.3g}" for k in SHOWN))
-            prompt, completion = decode_parts(tokenizer, rows[0], completions[0])
-            sample = {"step": step, "prompt": prompt, "completion": completion, "reward": rewards[0].item()}
-            samples_file.write(json.dumps(sample) + "\n")
-            samples_file.flush()
+        log.write(step, metrics, COLUMNS)
+        if "eval_reward" in metrics:
+            tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
+        prompt, completion = decode_parts(tokenizer, rows[0], completions[0])
+        sample = {"step": step, "prompt": prompt, "completion": completion, "reward": rewards[0].item()}
+        samples_file.write(json.dumps(sample) + "\n")
+        samples_file.flush()
     return metrics
-
-
-SHOWN = ("reward", "kl_sft", "kl_anchor", "shaped_reward", "baseline", "entropy", "length", "ended", "repeated", "grad_norm", "tokens_per_second")
-
-
-def shuffled_forever(rows: list, seed: int) -> Iterator:
-    """Each row once an epoch, in an order that differs between epochs and seeds."""
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(rows, len(rows))
 
 
 def evaluate(config: Config, task: Task, policy: torch.nn.Module, dtype: torch.dtype) -> tuple[dict[str, float], list]:
@@ -257,6 +258,7 @@ def load_task(config: Config, device: torch.device, dtype: torch.dtype) -> Task:
     from minalign.checkpoint import end_token_ids, load_policy
     from minalign.data import load_prompts
     from minalign.reward import RewardModel
+    from train_rm import toy_reward_model
 
     start, tokenizer = load_policy(config.model or toy.start_policy_folder())
     reward_model = RewardModel.from_pretrained(config.rm or toy_reward_model(device, dtype), device)
@@ -276,35 +278,6 @@ def load_task(config: Config, device: torch.device, dtype: torch.dtype) -> Task:
     )  # fmt: skip
 
 
-def toy_reward_model(device: torch.device, dtype: torch.dtype) -> str:
-    """The toy world's reward model, by train_rm.py with its defaults."""
-    import train_rm
-    from minalign import toy
-    from minalign.checkpoint import whole_folder
-
-    folder = toy.folder() / "reward-model"
-    if not folder.exists():
-        print("no --rm: training the toy world's reward model first, as `python train_rm.py` does")
-        with whole_folder(folder) as new:
-            train_rm.train(train_rm.resolve(train_rm.Config()), new, device, dtype)
-    return str(folder)
-
-
-def report(before: dict[str, float], after: dict[str, float]) -> str:
-    """The before/after table."""
-    lines = [f"{'held-out prompts':18}{'before':>9}{'after':>9}"]
-    lines += [f"{name:18}{before[name]:9.3f}{after[name]:9.3f}" for name in before]
-    return "\n".join(lines)
-
-
-def show_samples(title: str, samples: list) -> None:
-    """Print four samples, each prompt with its completion behind a bar."""
-    print(f"\n{title}")
-    for sample in samples[:4]:
-        text = f"{sample.prompt} |{sample.completion}".replace("\n", " ")
-        print(f"  reward {sample.reward:6.2f}   {text}")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load what is asked for, train, show before and after, save."""
     config = resolve(parse_flags(Config, __doc__, argv))
@@ -315,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     write_config(out, config, device, dtype)
 
     from minalign.checkpoint import whole_folder
+    from minalign.evaluate import before_after_table, show_samples
 
     task = load_task(config, device, dtype)
     policy = copy.deepcopy(task.start).requires_grad_(True)
@@ -329,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
             task.tokenizer.save_pretrained(folder)
     after, samples_after = evaluate(config, task, policy, dtype)
     show_samples("after", samples_after)
-    print("\n" + report(before, after))
+    print("\n" + before_after_table(before, after))
     (out / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
     print(f"\nsaved {out}/model")
 

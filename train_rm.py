@@ -41,7 +41,7 @@ class Config:
     steps: int | None = flag(None, "optimizer steps (default: one epoch)")
     batch_size: int = flag(32, "pairs a step")
     micro_batch_size: int | None = flag(None, "pairs a forward pass; changes memory, not the gradient (default: all)")
-    lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 1e-3)")
+    lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 2e-3)")
     warmup: float = flag(0.1, "share of the steps over which the learning rate rises; then it falls linearly to 0")
     weight_decay: float = flag(0.01, "AdamW weight decay")
     max_grad_norm: float = flag(1.0, "gradient norm above which the whole batch's gradient is scaled down")
@@ -74,7 +74,7 @@ def resolve(config: Config) -> Config:
         config.margin = config.margin or 0.0
         config.center_coef = 0.01 if config.center_coef is None else config.center_coef
         require(config.margin >= 0 and config.center_coef >= 0, "--margin and --center-coef: expected 0 or more")
-    config.lr = (1e-5 if config.dataset else 1e-3) if config.lr is None else config.lr
+    config.lr = (1e-5 if config.dataset else 2e-3) if config.lr is None else config.lr
     config.micro_batch_size = config.micro_batch_size or config.batch_size
     for name in ("steps", "batch_size", "micro_batch_size", "max_tokens", "max_pairs", "max_eval_pairs", "eval_every"):
         value = getattr(config, name)
@@ -208,9 +208,22 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
                 with whole_folder(out / "model") as folder:
                     reward_model.save_pretrained(folder)
         log.write(step, metrics)
-    print(f"saved {out}/model: step {best['step']}, {reward_model.reading}, held-out accuracy {best['eval_accuracy']:.3f} "
-          f"on {len(held_out)} pairs")
+    print(f"kept the model of step {best['step']} ({reward_model.reading}): accuracy {best['eval_accuracy']:.3f} on "
+          f"{len(held_out)} held-out pairs")
     return best
+
+
+def toy_reward_model(device: torch.device, dtype: torch.dtype) -> str:
+    """The toy world's reward model, trained with the default flags on first use: what a run without --rm gets."""
+    from minalign import toy
+    from minalign.checkpoint import whole_folder
+
+    folder = toy.folder() / "reward-model"
+    if not folder.exists():
+        print("no --rm: training the toy world's reward model first, as `python train_rm.py` does")
+        with whole_folder(folder) as new:
+            train(resolve(Config()), new, device, dtype)
+    return str(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     show_config(config, device, reason, dtype)
     write_config(out, config, device, dtype)
     train(config, out, device, dtype)
+    print(f"saved {out}/model")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -25,6 +26,9 @@ def one_line_errors() -> Iterator[None]:
     """End the program with exit status 2 and one line on a UserError; everything else keeps its traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -141,14 +145,24 @@ class MetricsLog:
     def __init__(self, folder: Path):
         self.file = open(folder / "metrics.jsonl", "w")
         self.start = time.monotonic()
+        self.printed = 0
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append {"step": step, "seconds": since the start, **metrics}."""
+    def write(self, step: int, metrics: dict[str, float], columns: dict[str, str] | None = None) -> None:
+        """Append {"step": step, "seconds": since the start, **metrics}; print `columns` of it (metric -> heading)."""
         row = {"step": step, "seconds": round(time.monotonic() - self.start, 3), **metrics}
         # JSON has no NaN: a strict reader (a browser, jq) would stop at the very line that matters.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        if columns:
+            if self.printed % 25 == 0:
+                tqdm.write(" step" + "".join(f"{heading:>8}" for heading in columns.values()))
+            tqdm.write(f"{step:5d}" + "".join(f"{_short(metrics[name]):>8}" for name in columns))
+            self.printed += 1
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:

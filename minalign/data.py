@@ -272,3 +272,10 @@ def length_grouped_batches(
             batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
         for i in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[i]
+
+
+def shuffled_forever(items: Sequence, seed: int) -> Iterator:
+    """Each item once an epoch, in an order that differs between epochs and seeds."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(items, len(items))

@@ -101,6 +101,25 @@ def decode_parts(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completi
     return start, whole[len(start) :]
 
 
+def before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
+    """The table that a run ends with.
+
+    >>> print(before_after_table({"reward": 0.5, "kl_sft": 0.0}, {"reward": 1.25, "kl_sft": 2.0}))
+    held-out prompts      before     after
+    reward                 0.500     1.250
+    kl_sft                 0.000     2.000
+    """
+    lines = [f"{'held-out prompts':18}{'before':>10}{'after':>10}"]
+    return "\n".join(lines + [f"{name:18}{before[name]:10.3f}{after[name]:10.3f}" for name in before])
+
+
+def show_samples(title: str, samples: Sequence[Sample], count: int = 4) -> None:
+    """Print the first samples, each prompt and its completion with a bar between them."""
+    print(f"\n{title}")
+    for sample in samples[:count]:
+        print(f"  reward {sample.reward:6.2f}   " + f"{sample.prompt} |{sample.completion}".replace("\n", " "))
+
+
 def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> float:
     """Gap between stated and true certainty of pair predictions, over bins of confidence.
 

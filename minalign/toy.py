@@ -104,7 +104,7 @@ def _slip(rng: random.Random, completion: str) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def prompts(seed: int, eval_share: float, count: int = 3000) -> tuple[list[str], list[str]]:
+def prompts(seed: int, eval_share: float, count: int = 10_000) -> tuple[list[str], list[str]]:
     """Different training and held-out prompts, split as `data.held_out` splits real ones."""
     rng = random.Random(f"prompts {seed}")
     found = {}

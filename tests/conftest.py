@@ -1,0 +1,15 @@
+"""Shared fixtures: the numerical tests run on the CPU and, where there is one, on the GPU as well."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Random inputs are the same in every run, whichever tests run before."""
+    torch.manual_seed(0)

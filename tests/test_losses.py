@@ -1,0 +1,235 @@
+"""The reward-model losses against plain loops over scores, closed forms and known floors."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from minalign.losses import (
+    bradley_terry_loss,
+    centering_penalty,
+    expected_score,
+    ordinal_pairwise_loss,
+    ordinal_rating_loss,
+    score_variance,
+)
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, check_dtype=False, check_device=False)
+FLOAT_MAX = torch.finfo(torch.float32).max
+TIE_WEIGHT = {"half": 0.5, "strict": 0.0}
+
+
+def softmax(logits):
+    """A row of logits as a list of Python floats (double precision), for the loops below."""
+    return logits.double().softmax(0).tolist()
+
+
+def one_hot(scores, num_scores=10, sharpness=100.0):
+    """Logits that put all mass on the given scores (1..K)."""
+    return sharpness * torch.nn.functional.one_hot(torch.tensor(scores) - 1, num_scores).float()
+
+
+# --- Bradley-Terry ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("margin", [None, 0.76, torch.tensor(0.76), torch.tensor([0.0, 1.0, -2.0, 3.0])])
+def test_bradley_terry_is_log1p_exp_of_minus_the_difference(device, margin):
+    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, 0.5, -3.0])
+    margins = torch.as_tensor(0.0 if margin is None else margin).expand(4).tolist()
+    expected = [math.log1p(math.exp(-(c - r - m))) for c, r, m in zip(chosen.tolist(), rejected.tolist(), margins)]
+    margin = margin.to(device) if isinstance(margin, torch.Tensor) else margin
+    close(bradley_terry_loss(chosen.to(device), rejected.to(device), margin), torch.tensor(expected))
+
+
+def test_bradley_terry_gradient_is_the_probability_of_the_wrong_order():
+    chosen = torch.tensor([1.0, -2.0, 200.0, -200.0], requires_grad=True)
+    rejected = torch.zeros(4, requires_grad=True)
+    bradley_terry_loss(chosen, rejected, margin=0.5).sum().backward()
+    wrong = torch.tensor([1 / (1 + math.exp(c - 0.5)) for c in chosen.tolist()])
+    close(chosen.grad, -wrong)
+    close(rejected.grad, wrong)
+
+
+def test_bradley_terry_is_linear_in_the_worst_mistakes(device):
+    """B5: log(1 + exp(-x)) is infinite here; the last difference does not even fit into float32."""
+    chosen = torch.tensor([-200.0, 200.0, -FLOAT_MAX, FLOAT_MAX, -FLOAT_MAX], device=device)
+    rejected = torch.tensor([0.0, 0.0, 0.0, -FLOAT_MAX, FLOAT_MAX], device=device)
+    assert bradley_terry_loss(chosen, rejected).tolist() == pytest.approx([200.0, 0.0, FLOAT_MAX, 0.0, FLOAT_MAX])
+
+
+def test_a_margin_raises_the_floor_of_a_constant_reward():
+    """B18: losses with different margins cannot be compared with each other, only with their own floor."""
+    constant = torch.zeros(1)
+    assert bradley_terry_loss(constant, constant).item() == pytest.approx(0.6931, abs=1e-4)
+    assert bradley_terry_loss(constant, constant, margin=0.76).item() == pytest.approx(1.1435, abs=1e-4)
+
+
+def test_centering_penalty_pulls_the_sum_of_a_pair_to_zero(device):
+    chosen = torch.tensor([2.0, 1.0, -3.0], device=device, requires_grad=True)
+    rejected = torch.tensor([1.0, -1.0, 1.0], device=device, requires_grad=True)
+    penalty = centering_penalty(chosen, rejected)
+    penalty.sum().backward()
+    assert penalty.tolist() == [9.0, 0.0, 4.0]
+    assert chosen.grad.tolist() == rejected.grad.tolist() == [6.0, 0.0, -4.0]
+
+
+# --- ordinal, pairs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", ["half", "strict"])
+@pytest.mark.parametrize("num_scores", [2, 3, 10])
+def test_ordinal_loss_equals_a_double_loop_over_scores(device, num_scores, ties):
+    chosen, rejected = 2 * torch.randn(2, 5, num_scores)
+    expected = []
+    for p, q in zip(map(softmax, chosen), map(softmax, rejected)):
+        win = 0.0
+        for i in range(num_scores):
+            for j in range(num_scores):
+                win += p[i] * q[j] * (1.0 if i > j else TIE_WEIGHT[ties] if i == j else 0.0)
+        expected.append(-math.log(win))
+    close(ordinal_pairwise_loss(chosen.to(device), rejected.to(device), ties), torch.tensor(expected))
+
+
+def test_ties_count_half_unless_told_otherwise():
+    chosen, rejected = torch.randn(2, 4, 5)
+    half = ordinal_pairwise_loss(chosen, rejected, ties="half")
+    assert torch.equal(ordinal_pairwise_loss(chosen, rejected), half)
+    close(half.neg().exp() + ordinal_pairwise_loss(rejected, chosen).neg().exp(), torch.ones(4))  # one of the two wins
+
+
+@pytest.mark.parametrize("ties", ["half", "strict"])
+def test_ordinal_loss_is_small_only_if_the_winner_scores_higher(ties):
+    """B13: with the mask inverted, winner 10 against loser 1 costs the most instead of nothing."""
+    loss = ordinal_pairwise_loss(one_hot([10, 6, 5, 1]), one_hot([1, 5, 6, 10]), ties)
+    close(loss[:2], torch.zeros(2))
+    assert (loss[2:] > 90).all()
+
+
+def test_floors_of_a_head_that_knows_nothing(device):
+    """B14: a strict loss above .7985, or a half-tie loss above .6931, is worse than a uniform head."""
+    uniform = torch.zeros(1, 10, device=device)
+    assert ordinal_pairwise_loss(uniform, uniform, ties="strict").item() == pytest.approx(0.7985, abs=1e-4)
+    assert ordinal_pairwise_loss(uniform, uniform, ties="half").item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("ties", ["half", "strict"])
+@pytest.mark.parametrize("gap", [0.0, 70.0, 200.0])
+def test_ordinal_gradient_is_exact_even_where_the_probability_underflows(device, gap, ties):
+    """B15: P = 1 (random heads), 1e-30 and 1e-87 (not a float32). An epsilon inside the log makes the last two zero."""
+    chosen = (torch.randn(1, 5) + gap * torch.eye(5)[:1]).to(device).requires_grad_()  # sure of score 1
+    rejected = (torch.randn(1, 5) + gap * torch.eye(5)[-1:]).to(device).requires_grad_()  # sure of score 5
+    loss = ordinal_pairwise_loss(chosen, rejected, ties)
+    loss.sum().backward()
+
+    p, q = softmax(chosen[0].detach()), softmax(rejected[0].detach())
+    beats = [sum(q[:k]) + TIE_WEIGHT[ties] * q[k] for k in range(5)]  # P(the rejected one loses to score k)
+    loses = [sum(p[k + 1 :]) + TIE_WEIGHT[ties] * p[k] for k in range(5)]  # P(the chosen one beats score k)
+    win = sum(p[k] * beats[k] for k in range(5))
+    close(loss, torch.tensor([-math.log(win)]))
+    close(chosen.grad[0], torch.tensor([-p[k] * (beats[k] - win) / win for k in range(5)]), rtol=1e-4)
+    close(rejected.grad[0], torch.tensor([-q[k] * (loses[k] - win) / win for k in range(5)]), rtol=1e-4)
+    assert chosen.grad.abs().max() > 0.01
+
+
+# --- ordinal, ratings ------------------------------------------------------------------------------------------------
+
+
+def test_rating_loss_equals_a_loop_and_splits_fractional_ratings(device):
+    ratings = [1.0, 2.0, 5.0, 3.25, 4.9, 1.5]
+    logits = 2 * torch.randn(len(ratings), 5)
+    expected = []
+    for p, rating in zip(map(softmax, logits), ratings):
+        target = [0.0] * 7  # one for each score 0..6; 6.25 would be score 6 with .75 and score 7 with .25
+        target[math.floor(rating)] += 1 - rating % 1
+        target[math.floor(rating) + 1] += rating % 1
+        expected.append(sum((sum(p[:k]) - sum(target[: k + 1])) ** 2 for k in range(1, 6)))
+    close(ordinal_rating_loss(logits.to(device), torch.tensor(ratings, device=device)), torch.tensor(expected))
+
+
+def test_rating_loss_knows_that_seven_is_near_eight():
+    loss = ordinal_rating_loss(one_hot([8, 7, 5, 1, 1]), torch.tensor([8, 8, 8, 8, 10]))
+    close(loss, torch.tensor([0.0, 1.0, 3.0, 7.0, 9.0]))  # a sure head pays its distance from the rating
+
+
+def test_rating_loss_is_proper():
+    """The truth minimises its own expected loss: sum_k truth(k) dL(z, k)/dz = 0 at softmax(z) = truth."""
+    logits = torch.randn(1, 6, requires_grad=True)
+    truth = logits.detach().softmax(1)[0]
+    (truth * ordinal_rating_loss(logits.expand(6, 6), torch.arange(1, 7))).sum().backward()
+    close(logits.grad, torch.zeros(1, 6))
+
+
+# --- read-outs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sure_head_reads_its_score_without_variance(device):
+    """B16."""
+    logits = one_hot(list(range(1, 11))).to(device)
+    close(expected_score(logits), torch.arange(1.0, 11.0))
+    close(score_variance(logits), torch.zeros(10))
+
+
+def test_read_outs_equal_loops_over_scores(device):
+    logits = 2 * torch.randn(4, 5)
+    mean = [sum(k * p for k, p in enumerate(softmax(z), start=1)) for z in logits]
+    variance = [sum((k - m) ** 2 * p for k, p in enumerate(softmax(z), start=1)) for z, m in zip(logits, mean)]
+    close(expected_score(logits.to(device)), torch.tensor(mean))
+    close(score_variance(logits.to(device)), torch.tensor(variance))
+
+
+def test_a_head_that_knows_nothing_reads_the_middle():
+    uniform = torch.zeros(1, 10)
+    assert expected_score(uniform).item() == pytest.approx(5.5)
+    assert score_variance(uniform).item() == pytest.approx((10**2 - 1) / 12)
+
+
+# --- what holds for all ----------------------------------------------------------------------------------------------
+
+REWARDS, SCORES, RATINGS = torch.randn(3), torch.randn(3, 4), torch.tensor([1.0, 2.5, 4.0])
+CALLS = [
+    (bradley_terry_loss, (REWARDS, -2 * REWARDS, REWARDS.abs())),
+    (centering_penalty, (REWARDS, -2 * REWARDS)),
+    (ordinal_pairwise_loss, (SCORES, -2 * SCORES)),
+    (ordinal_rating_loss, (SCORES, RATINGS)),
+    (expected_score, (SCORES,)),
+    (score_variance, (SCORES,)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("function, arguments", CALLS)
+def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, function, arguments, dtype):
+    """B6: bfloat16 arithmetic ties half of all scores near 5."""
+    arguments = [argument.to(device, dtype) for argument in arguments]
+    before = [argument.clone() for argument in arguments]
+    result = function(*arguments)
+    assert result.dtype == torch.float32 and result.shape == (3,)
+    assert torch.equal(result, function(*(argument.float() for argument in arguments)))
+    assert all(torch.equal(argument, copy) for argument, copy in zip(arguments, before))
+
+
+@pytest.mark.parametrize(
+    "function, arguments, got",
+    [
+        (bradley_terry_loss, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),  # would broadcast against a margin
+        (bradley_terry_loss, (torch.zeros(3), torch.zeros(1)), r"\(3,\) .* \(1,\)"),
+        (bradley_terry_loss, (torch.zeros(3), torch.zeros(3), torch.zeros(2)), r"\(2,\)"),
+        (centering_penalty, (torch.zeros(3), torch.zeros(2)), r"\(3,\) .* \(2,\)"),
+        (centering_penalty, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),
+        (ordinal_pairwise_loss, (torch.zeros(3), torch.zeros(3)), r"\(3,\)"),
+        (ordinal_pairwise_loss, (torch.zeros(3, 4), torch.zeros(3, 5)), r"\(3, 4\) .* \(3, 5\)"),
+        (ordinal_pairwise_loss, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),  # K = 1 orders nothing
+        (ordinal_pairwise_loss, (torch.zeros(3, 4), torch.zeros(3, 4), "drop"), "'drop'"),
+        (ordinal_rating_loss, (torch.zeros(4), torch.zeros(4)), r"\(4,\)"),
+        (ordinal_rating_loss, (torch.zeros(3, 4), torch.ones(3, 1)), r"\(3, 1\)"),
+        (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([0.0, 4.0])), "0 to 4"),  # scores start at 1
+        (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([1.0, 4.5])), "1 to 4.5"),
+        (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([1.0, math.nan])), "nan"),
+        (expected_score, (torch.zeros(3),), r"\(3,\)"),
+        (score_variance, (torch.zeros(3),), r"\(3,\)"),
+    ],
+)
+def test_errors_say_what_was_got_and_expected(function, arguments, got):
+    with pytest.raises(ValueError, match=f"got .*{got}.*expected"):
+        function(*arguments)
