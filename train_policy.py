@@ -256,7 +256,7 @@ def load_task(config: Config, device: torch.device, dtype: torch.dtype) -> Task:
     """Start policy, reward model and prompts; in the toy world, made on first use and kept."""
     from minalign import toy
     from minalign.checkpoint import end_token_ids, load_policy
-    from minalign.data import load_prompts
+    from minalign.data import encode, load_prompts
     from minalign.reward import RewardModel
     from train_rm import toy_reward_model
 
@@ -272,6 +272,12 @@ def load_task(config: Config, device: torch.device, dtype: torch.dtype) -> Task:
     else:
         train_prompts, eval_prompts = toy.prompts(seed=config.seed, eval_share=config.eval_share)
         measures = {"gold": toy.gold_reward, "grammatical": lambda text: float(toy.parse(text) is not None)}
+    context = getattr(start.config, "max_position_embeddings", None)
+    longest = max(train_prompts + eval_prompts, key=lambda prompt: len(encode(tokenizer, prompt, end=False)))
+    length = len(encode(tokenizer, longest, end=False))
+    require(context is None or length + config.max_new_tokens <= context,
+            f"prompt {longest[:40]!r} has {length} tokens, and --max-new-tokens {config.max_new_tokens}: expected at most "
+            f"{context} together (the context of {config.model or 'the toy policy'}): shorten one of them")  # fmt: skip
     return Task(
         start.to(device).requires_grad_(False), tokenizer, reward_model, train_prompts,
         eval_prompts[: config.eval_prompts], end_token_ids(start, tokenizer), measures,

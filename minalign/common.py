@@ -56,13 +56,14 @@ def parse_flags(config_class: type, description: str, argv: list[str] | None = N
         kind = kinds[field.name]
         if isinstance(kind, types.UnionType):
             kind = next(t for t in typing.get_args(kind) if t is not type(None))
-        values = typing.get_args(kind)  # of a tuple
+        values = typing.get_args(kind)  # of a tuple, or a list
         name = "--" + field.name.replace("_", "-")
         help = field.metadata["help"] + ("" if field.default in (None, "", False) else f" (default: {field.default})")
         if kind is bool:
             parser.add_argument(name, action="store_true", help=help)
         elif values:
-            parser.add_argument(name, type=values[0], nargs=len(values), default=field.default, metavar=values[0].__name__.upper(), help=help)
+            count = "+" if typing.get_origin(kind) is list else len(values)
+            parser.add_argument(name, type=values[0], nargs=count, default=field.default, metavar=values[0].__name__.upper(), help=help)
         else:
             choices = field.metadata["choices"]
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
@@ -117,6 +118,19 @@ def new_run(out: str, kind: str) -> Path:
         raise UserError(f"--out {out}: cannot be used ({error.strerror}): choose another folder") from error
     require(not occupied, f"--out {out}: holds another run: choose another folder or remove that one")
     return folder
+
+
+def resumed_run(out: str, config) -> Path:
+    """The folder of a run to go on with. UserError if there is none, or it ran with other flags (they are named)."""
+    path = Path(out) / "config.json"
+    require(path.is_file(), f"--resume: no run at --out {out!r} (no config.json there): give the folder of the run")
+    ran = json.loads(path.read_text())
+    given = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name, value in given.items():
+        if name not in ("out", "resume", "device", "dtype") and ran.get(name) != value:
+            flag_name = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: {out} ran with {flag_name} {ran.get(name)}, now {value}: give the same, or another --out")
+    return Path(out)
 
 
 def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype) -> None:

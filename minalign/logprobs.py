@@ -38,8 +38,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: floa
             f"got token ids from {tokens.min().item()} to {tokens.max().item()}, expected 0 to {logits.shape[2] - 1}: "
             "put any valid id at masked positions"
         )
-    logits = logits.float() / temperature
-    return logits.gather(2, tokens[:, :, None]).squeeze(2) - logits.logsumexp(2)
+    return (logits.float() / temperature).log_softmax(2).gather(2, tokens[:, :, None]).squeeze(2)
 
 
 def token_logprobs_from_hidden(
@@ -90,29 +89,29 @@ def token_logprobs_from_hidden(
     class ChunkedLogprobs(torch.autograd.Function):  # in here, so that the function can be copied whole
         @staticmethod
         def forward(ctx, hidden, weight, tokens):
+            ctx.save_for_backward(hidden, weight, tokens)
             logprobs = torch.empty(len(tokens), device=hidden.device)
-            logsumexps = torch.empty(len(tokens), device=hidden.device)
             for i in range(0, len(tokens), chunk_size):
                 logits = hidden[i : i + chunk_size].float() @ weight.float().T / temperature  # (chunk, V)
-                logsumexps[i : i + chunk_size] = logits.logsumexp(1)
-                logprobs[i : i + chunk_size] = logits.gather(1, tokens[i : i + chunk_size, None]).squeeze(1)
-            ctx.save_for_backward(hidden, weight, tokens, logsumexps)
-            return logprobs - logsumexps
+                logprobs[i : i + chunk_size] = logits.log_softmax(1).gather(1, tokens[i : i + chunk_size, None]).squeeze(1)
+            return logprobs
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx, grad):  # grad: (N,)
-            hidden, weight, tokens, logsumexps = ctx.saved_tensors
+            hidden, weight, tokens = ctx.saved_tensors
             hidden_grad = torch.empty_like(hidden)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-            for i in range(0, len(tokens), chunk_size):
-                h = hidden[i : i + chunk_size].float()
-                logits = h @ weight.float().T / temperature  # (chunk, V)
-                chunk_grad = grad[i : i + chunk_size, None] / temperature
-                logits_grad = (logits - logsumexps[i : i + chunk_size, None]).exp_().mul_(-chunk_grad)
-                logits_grad.scatter_add_(1, tokens[i : i + chunk_size, None], chunk_grad)
-                hidden_grad[i : i + chunk_size] = logits_grad @ weight.float()
-                weight_grad += logits_grad.T @ h
-            return hidden_grad, weight_grad.to(weight.dtype), None
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            with torch.autocast(hidden.device.type, enabled=False):
+                for i in range(0, len(tokens), chunk_size):
+                    h = hidden[i : i + chunk_size].float()
+                    chunk_grad = grad[i : i + chunk_size, None] / temperature
+                    logits_grad = (h @ weight.float().T / temperature).softmax(1).mul_(-chunk_grad)  # (chunk, V)
+                    logits_grad.scatter_add_(1, tokens[i : i + chunk_size, None], chunk_grad)
+                    hidden_grad[i : i + chunk_size] = logits_grad @ weight.float()
+                    if weight_grad is not None:
+                        weight_grad += logits_grad.T @ h
+            return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None
 
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would take the products to bfloat16
         return ChunkedLogprobs.apply(hidden.flatten(0, 1), lm_head_weight, tokens.flatten()).view(tokens.shape)
@@ -136,7 +135,7 @@ def completion_mask(tokens: torch.Tensor, eos_token_ids: int | list[int]) -> tor
             [ True,  True, False],
             [ True,  True,  True]])
     """
-    eos_token_ids = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
+    eos_token_ids = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids or [])
     if tokens.ndim != 2 or not eos_token_ids:
         raise ValueError(f"got tokens {tuple(tokens.shape)} and end tokens {eos_token_ids}, expected (B, T) and 1 or more")
     is_end = torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)).long()

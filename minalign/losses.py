@@ -37,10 +37,12 @@ def bradley_terry_loss(
         raise ValueError(
             f"got margin {tuple(margin.shape)}, expected {tuple(chosen_rewards.shape)}: one margin per pair"
         )
-    difference = chosen_rewards.float() - rejected_rewards.float() - (0.0 if margin is None else margin)
+    # Half precision goes up to float32; float64 stays, as its rewards may not fit into float32.
+    dtype = torch.promote_types(chosen_rewards.dtype, torch.float32)
+    difference = chosen_rewards.to(dtype) - rejected_rewards.to(dtype) - (0.0 if margin is None else margin)
     # Two huge rewards can differ by more than float32 holds; logsigmoid (unlike log(1 + exp(-x))) is exact up to there.
     limit = torch.finfo(torch.float32).max
-    return -torch.nn.functional.logsigmoid(difference.float().clamp(-limit, limit))
+    return -torch.nn.functional.logsigmoid(difference.clamp(-limit, limit).float())
 
 
 def centering_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:

@@ -130,6 +130,8 @@ def kl_penalized_rewards(
         )
     if not beta >= 0:
         raise ValueError(f"got beta={beta}, expected 0 or more: a negative beta rewards distance from the anchor")
+    if beta == 0:  # no KL at all: not even 0 times infinity, where the anchor forbids a token
+        return rewards.detach().float().clone()
     k1 = (logprobs.detach().float() - ref_logprobs.detach().float()).masked_fill(~mask.bool(), 0.0)
     return rewards.detach().float() - beta * k1.sum(1)
 
@@ -143,7 +145,7 @@ def uncertainty_weights(variance: torch.Tensor, kind: str) -> torch.Tensor:
     not of E[R], and the baseline b is no longer neutral.
 
     Args:
-        variance: (B,) >= 0, scores squared; below 1e-6 it counts as 1e-6, so that a saturated score stays finite.
+        variance: (B,) >= 0, scores squared; the inverse kinds take it as 1e-6 at least, so a saturated score stays finite.
         kind: one of the four words above.
     Returns:
         (B,) float32, detached, > 0.

@@ -1,0 +1,149 @@
+"""Merge saved models tensor by tensor, never holding one of them whole: `python -m minalign.merge`."""
+
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .checkpoint import first_line, model_folder, whole_folder
+from .common import UserError, flag, parse_flags, require
+from .merge import merge_policies
+
+SHARD_BYTES = 128 * 2**20
+
+
+@dataclass
+class Config:
+    init: str = flag("", "theta_init: the model that the others were trained from (a run or a folder)")
+    models: list[str] | None = flag(None, "the policies to merge, in order")
+    out: str = flag("", "folder of the merged model; must not exist")
+    method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
+    scope: str = flag("layer", "what shares an angle", ("layer", "tensor", "model"))
+    lam: float | None = flag(None, "weight of the second of two models (default: 1/2)")
+    eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged")
+
+
+class SavedTensors(Mapping):
+    """Name -> tensor of a saved model (one safetensors file or several), mapped from the file when asked for."""
+
+    def __init__(self, path: str):
+        self.folder = Path(model_folder(path))
+        index = self.folder / "model.safetensors.index.json"
+        try:
+            if index.exists():
+                names = json.loads(index.read_text())["weight_map"]
+                files = {file: safe_open(self.folder / file, "pt") for file in set(names.values())}
+                self.file_of = {name: files[file] for name, file in names.items()}
+            else:
+                file = safe_open(self.folder / "model.safetensors", "pt")
+                self.file_of = dict.fromkeys(file.keys(), file)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: no readable model.safetensors (or index of one): {first_line(error)}") from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.file_of[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+
+class Shards:
+    """Takes merged tensors one by one, moves them by LITI and writes them away in shards of about 128 MiB."""
+
+    def __init__(self, folder: Path, init: Mapping[str, torch.Tensor], eta: float):
+        self.folder, self.init, self.eta = folder, init, eta
+        self.pending, self.files = {}, []
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        if self.eta != 1 and tensor.is_floating_point():
+            tensor = ((1 - self.eta) * self.init[name].float() + self.eta * tensor.float()).to(tensor.dtype)
+        self.pending[name] = tensor.contiguous()
+        if sum(t.numel() * t.element_size() for t in self.pending.values()) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as the next shard."""
+        self.files.append(list(self.pending))
+        save_file(self.pending, self.folder / f"shard-{len(self.files)}", metadata={"format": "pt"})
+        self.pending = {}
+
+    def finish(self) -> None:
+        """Write the last shard; give the files the names that transformers looks for, and an index if they are many."""
+        if self.pending:
+            self.flush()
+        many = len(self.files)
+        names = [f"model-{i:05d}-of-{many:05d}.safetensors" if many > 1 else "model.safetensors" for i in range(1, many + 1)]
+        for i, name in enumerate(names, 1):
+            (self.folder / f"shard-{i}").rename(self.folder / name)
+        if many > 1:
+            size = sum((self.folder / name).stat().st_size for name in names)
+            weight_map = {tensor: name for name, tensors in zip(names, self.files) for tensor in tensors}
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def merge_folders(config: Config) -> dict[str, dict]:
+    """Merge saved models as `config` says into config.out; returns merge_policies' report.
+
+    Everything but weights (config, tokenizer, chat template) is copied from the init. UserError, naming the model,
+    where keys, shapes or tokenizers differ.
+    """
+    init, states = SavedTensors(config.init), [SavedTensors(path) for path in config.models]
+    for path, state in zip(config.models, states):
+        for file in ("tokenizer.json", "vocab.json", "tokenizer.model"):
+            ours, theirs = init.folder / file, state.folder / file
+            require(_vocabulary(ours) == _vocabulary(theirs), f"{path}: its {file} has another vocabulary than {config.init}'s: merge models of one init")
+    with whole_folder(Path(config.out)) as folder:
+        for file in sorted(init.folder.iterdir()):
+            if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and not file.name.endswith(".index.json"):
+                shutil.copy(file, folder)
+        shards = Shards(folder, init, config.eta)
+        try:
+            _, report = merge_policies(init, states, config.method, config.scope, config.lam, out=shards)
+        except ValueError as error:
+            raise UserError(f"{config.init}, {', '.join(config.models)}: {error}") from error
+        shards.finish()
+        (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _vocabulary(file: Path) -> object:
+    """What a tokenizer file says of tokens; padding and truncation settings, which saving may change, left out."""
+    if not file.exists():
+        return None
+    if file.name != "tokenizer.json":
+        return file.read_bytes()
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content.get("model"), content.get("added_tokens")
+
+
+def angle_summary(report: dict[str, dict]) -> str:
+    """One line on the geometry of a merge."""
+    angles = [group["angle"] for group in report.values() if group["angle"] is not None]
+    if not angles:
+        return "no angles: fewer than two task vectors that are not zero"
+    ratios = [max(group["norms"]) / min(group["norms"]) for group in report.values() if min(group["norms"]) > 0]
+    return (
+        f"angles of task vectors over {len(angles)} groups, degrees: min {min(angles):.1f}, median "
+        f"{statistics.median(angles):.1f}, max {max(angles):.1f}; norm ratios up to {max(ratios):.2f}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, merge, print the angles."""
+    config = parse_flags(Config, "Merge saved models by their task vectors (WARP).", argv)
+    for name in ("init", "models", "out"):
+        require(bool(getattr(config, name)), f"--{name} is missing")
+    require(0 <= config.eta <= 1, f"--eta {config.eta}: expected a number in [0, 1]")
+    require(not Path(config.out).exists(), f"--out {config.out}: exists: choose another folder or remove that one")
+    print(angle_summary(merge_folders(config)))
+    print(f"saved {config.out}")

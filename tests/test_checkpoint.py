@@ -1,0 +1,121 @@
+"""Folders are whole or not there, and models come back in float32 with all their end tokens."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
+
+from minalign import toy
+from minalign.checkpoint import end_token_ids, load_policy, model_folder, whole_folder
+from minalign.common import UserError
+
+
+def save_policy(folder, model=None, **special_tokens):
+    """A toy policy with changed special tokens; returns its path."""
+    tokenizer = toy.make_tokenizer()
+    model = model or toy.make_model(tokenizer, seed=0)
+    for name, token in special_tokens.items():
+        setattr(tokenizer, name, token)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# --- whole folders ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
+    target = tmp_path / "run" / "model"
+    for version in ("old", "new"):
+        with whole_folder(target) as folder:
+            (folder / version).write_text(version)
+            assert not (target / version).exists(), "visible before it is whole"
+        assert [path.name for path in target.iterdir()] == [version]
+        assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_an_error_while_writing_leaves_what_was_there(existed, tmp_path):
+    target = tmp_path / "model"
+    if existed:
+        target.mkdir()
+        (target / "weights").write_text("old")
+    with pytest.raises(OSError, match="disk full"), whole_folder(target) as folder:
+        (folder / "weights").write_text("half")
+        raise OSError("disk full")
+    assert target.exists() == existed
+    assert not existed or [(path.name, path.read_text()) for path in target.iterdir()] == [("weights", "old")]
+    with whole_folder(target) as folder:  # and what is left of the attempt is in nobody's way
+        (folder / "config").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["config"] and list(tmp_path.iterdir()) == [target]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bfloat16_checkpoint_loads_in_float32(tmp_path):
+    """In bfloat16 most updates of 1e-6 round to nothing (F1)."""
+    saved = toy.make_model(toy.make_tokenizer(), seed=0).bfloat16()
+    model, _ = load_policy(save_policy(tmp_path, saved))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.model.norm.weight, saved.model.norm.weight.float())
+    assert torch.equal(model.get_input_embeddings().weight, saved.get_input_embeddings().weight.float())
+
+
+def test_a_policy_comes_with_dropout_off_and_its_tokenizer(tmp_path):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(toy.VOCABULARY), n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    model, tokenizer = load_policy(save_policy(tmp_path, gpt2.train()))
+    assert not any(module.training for module in model.modules())
+    assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab() and tokenizer.pad_token == "<pad>"
+
+
+def test_a_missing_pad_token_becomes_the_end_token(tmp_path):
+    _, tokenizer = load_policy(save_policy(tmp_path, pad_token=None))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def test_a_tokenizer_without_end_token_is_refused(tmp_path):
+    with pytest.raises(UserError, match=f"--model {tmp_path}: the tokenizer has no end token"):
+        load_policy(save_policy(tmp_path, eos_token=None))
+
+
+def test_what_is_no_policy_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    config = toy.make_model(toy.make_tokenizer(), seed=0).config
+    config.tie_word_embeddings = False  # else the embedding would do as a head
+    classifier = save_policy(tmp_path / "classifier", LlamaForSequenceClassification(config))
+    for path, message in ((str(tmp_path / "empty"), "cannot be loaded"), (classifier, "weights missing: lm_head.weight")):
+        with pytest.raises(UserError, match=f"--model {path}: {message}") as error:
+            load_policy(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.xfail(strict=True, reason="a SafetensorError is none of OSError, ValueError, KeyError")
+def test_a_truncated_checkpoint_is_one_line(tmp_path):
+    path = save_policy(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_policy(path)
+
+
+def test_a_run_stands_for_the_model_in_it(tmp_path):
+    save_policy(tmp_path / "run" / "model")
+    assert model_folder(str(tmp_path / "run")) == str(tmp_path / "run" / "model")
+    assert model_folder(str(tmp_path / "run" / "model")) == str(tmp_path / "run" / "model")
+    assert model_folder("owner/name") == "owner/name"
+    model, _ = load_policy(str(tmp_path / "run"))
+    assert torch.equal(model.model.norm.weight, load_policy(str(tmp_path / "run" / "model"))[0].model.norm.weight)
+
+
+@pytest.mark.parametrize("named, expected", [([7, 5], [2, 5, 7]), (7, [2, 7]), (2, [2]), ([2], [2]), (None, [2])])
+def test_end_tokens_are_the_tokenizers_and_all_of_the_generation_config(named, expected, tmp_path):
+    saved = toy.make_model(toy.make_tokenizer(), seed=0)
+    saved.generation_config.eos_token_id = named
+    assert end_token_ids(saved, toy.make_tokenizer()) == expected
+    assert end_token_ids(*load_policy(save_policy(tmp_path, saved))) == expected
+
+
+def test_a_model_without_generation_config_ends_as_its_tokenizer_says():
+    model = toy.make_model(toy.make_tokenizer(), seed=0)
+    model.generation_config = None
+    assert end_token_ids(model, toy.make_tokenizer()) == [2]

@@ -1,0 +1,279 @@
+"""Merging: closed forms, singular cases, scopes, ties, and the command line on saved folders."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from minalign import toy
+from minalign.common import UserError
+from minalign.merge import ema_update_, lerp, liti, merge_policies, slerp, slerp_many, task_vector
+from minalign.merge_folders import main as merge_main
+
+
+def pair_at(angle, norm_a=1.0, norm_b=1.0, size=50, seed=0):
+    """Two float64 vectors at exactly that angle, in a random plane."""
+    plane, _ = torch.linalg.qr(torch.randn(size, 2, dtype=torch.double, generator=torch.Generator().manual_seed(seed)))
+    a, b = plane.T
+    return norm_a * a, norm_b * (math.cos(angle) * a + math.sin(angle) * b)
+
+
+@pytest.mark.parametrize("angle", [1e-7, 1e-4, 1e-2, 0.5, math.pi / 2, 2.0, 3.0, math.pi - 1e-2, math.pi - 1e-4])
+@pytest.mark.parametrize("lam", [0.3, 0.5, 0.9])
+def test_slerp_is_the_closed_form_at_every_angle(device, angle, lam):
+    a, b = pair_at(angle, norm_b=1.3)
+    expected = (math.sin((1 - lam) * angle) * a + math.sin(lam * angle) * b) / math.sin(angle)
+    torch.testing.assert_close(slerp(a.to(device), b.to(device), lam).cpu().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_slerp_keeps_the_norm_and_starts_at_a():
+    a, b = (v.float() for v in pair_at(1.2))
+    for lam in (0.0, 0.3, 0.5, 1.0):
+        merged = slerp(a, b, lam)
+        assert merged.norm().item() == pytest.approx(1, abs=1e-6)
+        assert torch.dot(merged, a).clamp(-1, 1).acos().item() == pytest.approx(lam * 1.2, abs=1e-3)
+    assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
+
+
+@pytest.mark.parametrize(("other", "norm"), [(0.5, 0.791), (0.8, 0.906), (1.0, 1.0), (1.25, 1.132), (2.0, 1.581)])
+def test_slerp_weighs_raw_task_vectors_so_unequal_norms_do_not_keep_the_norm(other, norm):
+    assert slerp(*pair_at(math.pi / 2, 1.0, other), 0.5).norm().item() == pytest.approx(norm, abs=1e-3)
+
+
+def test_singular_pairs_fall_back_on_lerp():
+    d = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    torch.testing.assert_close(slerp(d, d, 0.3), d)
+    torch.testing.assert_close(slerp(d, -2 * d, 0.5), -0.5 * d)
+    torch.testing.assert_close(slerp(d, torch.zeros_like(d), 0.5), 0.5 * d)
+    assert not slerp(torch.zeros(3), torch.zeros(3), 0.5).any()
+    # One-element tensors are always parallel or opposite: the naive formula gives thousands.
+    torch.testing.assert_close(slerp(torch.tensor([1e-3]), torch.tensor([-1e-3]), 0.5), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize(
+    ("count", "weights"), [(3, [0.612, 0.612, 0.5]), (4, [0.566, 0.566, 0.462, 0.383]), (5, [0.538, 0.538, 0.439, 0.364, 0.309])]
+)
+def test_the_recursion_weighs_orthonormal_vectors_as_the_paper_does(count, weights):
+    merged = slerp_many(list(torch.eye(count)))
+    torch.testing.assert_close(merged, torch.tensor(weights), atol=6e-4, rtol=0)
+    states = [{"w": 1 + row} for row in torch.eye(count)]
+    torch.testing.assert_close(merge_policies({"w": torch.ones(count)}, states)[0]["w"] - 1, merged)
+
+
+@pytest.mark.parametrize("method", ["slerp", "slerp-symmetric", "lerp"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_identical_policies_merge_to_themselves(method, count):
+    init, theta = {"w": torch.randn(4, 5)}, {"w": torch.randn(4, 5)}
+    torch.testing.assert_close(merge_policies(init, [theta] * count, method)[0]["w"], theta["w"])
+    torch.testing.assert_close(slerp_many([theta["w"]] * count), theta["w"])
+
+
+def test_a_single_policy_is_returned_bit_for_bit():
+    init, theta = {"w": torch.randn(999)}, {"w": torch.randn(999)}
+    assert torch.equal(merge_policies(init, [theta])[0]["w"], theta["w"])
+
+
+def llama(seed, tie=True, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, tie_word_embeddings=tie)  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def fine_tuned(model, seed, scale=0.01):
+    generator = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * scale * (1 + parameter.numel() % 3)
+        parameter.data.add_(noise.to(parameter.dtype))
+    return model
+
+
+def flat(state, names):
+    return torch.cat([state[name].detach().double().flatten() for name in names])
+
+
+@pytest.mark.parametrize("scope", ["layer", "tensor", "model"])
+def test_each_group_is_merged_by_its_own_angle(scope):
+    """Against slerp on the concatenated group, and the identity SLERP = LERP / cos(angle / 2) at lam = 1/2."""
+    start = llama(0)
+    init = dict(start.named_parameters())
+    thetas = [dict(fine_tuned(start, seed).named_parameters()) for seed in (1, 2)]
+    merged, report = merge_policies(init, thetas, scope=scope)
+    groups = {}
+    for name in init:
+        layer = ".".join(name.split(".")[:3]) if ".layers." in name else name.removesuffix(".weight")
+        groups.setdefault({"layer": layer, "tensor": name, "model": "model"}[scope], []).append(name)
+    assert set(report) == set(groups)
+    assert len(groups) == {"layer": 4, "tensor": len(init), "model": 1}[scope]  # 2 layers, embedding, final norm
+    for group, names in groups.items():
+        a, b = (flat(theta, names) - flat(init, names) for theta in thetas)
+        delta = flat(merged, names) - flat(init, names)
+        torch.testing.assert_close(delta, slerp(a, b, 0.5).double(), atol=2e-7, rtol=1e-4)
+        angle = math.acos(torch.dot(a, b) / a.norm() / b.norm())
+        assert report[group]["angle"] == pytest.approx(math.degrees(angle), abs=1e-6)
+        assert report[group]["norms"] == pytest.approx([a.norm().item(), b.norm().item()])
+        torch.testing.assert_close(delta, lerp(a, b, 0.5).double() / math.cos(angle / 2), atol=2e-7, rtol=1e-4)
+
+
+def test_scopes_agree_on_one_tensor_and_differ_on_two():
+    one = [{"w": torch.randn(6)} for _ in range(3)]
+    results = [merge_policies(one[0], one[1:], scope=scope)[0]["w"] for scope in ("layer", "tensor", "model")]
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+    two = [{"layers.0.a": torch.randn(6), "layers.0.b": torch.randn(6)} for _ in range(3)]
+    by_tensor = merge_policies(two[0], two[1:], scope="tensor")[0]["layers.0.a"]
+    assert not torch.allclose(by_tensor, merge_policies(two[0], two[1:], scope="layer")[0]["layers.0.a"], atol=1e-3)
+
+
+def test_lam_is_the_weight_of_the_second_policy():
+    """Reversal cannot be seen at .5."""
+    init, states = {"w": torch.zeros(2)}, [{"w": row} for row in torch.eye(2)]
+    expected = torch.tensor([math.sin(0.7 * math.pi / 2), math.sin(0.3 * math.pi / 2)])
+    torch.testing.assert_close(merge_policies(init, states, lam=0.3)[0]["w"], expected)
+    torch.testing.assert_close(merge_policies(init, states, "lerp", lam=0.3)[0]["w"], torch.tensor([0.7, 0.3]))
+
+
+def test_symmetric_slerp_knows_no_order_and_the_recursion_does():
+    init = {"w": torch.zeros(8)}
+    states = [{"w": torch.randn(8, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    one, other = (merge_policies(init, order, "slerp-symmetric")[0]["w"] for order in (states, states[::-1]))
+    torch.testing.assert_close(one, other)
+    unit = sum(state["w"] / state["w"].norm() for state in states)
+    torch.testing.assert_close(one, unit / unit.norm() * sum(state["w"].norm() for state in states) / 3)
+    one, other = (merge_policies(init, order)[0]["w"] for order in (states, states[::-1]))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_merging_task_vectors_is_not_merging_weights():
+    """SLERP of whole weights is about LERP: the update would shrink to .7."""
+    init = {"w": torch.ones(1000)}
+    deltas = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) * 0.01 for seed in (0, 1)]
+    merged = merge_policies(init, [{"w": 1 + delta} for delta in deltas])[0]["w"] - 1
+    assert merged.norm().item() == pytest.approx(deltas[0].norm().item(), rel=0.1)
+
+
+def test_bfloat16_states_are_merged_in_float32():
+    init = {"w": torch.randn(4096).bfloat16()}
+    states = [{"w": (init["w"].float() + 0.01 * torch.randn(4096)).bfloat16()} for _ in range(2)]
+    merged, _ = merge_policies(init, states)
+    upcast, _ = merge_policies({"w": init["w"].float()}, [{"w": state["w"].float()} for state in states])
+    assert merged["w"].dtype == torch.bfloat16
+    assert torch.equal(merged["w"], upcast["w"].bfloat16())
+    assert task_vector(states[0], init)["w"].dtype == torch.float32
+
+
+def test_tied_weights_count_once():
+    start = llama(0)
+    states = [fine_tuned(start, seed).state_dict() for seed in (1, 2)]
+    merged, report = merge_policies(start.state_dict(), states, scope="model")
+    untied = [{k: v for k, v in s.items() if k != "lm_head.weight"} for s in (start.state_dict(), *states)]
+    _, expected = merge_policies(untied[0], untied[1:], scope="model")
+    assert report["model"]["angle"] == expected["model"]["angle"]
+    assert merged["lm_head.weight"] is merged["model.embed_tokens.weight"]
+
+
+def test_buffers_are_the_inits_and_inputs_stay_as_they_are():
+    init = {"w": torch.randn(5), "steps": torch.tensor([299]), "flag": torch.tensor([True])}
+    states = [{"w": torch.randn(5), "steps": torch.tensor([300]), "flag": torch.tensor([False])} for _ in range(2)]
+    before = copy.deepcopy([init, *states])
+    for result in (merge_policies(init, states)[0], liti(init, states[0], 0.5)):
+        assert result["steps"].item() == 299 and result["steps"].dtype == torch.int64 and result["flag"].item()
+        result["w"].zero_()
+        result["steps"].zero_()
+    for state, kept in zip([init, *states], before):
+        assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+def test_liti_ends_are_exact():
+    init, theta = ({"w": torch.randn(1000)} for _ in range(2))
+    assert torch.equal(liti(init, theta, 0.0)["w"], init["w"])
+    assert torch.equal(liti(init, theta, 1.0)["w"], theta["w"])
+    torch.testing.assert_close(liti(init, theta, 0.3)["w"], 0.7 * init["w"] + 0.3 * theta["w"])
+
+
+def test_ema_follows_its_closed_form_in_float32_under_a_bfloat16_model():
+    policy = llama(0, dtype=torch.bfloat16)
+    ema = copy.deepcopy(policy).float()
+    init = {name: p.detach().double() for name, p in ema.named_parameters()}
+    moved = fine_tuned(policy, seed=1, scale=0.1)
+    for _ in range(200):
+        # Through state_dict, where the tied embedding is listed twice: it must move once.
+        ema_update_(list(ema.state_dict().values()), list(moved.state_dict().values()), mu=0.01)
+    for name, theta in moved.named_parameters():
+        expected = theta.detach().double() - (1 - 0.01) ** 200 * (theta.detach().double() - init[name])
+        torch.testing.assert_close(dict(ema.named_parameters())[name].detach().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_merges_are_refused_by_name():
+    init, state = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(3)}
+    for broken in ({"a": torch.ones(2)}, init | {"c": torch.ones(1)}, init | {"b": torch.ones(4)}):
+        with pytest.raises(ValueError, match="'[bc]'"):
+            merge_policies(init, [state, broken])
+        with pytest.raises(ValueError, match="'[bc]'"):
+            liti(init, broken, 0.5)
+        with pytest.raises(ValueError, match="'[bc]'"):
+            task_vector(broken, init)
+    for arguments in ([], "slerp"), ([state], "mean"), ([state, state, state], "slerp", "layer", 0.3), ([state], "slerp", "block"):
+        with pytest.raises(ValueError, match="expected"):
+            merge_policies(init, *arguments)
+    with pytest.raises(ValueError, match="float32"):
+        ema_update_([torch.zeros(2).bfloat16()], [torch.ones(2)], 0.1)
+    with pytest.raises(ValueError, match="storage"):
+        ema_update_([init["a"]], [init["a"]], 0.1)
+    with pytest.raises(ValueError, match="mu"):
+        ema_update_([init["a"]], [state["a"]], 0.0)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Three saved toy-sized models; the second policy in several shards."""
+    tokenizer = toy.make_tokenizer()
+    start = toy.make_model(tokenizer, seed=0)
+    models = {"init": start, "b": fine_tuned(start, 1), "c": fine_tuned(start, 2)}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name, max_shard_size="100KB" if name == "c" else "5GB")
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "init" / "chat_template.jinja").write_text("{{ messages }}")
+    return tmp_path, models
+
+
+@pytest.mark.parametrize("shard_bytes", [2**27, 50_000])
+def test_merging_folders_equals_merging_in_memory_bit_for_bit(saved, monkeypatch, shard_bytes, capsys):
+    folder, models = saved
+    monkeypatch.setattr("minalign.merge_folders.SHARD_BYTES", shard_bytes)
+    merge_main(["--init", f"{folder}/init", "--models", f"{folder}/b", f"{folder}/c", "--out", f"{folder}/merged"])
+    expected, report = merge_policies(models["init"].state_dict(), [models["b"].state_dict(), models["c"].state_dict()])
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert (folder / "merged" / "model.safetensors.index.json").exists() == (shard_bytes < 2**27)
+    assert (folder / "merged" / "chat_template.jinja").exists()
+    assert json.loads((folder / "merged" / "angles.json").read_text()).keys() == report.keys()
+
+
+def test_merging_folders_moves_by_eta(saved):
+    folder, models = saved
+    merge_main(["--init", f"{folder}/init", "--models", f"{folder}/b", "--eta", "0.25", "--out", f"{folder}/merged"])
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    expected = liti(models["init"].state_dict(), models["b"].state_dict(), 0.25)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
+
+
+def test_folders_that_do_not_belong_together_are_refused_and_nothing_is_left(saved):
+    folder, models = saved
+    tokenizer = toy.make_tokenizer()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(folder / "b")
+    with pytest.raises(UserError, match="tokenizer"):
+        merge_main(["--init", f"{folder}/init", "--models", f"{folder}/b", "--out", f"{folder}/merged"])
+    models["init"].resize_token_embeddings(50)
+    models["init"].save_pretrained(folder / "c", max_shard_size="100KB")
+    with pytest.raises(UserError, match="embed_tokens"):
+        merge_main(["--init", f"{folder}/init", "--models", f"{folder}/c", "--out", f"{folder}/merged"])
+    with pytest.raises(UserError, match="safetensors"):
+        merge_main(["--init", f"{folder}/init", "--models", f"{folder}/none", "--out", f"{folder}/merged"])
+    assert not (folder / "merged").exists()

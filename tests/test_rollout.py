@@ -1,0 +1,263 @@
+"""Sampling and scoring again: what was recorded while sampling is what one pass over the whole text gives.
+
+Models have dropout, and weights large enough that a wrong position, mask or temperature shows."""
+
+import copy
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from minalign.logprobs import exact_kl, kl_k1, token_logprobs
+from minalign.rollout import completion_logits, generate
+
+VOCABULARY, CONTEXT, EOS = 24, 32, 2
+PAD = VOCABULARY + 7  # outside the embedding on purpose
+
+
+def make_model(family, device="cpu", vocabulary=VOCABULARY):
+    torch.manual_seed(0)
+    if family == "gpt2":  # learned positions: padding that shifts them shows
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocabulary, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
+                resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=EOS, eos_token_id=EOS,
+            )
+        ).to(device).eval()  # fmt: skip
+    if family == "bloom":  # positions (ALiBi) from the mask alone; transformers guesses other models' masks from positions
+        return BloomForCausalLM(
+            BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3, hidden_dropout=0.2)
+        ).to(device).eval()  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3, attention_dropout=0.2,
+        )
+    ).to(device).eval()  # fmt: skip
+
+
+def left_padded(lengths, device="cpu", extra=0, vocabulary=VOCABULARY):
+    """Random prompts, padded on the left by PAD to the longest and `extra` columns more."""
+    width = max(lengths) + extra
+    ids = torch.randint(0, vocabulary, (len(lengths), width), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    return ids.masked_fill(~mask, PAD).to(device), mask.to(device)
+
+
+def sample(model, ids, mask, seed=0, **changes):
+    settings = dict(max_new_tokens=10, temperature=0.7, eos_token_ids=[EOS], pad_token_id=PAD) | changes
+    return generate(model, ids, mask, generator=torch.Generator(ids.device).manual_seed(seed), **settings)
+
+
+def rescored(model, ids, mask, rollout, temperature=0.7):
+    logits = completion_logits(model, ids, mask, rollout.tokens, rollout.mask)
+    return token_logprobs(logits, rollout.tokens.masked_fill(~rollout.mask, 0), temperature).masked_fill(~rollout.mask, 0.0)
+
+
+def bare_logprobs(model, prompt, completion, temperature):
+    """Log-probs of one completion, from the model's plain forward on the bare ids."""
+    logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+    return (logits / temperature).log_softmax(1).gather(1, completion[:, None]).squeeze(1)
+
+
+families = pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+
+
+@families
+def test_sampling_logprobs_are_those_of_the_scoring_pass(family, device):
+    model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 4, device)
+    rollout = sample(model, ids, mask)
+    assert not rollout.mask.all(), "the case needs rows of unequal length"
+    torch.testing.assert_close(rescored(model, ids, mask, rollout), rollout.logprobs, atol=1e-5, rtol=0)
+
+
+@families
+def test_logprobs_of_a_padded_row_are_those_of_the_bare_row(family, device):
+    model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6], device, extra=2)
+    rollout = sample(model, ids, mask)
+    for row in range(4):
+        prompt, completion = ids[row][mask[row]], rollout.tokens[row][rollout.mask[row]]
+        bare = bare_logprobs(model, prompt, completion, 0.7)
+        torch.testing.assert_close(rollout.logprobs[row][rollout.mask[row]], bare, atol=1e-5, rtol=0)
+
+
+@families
+def test_completion_logits_are_those_one_column_earlier(family, device):
+    model, (ids, _) = make_model(family, device), left_padded([8, 8], device)
+    ones = torch.ones_like(ids)
+    logits = completion_logits(model, ids[:, :5], ones[:, :5], ids[:, 5:], ones[:, 5:])
+    torch.testing.assert_close(logits, model(ids).logits[:, 4:7], atol=1e-5, rtol=0)
+    assert logits.requires_grad
+
+
+@families
+def test_a_row_is_independent_of_its_batch_mates(family):
+    model, (ids, mask) = make_model(family), left_padded([3, 9, 1, 6])
+    together = sample(model, ids, mask, temperature=1e-4)  # no chance left, so that rows can be compared alone
+    for row in range(4):
+        alone = sample(model, ids[row : row + 1][:, mask[row]], mask[row : row + 1][:, mask[row]], temperature=1e-4)
+        assert alone.tokens[0][alone.mask[0]].tolist() == together.tokens[row][together.mask[row]].tolist()
+
+
+@families
+def test_extra_left_padding_changes_nothing(family, device):
+    model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6], device, extra=4)
+    wide, narrow = sample(model, ids, mask), sample(model, ids[:, 4:], mask[:, 4:])
+    assert torch.equal(narrow.tokens, wide.tokens) and torch.equal(narrow.mask, wide.mask)
+    torch.testing.assert_close(narrow.logprobs, wide.logprobs, atol=1e-5, rtol=0)
+
+
+def test_ids_under_the_padding_change_nothing(device):
+    model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9], device)
+    other = ids.masked_fill(~mask, 5)
+    assert all(torch.equal(a, b) for a, b in zip(sample(model, ids, mask), sample(model, other, mask)))
+
+
+def test_completions_come_as_often_as_the_model_says(device):
+    """Chi-square over all completions of up to two tokens, for a checkpoint that asks for greedy decoding."""
+    vocabulary, temperature, draws = 6, 1.5, 20_000
+    model = make_model("gpt2", device, vocabulary)
+    model.generation_config.update(
+        do_sample=False, top_k=1, top_p=0.1, repetition_penalty=3.0, eos_token_id=4, min_new_tokens=2
+    )
+    prompt = torch.tensor([3, 1, 5], device=device)
+    ids = torch.cat([torch.full((2,), PAD, device=device), prompt]).repeat(draws, 1)
+    rollout = sample(model, ids, ids != PAD, temperature=temperature, max_new_tokens=2)
+
+    completions = [(EOS,)] + [(a, b) for a in range(vocabulary) if a != EOS for b in range(vocabulary)]
+    drawn = Counter(tuple(row[:n]) for row, n in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist()))
+    with torch.no_grad():
+        logprobs = [bare_logprobs(model, prompt, torch.tensor(c, device=device), temperature).sum().item() for c in completions]
+    expected = [draws * math.exp(logprob) for logprob in logprobs]
+    assert sum(expected) == pytest.approx(draws, rel=1e-4) and min(expected) > 5
+    chi_square = sum((drawn[c] - e) ** 2 / e for c, e in zip(completions, expected))
+    freedom = len(completions) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_a_completion_ends_with_its_first_end_token(device):
+    model, (ids, mask) = make_model("llama", device, vocabulary=8), left_padded([2] * 64, device, vocabulary=8)
+    tokens, kept, logprobs = sample(model, ids, mask, eos_token_ids=[2, 7], temperature=2.0)
+    last = []
+    for row in range(64):
+        drawn = tokens[row].tolist()
+        length = next((t + 1 for t, token in enumerate(drawn) if token in (2, 7)), len(drawn))
+        assert kept[row].tolist() == [t < length for t in range(len(drawn))]
+        assert set(drawn[length:]) <= {PAD}
+        assert (logprobs[row, :length] < 0).all() and (logprobs[row, length:] == 0).all()
+        last.append(drawn[length - 1])
+    assert {2, 7} <= set(last)
+
+
+def test_garbage_after_the_end_changes_nothing(device):
+    model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9, 1, 6] * 4, device)
+    rollout = sample(model, ids, mask)
+    garbage = rollout._replace(tokens=rollout.tokens.masked_fill(~rollout.mask, -100))
+    assert torch.equal(rescored(model, ids, mask, garbage), rescored(model, ids, mask, rollout))
+
+
+def test_sampling_stops_when_all_rows_have_ended(device):
+    model, (ids, mask) = make_model("llama", device), left_padded([3, 5, 1], device)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert sample(model, ids, mask, eos_token_ids=list(range(VOCABULARY))).tokens.shape == (3, 1)
+    assert len(calls) == 1
+    rollout = sample(model, ids, mask, eos_token_ids=[2, 3, 4, 5, 6, 7], max_new_tokens=20)
+    assert rollout.tokens.shape[1] == rollout.mask.sum(1).max() < 20
+
+
+@families
+def test_dropout_is_off_while_sampling(family):
+    model, (ids, mask) = make_model(family), left_padded([3, 9])
+    assert all(torch.equal(a, b) for a, b in zip(sample(model.eval(), ids, mask), sample(model.train(), ids, mask)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_callers_model_and_tensors_are_as_before(training):
+    model, (ids, mask) = make_model("gpt2").train(training), left_padded([3, 9])
+    generation_config, before = copy.deepcopy(model.generation_config.to_dict()), (ids.clone(), mask.clone())
+    rollout = sample(model, ids, mask)
+    completion_logits(model, ids, mask, rollout.tokens, rollout.mask)
+    assert model.training is training and all(module.training is training for module in model.modules())
+    assert model.generation_config.to_dict() == generation_config
+    assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
+
+
+def test_sampling_keeps_no_graph():
+    model, (ids, mask) = make_model("gpt2"), left_padded([3, 9])
+    assert not sample(model, ids, mask).logprobs.requires_grad and torch.is_grad_enabled()
+
+
+@families
+def test_kl_of_a_policy_to_its_copy_is_zero(family, device):
+    model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6], device)
+    reference = copy.deepcopy(model)
+    rollout = sample(model, ids, mask)
+    k1 = kl_k1(rollout.logprobs, rescored(reference, ids, mask, rollout)).sum(1)
+    logits = [completion_logits(m, ids, mask, rollout.tokens, rollout.mask) for m in (model, reference)]
+    assert k1.abs().max() < 1e-5 and exact_kl(*logits, 0.7).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+@families
+def test_gradient_checkpointing_changes_nothing(family):
+    """Transformers switches the cache off where it is on in train mode (C13)."""
+    model, (ids, mask) = make_model(family), left_padded([3, 9])
+    plain = sample(model, ids, mask)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(sample(model.train(), ids, mask).logprobs, plain.logprobs)
+
+
+def test_draws_follow_the_generator(device):
+    model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9, 1, 6], device)
+    first, again, other = (sample(model, ids, mask, seed).tokens for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not (first.shape == other.shape and torch.equal(first, other))
+    settings = dict(max_new_tokens=10, temperature=0.7, eos_token_ids=EOS, pad_token_id=PAD)
+    free = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)  # without a generator, torch's own
+        free.append(generate(model, ids, mask, **settings).tokens.tolist())
+    assert free[0] == free[1] != free[2]
+
+
+def test_samples_of_one_prompt_differ(device):
+    model, ids = make_model("gpt2", device), torch.tensor([[3, 4, 5]] * 8, device=device)
+    assert len({tuple(row) for row in sample(model, ids, torch.ones_like(ids)).tokens.tolist()}) == 8
+
+
+def test_logprobs_of_a_bfloat16_model_are_float32():
+    model, (ids, mask) = make_model("gpt2").bfloat16(), left_padded([3, 9])
+    logprobs = sample(model, ids, mask).logprobs
+    assert logprobs.dtype == torch.float32
+    assert not torch.equal(logprobs, logprobs.bfloat16().float()), "a log-softmax in bfloat16, only cast afterwards"
+
+
+def test_prompt_and_completion_may_fill_the_context():
+    model, (ids, mask) = make_model("gpt2"), left_padded([CONTEXT - 2, 3])
+    assert sample(model, ids, mask, max_new_tokens=2, eos_token_ids=[]).tokens.shape == (2, 2)
+    with pytest.raises(ValueError, match=f"prompt of {CONTEXT - 2} tokens and max_new_tokens=3, expected at most {CONTEXT}"):
+        sample(model, ids, mask, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"max_new_tokens": 0}, "max_new_tokens=0"),
+    ({"temperature": 0.0}, "temperature=0.0"),
+    ({"temperature": -1.0}, "temperature=-1.0"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+])  # fmt: skip
+def test_settings_without_meaning_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample(make_model("gpt2"), *left_padded([3, 9]), **changes)
+
+
+@pytest.mark.parametrize("ids, mask", [
+    ([[1, 2, 0]], [[1, 1, 0]]),  # padded on the right
+    ([[1, 2], [0, 0]], [[1, 1], [0, 0]]),  # an empty prompt
+    ([[1, 2]], [[1, 1, 1]]),
+    ([1, 2], [1, 1]),
+])  # fmt: skip
+def test_prompts_not_padded_on_the_left_are_refused(ids, mask):
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        sample(make_model("gpt2"), torch.tensor(ids), torch.tensor(mask))

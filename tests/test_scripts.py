@@ -1,0 +1,361 @@
+"""The three scripts as a user runs them, on the toy world and on files, end to end in seconds; and their error lines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import train_policy
+import train_rm
+import warp
+from minalign import toy
+from minalign.checkpoint import load_policy
+from minalign.common import one_line_errors
+from minalign.reward import RewardModel
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder where the toy world's start policy is fitted and a scalar and an ordinal reward model are trained."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_rm.main(["--out", "rm", "--device", "cpu"])
+        train_rm.main(["--out", "ordinal", "--loss", "ordinal", "--rating-coef", "0.5", "--steps", "60", "--device", "cpu"])
+    return folder
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    return world
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def fails(main, argv, capsys):
+    """The one line with which `main` refuses `argv`, after checking that it is one line with exit status 2."""
+    with pytest.raises(SystemExit) as error, one_line_errors():
+        main(argv)
+    assert error.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_reward_model_learns_the_raters_taste(here):
+    last = metrics("rm")[-1]
+    assert last["eval_accuracy"] > 0.68 and last["eval_loss"] < 0.6 < last["eval_floor"]
+    assert metrics("ordinal")[-1]["eval_loss"] < metrics("ordinal")[-1]["eval_floor"]
+    scores = RewardModel.from_pretrained("rm").score(["overall , the plot is"] * 2, [" utterly superb .", " utterly awful ."])
+    assert scores[0] > scores[1] + 1
+
+
+@pytest.mark.parametrize(("run", "labels"), [("rm", 1), ("ordinal", 10)])
+def test_a_saved_reward_model_is_a_standard_classifier(here, run, labels):
+    texts = ["overall , the plot is good .", "again , the cast is very dull and the music is fine ."]
+    tokenizer = AutoTokenizer.from_pretrained(f"{run}/model")
+    model = AutoModelForSequenceClassification.from_pretrained(f"{run}/model").eval()
+    batch = tokenizer([f"<s> {text} </s>" for text in texts], return_tensors="pt", padding=True)
+    ours = RewardModel.from_pretrained(run)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert logits.shape == (2, labels)
+    torch.testing.assert_close(logits, ours.logits([ours.encode("", text) for text in texts]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_policy_learns_what_is_truly_better(here, capsys):
+    train_policy.main(["--rm", "rm", "--steps", "70", "--eval-every", "35", "--out", "learned", "--device", "cpu"])
+    results = json.loads(Path("learned/results.json").read_text())
+    before, after = results["before"], results["after"]
+    assert after["gold"] > before["gold"] + 1 and after["reward"] > before["reward"] + 0.5
+    assert before["kl_sft"] == 0 and 0.2 < after["kl_sft"] < 10
+    assert metrics("learned")[0]["kl_sft"] == pytest.approx(0, abs=1e-4)  # a policy and its copy are one
+    assert [row["step"] for row in metrics("learned") if "eval_gold" in row] == [35, 70]
+    assert len(Path("learned/samples.jsonl").read_text().splitlines()) == 70
+    config = json.loads(Path("learned/config.json").read_text())
+    assert config["steps"] == 70 and config["mu"] is None and config["lr"] == 5e-4
+    output = capsys.readouterr().out
+    assert output.count(" |") >= 8 and "grammatical" in output  # four samples before and after, and the table
+    policy, tokenizer = load_policy("learned")
+    assert AutoModelForCausalLM.from_pretrained("learned/model").config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--baseline", "rloo", "--group-size", "2"],
+        ["--baseline", "ema", "--baseline-decay", "0.5", "--anchor", "ema", "--mu", "0.1"],
+        ["--baseline", "none", "--reward-clip", "0.5", "--temperature", "0.7"],
+        ["--rm", "ordinal", "--uncertainty", "one_plus_std"],
+    ],
+)
+def test_every_variant_runs_and_repeats_itself(here, tmp_path, flags):
+    for run in ("a", "b"):
+        train_policy.main(["--rm", "rm", *flags, "--steps", "3", "--batch-size", "8", "--eval-prompts", "8",
+                           "--out", str(tmp_path / run), "--device", "cpu"])  # fmt: skip
+    a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    for row in a + b:
+        del row["seconds"], row["tokens_per_second"]
+    assert a == b
+    assert len({row["reward"] for row in a}) == 3  # fresh samples each step
+
+
+def weights(folder):
+    return load_policy(str(folder))[0].state_dict()
+
+
+def test_micro_batches_change_nothing(here, tmp_path):
+    """Completions of unequal length, split 1 and 4 ways: the divisor is the whole batch's."""
+    for size in ("16", "5"):
+        train_policy.main(["--rm", "rm", "--steps", "3", "--batch-size", "16", "--micro-batch-size", size, "--lr", "1e-3",
+                           "--eval-prompts", "4", "--out", str(tmp_path / f"policy-{size}"), "--device", "cpu"])  # fmt: skip
+        train_rm.main(["--steps", "3", "--batch-size", "16", "--micro-batch-size", size, "--lr", "1e-3",
+                       "--max-eval-pairs", "20", "--out", str(tmp_path / f"rm-{size}"), "--device", "cpu"])  # fmt: skip
+    whole, split = metrics(tmp_path / "policy-16"), metrics(tmp_path / "policy-5")
+    assert [row["grad_norm"] for row in whole] == pytest.approx([row["grad_norm"] for row in split], rel=1e-3)
+    whole, split = metrics(tmp_path / "rm-16"), metrics(tmp_path / "rm-5")
+    assert [row["loss"] for row in whole] == pytest.approx([row["loss"] for row in split], rel=1e-4)
+    assert [row["grad_norm"] for row in whole] == pytest.approx([row["grad_norm"] for row in split], rel=1e-3)
+
+
+def test_one_step_is_the_update_that_the_equations_say(here, monkeypatch):
+    """The loop's gradient against one computed by hand from the samples that it drew."""
+    config = train_policy.resolve(train_policy.Config(rm="rm", steps=1, batch_size=12, micro_batch_size=5, beta=0.3,
+                                                      anchor="ema", mu=0.25, max_grad_norm=1e9, missing_eos_penalty=2.0,
+                                                      max_new_tokens=8, eval_prompts=4, temperature=0.7))  # fmt: skip
+    task = train_policy.load_task(config, torch.device("cpu"), torch.float32)
+    policy, tokenizer = load_policy(toy.start_policy_folder())
+    with torch.no_grad():  # away from the start, or the KL would be 0
+        for parameter in policy.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    anchor = {name: p.clone() for name, p in policy.named_parameters()}
+    drawn, stepped = {}, {}
+    import minalign.rollout as rollout
+
+    real_generate = rollout.generate
+
+    def generate(model, ids, mask, **keywords):
+        drawn.setdefault("rollout", (ids, mask, real_generate(model, ids, mask, **keywords)))
+        return drawn["rollout"][2] if ids is drawn["rollout"][0] else real_generate(model, ids, mask, **keywords)
+
+    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.update(
+        grads=[p.grad.clone() for p in self.param_groups[0]["params"]]))  # fmt: skip
+    moved = {}
+    monkeypatch.setattr(train_policy, "ema_update_", lambda ema, theta, mu: moved.update(mu=mu, ema=ema))
+    out = here / "one-step"
+    out.mkdir()
+    train_policy.train(config, task, policy, out, torch.float32)
+
+    ids, mask, (tokens, token_mask, _) = drawn["rollout"]
+    ended = torch.tensor([2 in row for row in tokens.tolist()])
+    assert 0 < ended.sum() < 12  # both kinds are there
+    logprob_sums, rewards = [], []
+    for row, row_mask, completion, length in zip(ids, mask, tokens, token_mask.sum(1)):  # one by one: no padding anywhere
+        prompt, completion = row[row_mask.bool()], completion[:length]
+        logits = policy(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
+        logprob_sums.append(logits.log_softmax(1)[torch.arange(len(completion)), completion].sum())
+        text = tokenizer.decode(torch.cat([prompt, completion]), skip_special_tokens=True)
+        rewards.append(task.reward_model.score([""], [text])[0].item())
+    rewards = torch.tensor(rewards, dtype=torch.double) - 2.0 * ~ended
+    # The EMA anchor starts at the policy itself, so the KL of this step is 0, and kl_sft is not.
+    advantages = (rewards - rewards.mean()) * 12 / 11
+    loss = -(advantages * torch.stack(logprob_sums)).mean()
+    expected = torch.autograd.grad(loss, list(policy.parameters()))
+    for got, want in zip(stepped["grads"], expected):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
+    assert moved["mu"] == 0.25
+    row = metrics(out)[0]
+    assert row["kl_anchor"] == pytest.approx(0, abs=1e-4) and abs(row["kl_sft"]) > 0.01
+    assert row["ended"] == pytest.approx(ended.float().mean().item())
+    assert all(torch.equal(a, anchor[name]) for a, name in zip(moved["ema"], anchor))
+
+
+def test_an_ema_anchor_trails_the_policy(here, tmp_path):
+    """mu = 1 makes the anchor the policy of the step before: kl_anchor stays near 0 while kl_sft grows."""
+    train_policy.main(["--rm", "rm", "--steps", "25", "--anchor", "ema", "--mu", "1", "--lr", "2e-3", "--batch-size", "32",
+                       "--eval-prompts", "4", "--out", str(tmp_path / "ema"), "--device", "cpu"])  # fmt: skip
+    last = metrics(tmp_path / "ema")[-5:]
+    assert sum(row["kl_sft"] for row in last) > 5 * abs(sum(row["kl_anchor"] for row in last))
+
+
+def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys):
+    flags = ["--rm", "rm", "--steps", "4", "--runs", "2", "--iterations", "2", "--batch-size", "16", "--eval-every", "4",
+             "--eval-prompts", "8", "--etas", "0,0.5,1", "--keep", "0.5", "--eta", "0.25", "--device", "cpu"]  # fmt: skip
+    warp.main([*flags, "--out", str(tmp_path / "whole")])
+    results = json.loads((tmp_path / "whole/front.json").read_text())
+
+    start = load_policy(toy.start_policy_folder())[0].state_dict()
+    load = lambda place: weights(tmp_path / "whole" / place)  # noqa: E731
+    runs = {(i, m): load(f"iteration-{i}/run-{m}") for i in (1, 2) for m in (1, 2)}
+    first = {m: (tmp_path / f"whole/iteration-1/run-{m}/samples.jsonl").read_text().splitlines()[0] for m in (1, 2)}
+    assert json.loads(first[1])["prompt"] != json.loads(first[2])["prompt"]  # the runs differ in their prompts
+    merges = {i: load(f"iteration-{i}/merged") for i in (1, 2)}
+    from minalign.merge import liti, merge_policies
+
+    second_init = liti(start, merges[1], 0.25)
+    expected = {1: merge_policies(start, [runs[1, 1], runs[1, 2]])[0], 2: merge_policies(second_init, [runs[2, 1], runs[2, 2]])[0]}
+    for i in (1, 2):  # the policies are merged (not their EMAs), each iteration from its own theta_init
+        for name, tensor in expected[i].items():
+            torch.testing.assert_close(merges[i][name], tensor, rtol=1e-6, atol=1e-7)
+    # The front goes from the start policy to the last merge.
+    for name, tensor in liti(start, merges[2], 0.5).items():
+        assert torch.equal(load("front/eta-0.5")[name], tensor)
+    assert results["front"][0]["kl_sft"] == 0 and [point["eta"] for point in results["front"]] == [0, 0.5, 1]
+    assert results["front"][2]["reward"] == results["merges"][1]["reward"]
+    for i in (1, 2):  # EMA anchor reset: at each run's first step it is the policy itself
+        for m in (1, 2):
+            assert metrics(tmp_path / f"whole/iteration-{i}/run-{m}")[0]["kl_anchor"] == pytest.approx(0, abs=1e-4)
+    assert abs(metrics(tmp_path / "whole/iteration-2/run-1")[0]["kl_sft"]) > 1e-4
+    assert (tmp_path / "whole/front.png").exists()
+
+    # Killed in the second iteration: the half-written run is not trusted, the finished ones are not repeated.
+    (tmp_path / "killed").mkdir()
+    for name in ("config.json", "iteration-1"):
+        subprocess.run(["cp", "-r", tmp_path / "whole" / name, tmp_path / "killed" / name], check=True)
+    subprocess.run(["cp", "-r", tmp_path / "whole/iteration-2", tmp_path / "killed/iteration-2"], check=True)
+    (tmp_path / "killed/iteration-2/run-2/model").rename(tmp_path / "killed/iteration-2/run-2/model.new")
+    subprocess.run(["rm", "-r", tmp_path / "killed/iteration-2/merged"], check=True)
+    untouched = tmp_path / "killed/iteration-2/run-1/metrics.jsonl"
+    written = untouched.stat().st_mtime_ns
+    warp.main([*flags, "--out", str(tmp_path / "killed"), "--resume"])
+    assert json.loads((tmp_path / "killed/front.json").read_text())["front"] == results["front"]
+    assert untouched.stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert "--eta" in fails(warp.main, [*flags[:-4], "--eta", "0.3", "--device", "cpu", "--out", str(tmp_path / "killed"), "--resume"], capsys)
+
+
+def test_nonfinite_rewards_stop_the_run_and_keep_the_policy(here, tmp_path, capsys, monkeypatch):
+    real, calls = RewardModel.read_out, []
+
+    def broken(self, logits):
+        calls.append(len(logits))
+        return real(self, logits) * (float("nan") if len(logits) == 12 and calls.count(12) == 3 else 1)
+
+    monkeypatch.setattr(RewardModel, "read_out", broken)
+    out = tmp_path / "nan"
+    argv = ["--rm", "rm", "--steps", "9", "--batch-size", "12", "--eval-prompts", "4", "--out", str(out), "--device", "cpu"]
+    assert "step 3" in fails(train_policy.main, argv, capsys)
+    assert len(metrics(out)) == 2
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_training_on_files_with_a_model_of_another_tokenizer(here, tmp_path):
+    """The policy's reward model has another vocabulary: texts go from the one to the other."""
+    pairs = [{"prompt": f"again , the {a} is", "chosen": f" {w} good .", "rejected": f" {w} bad ."}
+             for a in toy.ASPECTS for w in toy.INTENSITY]  # fmt: skip
+    data = jsonl(tmp_path / "pairs.jsonl", pairs)
+    tokenizer = toy.make_tokenizer()
+    words = sorted(toy.VOCABULARY[4:], reverse=True)
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    other = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", "<unk>", *words])}, unk_token="<unk>"))
+    other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(words) + 2, n_positions=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    train_rm.main(["--model", str(tmp_path / "gpt2"), "--dataset", data, "--steps", "60", "--lr", "1e-2", "--batch-size", "8",
+                   "--out", str(tmp_path / "rm"), "--device", "cpu"])  # fmt: skip
+    assert metrics(tmp_path / "rm")[-1]["eval_accuracy"] == 1
+    train_policy.main(["--model", toy.start_policy_folder(), "--rm", str(tmp_path / "rm"), "--dataset", data, "--steps", "2",
+                       "--max-new-tokens", "16", "--batch-size", "8", "--out", str(tmp_path / "policy"), "--device", "cpu"])  # fmt: skip
+    assert len(metrics(tmp_path / "policy")) == 2 and len(tokenizer) != len(other.get_vocab())
+
+
+BAD_FLAGS = [
+    (train_rm, ["--loss", "ordinal", "--margin", "1"], "--margin"),
+    (train_rm, ["--ties", "half"], "--ties"),
+    (train_rm, ["--loss", "ordinal", "--num-scores", "2"], "--num-scores"),
+    (train_rm, ["--learning-rate", "1"], "--learning-rate"),
+    (train_rm, ["--batch-size", "0"], "--batch-size"),
+    (train_rm, ["--batch-size", "many"], "--batch-size"),
+    (train_rm, ["--model", "somewhere"], "--dataset"),
+    (train_policy, ["--mu", "0.1"], "--anchor ema"),
+    (train_policy, ["--anchor", "ema", "--mu", "0"], "--mu"),
+    (train_policy, ["--baseline-decay", "0.5"], "--baseline ema"),
+    (train_policy, ["--baseline", "rloo", "--group-size", "1"], "--group-size"),
+    (train_policy, ["--batch-size", "10", "--group-size", "4"], "multiple"),
+    (train_policy, ["--beta", "-1"], "--beta"),
+    (train_policy, ["--temperature", "0"], "--temperature"),
+    (train_policy, ["--dataset", "x.jsonl"], "--model"),
+    (train_policy, ["--device", "warp9"], "--device"),
+    (train_policy, ["--rm", "rm", "--uncertainty", "inverse_std"], "--loss ordinal"),
+    (train_policy, ["--rm", "rm", "--max-new-tokens", "80"], "context"),
+    (warp, ["--runs", "0"], "--runs"),
+    (warp, ["--iterations", "0"], "--iterations"),
+    (warp, ["--eta", "1.5"], "--eta"),
+    (warp, ["--mu", "2"], "--mu"),
+    (warp, ["--etas", "0,1,0.5"], "rising"),
+    (warp, ["--etas", ""], "--etas"),
+    (warp, ["--etas", "a,b"], "--etas"),
+    (warp, ["--etas", "0,2"], "[0, 1]"),
+    (warp, ["--resume"], "--out"),
+    (warp, ["--resume", "--out", "rm/model"], "--resume"),
+]
+
+
+@pytest.mark.parametrize(("script", "argv", "word"), BAD_FLAGS, ids=[" ".join(argv) for _, argv, _ in BAD_FLAGS])
+def test_flags_that_make_no_sense_end_with_one_line(here, tmp_path, script, argv, word, capsys):
+    if "--resume" not in argv:
+        argv = [*argv, "--out", str(tmp_path / "run")]
+    assert word in fails(script.main, argv, capsys)
+
+
+GOOD = {"prompt": "again , the plot is", "chosen": " good .", "rejected": " bad ."}
+BAD_DATA = {
+    "no such file": (None, "no such file"),
+    "empty": ([], "no rows"),
+    "column": ([{"question": "a", "chosen": "b"}], "chosen"),
+    "empty text": ([GOOD, GOOD | {"chosen": " "}], "row 2"),
+    "number": ([GOOD, GOOD, GOOD | {"rejected": 3}], "row 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_ends_with_one_line(here, tmp_path, case, capsys):
+    rows, word = BAD_DATA[case]
+    data = str(tmp_path / "missing.jsonl") if rows is None else jsonl(tmp_path / "data.jsonl", rows)
+    argv = ["--model", toy.start_policy_folder(), "--dataset", data, "--out", str(tmp_path / "run"), "--device", "cpu"]
+    line = fails(train_rm.main, argv, capsys)
+    assert word in line and Path(data).name in line
+    if case == "column":
+        assert "question" in line  # the columns that are there
+
+
+def test_bad_models_end_with_one_line(here, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    assert "head" in fails(train_policy.main, ["--rm", toy.start_policy_folder(), *out], capsys)
+    data = jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"again , the {a} is"} for a in toy.ASPECTS])
+    (tmp_path / "run").rename(tmp_path / "old")
+    assert "nowhere" in fails(train_policy.main, ["--model", "./nowhere", "--rm", "rm", "--dataset", data, *out], capsys)
+    (tmp_path / "run").rename(tmp_path / "older")
+    policy, tokenizer = load_policy(toy.start_policy_folder())
+    tokenizer.eos_token = tokenizer.pad_token = None
+    policy.save_pretrained(tmp_path / "endless")
+    tokenizer.save_pretrained(tmp_path / "endless")
+    assert "eos_token" in fails(train_policy.main, ["--model", str(tmp_path / "endless"), "--rm", "rm", "--dataset", data, *out], capsys)
+
+
+def test_an_occupied_folder_is_refused(here, capsys):
+    assert "holds another run" in fails(train_policy.main, ["--rm", "rm", "--out", "rm"], capsys)
+
+
+def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
+    """Once in a process of its own: what a shell sees."""
+    done = subprocess.run([sys.executable, ROOT / "train_policy.py", "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "--no-such-flag" in done.stderr

@@ -1,0 +1,182 @@
+"""Prompts + reward model -> I x M policies, merged, and the KL-reward front: WARP (Rame et al. 2024, arXiv 2406.16768).
+
+    python warp.py                                          the toy review world, two iterations of two runs
+    python warp.py --rm runs/rm-1 --runs 3 --eta 0.3
+    python warp.py --rm path --model path-or-id --dataset prompts.jsonl --out runs/mine
+    python warp.py ... --out runs/mine --resume             goes on where a killed run stopped
+
+Algorithm 1. Each iteration trains M policies from theta_init by train_policy.py's loop, with an EMA anchor that starts
+at theta_init; merges their task vectors by SLERP; and moves theta_init a step eta towards the merge. At the end, the
+front from the start policy to the last merge is evaluated for a list of eta.
+
+The run's folder: iteration-I/run-M/ (metrics.jsonl, model/), iteration-I/merged/model/, iteration-I/angles.json,
+front.json, front.png, and front/eta-E/model/ for each --keep E.
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train_policy
+from minalign.common import (
+    flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require, resumed_run, show_config, write_config,
+)  # fmt: skip
+from minalign.merge import liti, merge_policies
+
+
+@dataclass
+class Config(train_policy.Config):
+    out: str = flag("", "folder of the run (default: the next free runs/warp-N)")
+    steps: int = flag(100, "optimizer steps of each policy")
+    anchor: str = flag("ema", "what the KL is measured from: theta_init, or an average of the policy", ("fixed", "ema"))
+    eval_every: int = flag(20, "steps between evaluations: the points of the training curves")
+    iterations: int = flag(2, "I: how often to train, merge and start again")
+    runs: int = flag(2, "M: policies per iteration; they differ in the order of prompts and in sampling")
+    eta: float = flag(0.5, "how far theta_init moves towards the merge between iterations, in [0, 1]")
+    method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
+    scope: str = flag("layer", "what shares an angle: a transformer layer, a tensor, the whole model", ("layer", "tensor", "model"))
+    etas: str = flag("0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "points of the front: 0 is the start policy, 1 the last merge")
+    keep: str = flag("", "points of the front to save as checkpoints, such as 0.3,0.5")
+    resume: bool = flag(False, "go on with the run in --out: finished policies and merges are not repeated")
+
+
+def resolve(config: Config) -> Config:
+    """train_policy's checks and WARP's own."""
+    config = train_policy.resolve(config)
+    require(config.runs >= 1, f"--runs {config.runs}: expected 1 or more")
+    require(config.iterations >= 1, f"--iterations {config.iterations}: expected 1 or more")
+    require(0 <= config.eta <= 1, f"--eta {config.eta}: expected a number in [0, 1]")
+    etas = numbers("--etas", config.etas)
+    require(bool(etas), "--etas: expected at least one number")
+    require(all(a < b for a, b in zip(etas, etas[1:])), f"--etas {config.etas}: expected rising numbers")
+    require(all(0 <= eta <= 1 for eta in etas + numbers("--keep", config.keep)), "--etas, --keep: expected numbers in [0, 1]")
+    require(bool(config.out) or not config.resume, "--resume needs --out: the folder of the run to go on with")
+    return config
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """[0.3, 0.5] from "0.3,0.5"."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        require(False, f"{name} {text}: expected numbers with commas between them, such as 0,0.5,1")
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the parameters; tied ones once."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def set_weights_(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy `weights` into the parameters of `model`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
+    """A loadable checkpoint in <folder>/model, whole or not there."""
+    from minalign.checkpoint import whole_folder
+
+    with whole_folder(folder / "model") as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
+    """Algorithm 1 into the folder `out`; returns what front.json holds."""
+    from minalign.checkpoint import load_policy
+    from minalign.merge_folders import angle_summary
+
+    theta_sft = weights_of(task.start)
+    policy = copy.deepcopy(task.start).requires_grad_(True)  # the one model that all weights pass through
+    results = {"runs": [], "merges": []}
+
+    def measure(name: str, place: Path | None = None) -> dict[str, float]:
+        """Evaluate `policy` as it is and print its line; what was measured before a --resume is read back."""
+        cached = place / "results.json" if place else None
+        if cached and cached.exists():
+            metrics = json.loads(cached.read_text())
+        else:
+            metrics, _ = train_policy.evaluate(config, task, policy, dtype)
+            if cached:
+                cached.write_text(json.dumps(metrics) + "\n")
+        print(f"  {name:<22}" + "".join(f"  {key} {metrics[key]:7.3f}" for key in metrics if key != "distinct_2"))
+        return metrics
+
+    theta_init = theta_sft
+    for i in range(1, config.iterations + 1):
+        print(f"\niteration {i} of {config.iterations}")
+        thetas = []
+        for m in range(1, config.runs + 1):
+            folder = out / f"iteration-{i}" / f"run-{m}"
+            if (folder / "model").exists():  # written last and whole: this run has finished
+                set_weights_(policy, weights_of(load_policy(str(folder))[0]))
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                set_weights_(policy, theta_init)  # theta^m <- theta_init; train() starts the EMA anchor there, too
+                run_seed = config.seed + 1_000_003 * ((i - 1) * config.runs + m)  # another order of prompts, other samples
+                train_policy.train(dataclasses.replace(config, seed=run_seed), task, policy, folder, dtype)
+                save(policy, task.tokenizer, folder)
+            thetas.append(weights_of(policy))
+            curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            points = [{k.removeprefix("eval_"): row[k] for k in row if k == "step" or k.startswith("eval_")} for row in curve]
+            results["runs"].append({"iteration": i, "run": m, "curve": [p for p in points if "kl_sft" in p]})
+            measure(f"policy {m}", folder)
+
+        # theta_slerp <- theta_init + slerp of the task vectors: the policies are merged, not their EMAs
+        theta_merged, report = merge_policies(theta_init, thetas, config.method, config.scope)
+        (out / f"iteration-{i}" / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(f"  {angle_summary(report)}")
+        folder = out / f"iteration-{i}" / "merged"
+        set_weights_(policy, theta_merged)
+        if not (folder / "model").exists():
+            save(policy, task.tokenizer, folder)
+        results["merges"].append({"iteration": i} | measure(f"{config.method} of {config.runs}", folder))
+
+        # theta_init <- (1 - eta) theta_init + eta theta_slerp, for the next iteration
+        theta_init = liti(theta_init, theta_merged, config.eta)
+
+    # The front goes to the *start policy*, and its other end is the last merge, not the last theta_init.
+    print("\nfront: (1 - eta) theta_sft + eta theta_merged")
+    results["front"] = []
+    for eta in sorted({*numbers("--etas", config.etas), *numbers("--keep", config.keep)}):
+        set_weights_(policy, liti(theta_sft, theta_merged, eta))
+        results["front"].append({"eta": eta} | measure(f"eta {eta:g}"))
+        if eta in numbers("--keep", config.keep):
+            save(policy, task.tokenizer, out / "front" / f"eta-{eta:g}")
+    (out / "front.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, open or reopen the run, run WARP, draw the front."""
+    config = resolve(parse_flags(Config, __doc__, argv))
+    device, reason = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    out = resumed_run(config.out, config) if config.resume else new_run(config.out, "warp")
+    show_config(config, device, reason, dtype)
+    if not config.resume:
+        write_config(out, config, device, dtype)
+
+    task = train_policy.load_task(config, device, dtype)
+    results = run_warp(config, task, out, dtype)
+
+    print(f"\nsaved {out}/iteration-{config.iterations}/merged/model, {out}/front.json", end="")
+    try:
+        from minalign.plot import plot_front
+    except ImportError:
+        print("\nfront.png was not drawn: pip install matplotlib")
+    else:
+        plot_front(results, out / "front.png")
+        print(f", {out}/front.png")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(sys.argv[1:])
