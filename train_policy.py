@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from minalign.common import (
-    MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
+    JsonLines, MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
     show_config, warmup_factor, write_config,
 )  # fmt: skip
 from minalign.logprobs import kl_k1, token_entropy, token_logprobs
@@ -42,27 +42,27 @@ class Config:
     split: str = flag("train", "split of a hub data set")
     out: str = flag("", "folder of the run (default: the next free runs/policy-N)")
     seed: int = flag(0, "seed of prompt order, sampling and the held-out split")
-    steps: int = flag(200, "optimizer steps, one batch of fresh samples each")
-    batch_size: int = flag(64, "completions a step")
-    group_size: int | None = flag(None, "completions a prompt, next to each other (default: 4 for rloo, else 1)")
-    micro_batch_size: int | None = flag(None, "completions a forward pass; changes memory, not the gradient (default: all)")
-    lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 5e-4)")
-    warmup_steps: int = flag(10, "steps over which the learning rate rises; then it is constant")
-    max_grad_norm: float = flag(1.0, "gradient norm above which the whole batch's gradient is scaled down")
-    temperature: float = flag(1.0, "of sampling and of every log-prob")
-    max_new_tokens: int | None = flag(None, "tokens of a completion (default: 64, in the toy world 32)")
-    beta: float = flag(0.1, "weight of KL(policy || anchor) in the reward, reward units per nat")
+    steps: int = flag(200, "optimizer steps, one batch of fresh samples each", within="[1, inf)")
+    batch_size: int = flag(64, "completions a step", within="[1, inf)")
+    group_size: int | None = flag(None, "completions a prompt, side by side (default: 4 for rloo, else 1)", within="[1, inf)")
+    micro_batch_size: int | None = flag(None, "completions a pass: memory, not the gradient (default: all)", within="[1, inf)")
+    lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 5e-4)", within="(0, inf)")
+    warmup_steps: int = flag(10, "steps over which the learning rate rises; then it is constant", within="[0, inf)")
+    max_grad_norm: float = flag(1.0, "gradient norm above which the whole batch's gradient is scaled down", within="(0, inf)")
+    temperature: float = flag(1.0, "of sampling and of every log-prob", within="(0, inf)")
+    max_new_tokens: int | None = flag(None, "tokens of a completion (default: 64, in the toy world 32)", within="[1, inf)")
+    beta: float = flag(0.1, "weight of KL(policy || anchor) in the reward, reward units per nat", within="[0, inf)")
     anchor: str = flag("fixed", "what the KL is measured from: the start, or an average of the policy", ("fixed", "ema"))
-    mu: float | None = flag(None, "ema anchor: its rate, ema <- (1 - mu) ema + mu theta (default: 0.01)")
-    baseline: str = flag("moving", "mean of earlier rewards: all, or exponential; of the group; or none", ("moving", "ema", "rloo", "none"))
-    baseline_decay: float | None = flag(None, "ema baseline: decay of the average (default: 0.9)")
+    mu: float | None = flag(None, "ema anchor: its rate, ema <- (1 - mu) ema + mu theta (default: 0.01)", within="(0, 1]")
+    baseline: str = flag("moving", "mean of all earlier rewards, exponential, of the group", ("moving", "ema", "rloo", "none"))
+    baseline_decay: float | None = flag(None, "ema baseline: decay of the average (default: 0.9)", within="[0, 1)")
     uncertainty: str = flag("none", "ordinal reward model: divide advantages by sigma, sigma^2 or 1 + sigma",
                             ("none", "inverse_std", "inverse_variance", "one_plus_std"))  # fmt: skip
-    missing_eos_penalty: float = flag(1.0, "subtracted from the reward of a completion that did not end, reward units")
-    reward_clip: float | None = flag(None, "rewards are clamped to [-c, c], before penalty and KL (default: off)")
-    eval_prompts: int = flag(128, "held-out prompts, scored before, during and after")
-    eval_every: int = flag(50, "steps between evaluations")
-    eval_share: float = flag(0.1, "share of the prompts held out, chosen by their hash")
+    missing_eos_penalty: float = flag(1.0, "subtracted where a completion did not end, reward units", within="[0, inf)")
+    reward_clip: float | None = flag(None, "clamp rewards to [-c, c], before penalty and KL", within="(0, inf)")
+    eval_prompts: int = flag(128, "held-out prompts, scored before, during and after", within="[1, inf)")
+    eval_every: int = flag(50, "steps between evaluations", within="[1, inf)")
+    eval_share: float = flag(0.1, "share of the prompts held out, chosen by their hash", within="(0, 1)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
@@ -97,21 +97,8 @@ def resolve(config: Config) -> Config:
     config.micro_batch_size = config.batch_size if config.micro_batch_size is None else config.micro_batch_size
     if config.anchor == "ema":
         config.mu = 0.01 if config.mu is None else config.mu
-        require(0 < config.mu <= 1, f"--mu {config.mu}: expected a rate in (0, 1]")
     if config.baseline == "ema":
         config.baseline_decay = 0.9 if config.baseline_decay is None else config.baseline_decay
-        require(0 <= config.baseline_decay < 1, f"--baseline-decay {config.baseline_decay}: expected a number in [0, 1)")
-    for names, lowest in (
-        (("steps", "batch_size", "group_size", "micro_batch_size", "max_new_tokens", "eval_prompts", "eval_every"), 1),
-        (("beta", "missing_eos_penalty", "warmup_steps"), 0),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            require(value >= lowest, f"--{name.replace('_', '-')} {value}: expected {lowest} or more")
-    for name in ("lr", "max_grad_norm", "temperature", "reward_clip"):
-        value = getattr(config, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: expected a number above 0")
-    require(0 < config.eval_share < 1, f"--eval-share {config.eval_share}: expected a share between 0 and 1")
     require(config.baseline != "rloo" or config.group_size > 1, "--baseline rloo needs --group-size 2 or more")
     require(config.batch_size % config.group_size == 0,
             f"--batch-size {config.batch_size}: expected a multiple of --group-size {config.group_size}")  # fmt: skip
@@ -128,7 +115,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
     """
     from minalign.data import encode, pad, shuffled_forever
     from minalign.evaluate import decode_parts, split_end
-    from minalign.rollout import completion_logits, generate
+    from minalign.rollout import completion_logits, completion_logprobs, generate
 
     device, tokenizer, reward_model = policy.device, task.tokenizer, task.reward_model
     policy.eval()  # dropout stays off: with it, samples and log-probs would belong to different policies
@@ -139,7 +126,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
     baseline = MovingAverageBaseline(config.baseline_decay)
     sampling = torch.Generator(device).manual_seed(config.seed)
     prompts = shuffled_forever([encode(tokenizer, prompt, end=False) for prompt in task.train_prompts], config.seed)
-    log, samples_file = MetricsLog(out), open(out / "samples.jsonl", "w")
+    log, samples_log = MetricsLog(out), JsonLines(out / "samples.jsonl")
 
     for step in tqdm(range(1, config.steps + 1), desc="policy", unit="step"):
         began = time.monotonic()
@@ -148,34 +135,29 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         # x: prompts, each group_size times in a row; y ~ pi_theta(.|x)
         rows = [row for _ in range(config.batch_size // config.group_size) for row in [next(prompts)] * config.group_size]
         input_ids, attention_mask = pad(rows, "left", device)  # (B, P)
-        with autocast(device, dtype):
+        with torch.no_grad(), autocast(device, dtype):
             tokens, mask, sampling_logprobs = generate(
                 policy, input_ids, attention_mask, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 eos_token_ids=task.eos_token_ids, pad_token_id=tokenizer.pad_token_id, generator=sampling,
             )  # fmt: skip
 
-        def completion_logprobs(model, part=slice(None)):
-            """Log-probs (b, T) of the sampled tokens under `model`, and its logits (b, T, V)."""
-            with autocast(device, dtype):
-                logits = completion_logits(model, input_ids[part], attention_mask[part], tokens[part], mask[part])
-            return token_logprobs(logits, tokens[part], config.temperature), logits
+            # r(x, y), in the text format that the reward model was trained on
+            completions, ended = split_end(tokens, mask, task.eos_token_ids)
+            reward_rows = reward_model.encode_rollout(tokenizer, rows, completions)
+            reward_logits = reward_model.logits(reward_rows, config.micro_batch_size)  # (B, K)
+            rewards = reward_model.read_out(reward_logits)  # (B,)
 
-        micro_batches = [slice(i, i + config.micro_batch_size) for i in range(0, config.batch_size, config.micro_batch_size)]
-
-        # r(x, y), in the text format that the reward model was trained on
-        completions, ended = split_end(tokens, mask, task.eos_token_ids)
-        with autocast(device, dtype):
-            reward_logits = reward_model.logits(reward_model.encode_rollout(tokenizer, rows, completions), config.micro_batch_size)
-        rewards = reward_model.read_out(reward_logits)  # (B,)
-        scores = rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
-        scores = scores - config.missing_eos_penalty * ~ended
+            # log pi(y|x) of the start policy (for the x axis) and of the anchor (for the penalty)
+            drawn = (input_ids, attention_mask, tokens, mask)
+            start_logprobs = anchor_logprobs = completion_logprobs(
+                task.start, *drawn, config.temperature, config.micro_batch_size
+            )
+            if anchor is not task.start:
+                anchor_logprobs = completion_logprobs(anchor, *drawn, config.temperature, config.micro_batch_size)
 
         # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed over the sequence, detached
-        with torch.no_grad():
-            start_logprobs = torch.cat([completion_logprobs(task.start, part)[0] for part in micro_batches])
-            anchor_logprobs = (
-                start_logprobs if anchor is task.start else torch.cat([completion_logprobs(anchor, part)[0] for part in micro_batches])
-            )
+        scores = rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
+        scores = scores - config.missing_eos_penalty * ~ended
         shaped = kl_penalized_rewards(scores, sampling_logprobs, anchor_logprobs, mask, config.beta)
         if not shaped.isfinite().all():
             raise UserError(f"step {step}: a reward or KL that is not finite: {out} has the policy of step {step - 1}")
@@ -194,8 +176,11 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the whole batch
         optimizer.zero_grad()
         entropies = []
-        for part in micro_batches:
-            logprobs, logits = completion_logprobs(policy, part)
+        for i in range(0, config.batch_size, config.micro_batch_size):
+            part = slice(i, i + config.micro_batch_size)
+            with autocast(device, dtype):
+                logits = completion_logits(policy, *(tensor[part] for tensor in drawn))  # (b, T, V)
+            logprobs = token_logprobs(logits, tokens[part], config.temperature)
             (reinforce_loss(logprobs, mask[part], advantages[part]).sum() / config.batch_size).backward()
             entropies.append(token_entropy(logits.detach(), config.temperature))
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
@@ -207,8 +192,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         if config.anchor == "ema":
             ema_update_(list(anchor.parameters()), list(policy.parameters()), config.mu)
 
-        def per_sequence(values):
-            """Mean over sequences of the sum over tokens."""
+        def per_sequence(values):  # mean over sequences of the sum over tokens
             return values.masked_fill(~mask, 0.0).sum(1).mean().item()
 
         tokens_sampled = mask.sum().item()
@@ -234,9 +218,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         if "eval_reward" in metrics:
             tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
         prompt, completion = decode_parts(tokenizer, rows[0], completions[0])
-        sample = {"step": step, "prompt": prompt, "completion": completion, "reward": rewards[0].item()}
-        samples_file.write(json.dumps(sample) + "\n")
-        samples_file.flush()
+        samples_log.append({"step": step, "prompt": prompt, "completion": completion, "reward": rewards[0].item()})
     return metrics
 
 

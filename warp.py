@@ -32,14 +32,16 @@ from minalign.merge import liti, merge_policies
 @dataclass
 class Config(train_policy.Config):
     out: str = flag("", "folder of the run (default: the next free runs/warp-N)")
-    steps: int = flag(100, "optimizer steps of each policy")
+    steps: int = flag(100, "optimizer steps of each policy", within="[1, inf)")
     anchor: str = flag("ema", "what the KL is measured from: theta_init, or an average of the policy", ("fixed", "ema"))
-    eval_every: int = flag(20, "steps between evaluations: the points of the training curves")
-    iterations: int = flag(2, "I: how often to train, merge and start again")
-    runs: int = flag(2, "M: policies per iteration; they differ in the order of prompts and in sampling")
-    eta: float = flag(0.5, "how far theta_init moves towards the merge between iterations, in [0, 1]")
+    eval_every: int = flag(20, "steps between evaluations: the points of the training curves", within="[1, inf)")
+    iterations: int = flag(2, "I: how often to train, merge and start again", within="[1, inf)")
+    runs: int = flag(2, "M: policies per iteration; they differ in the order of prompts and in sampling", within="[1, inf)")
+    eta: float = flag(0.5, "how far theta_init moves towards the merge between iterations, in [0, 1]", within="[0, 1]")
     method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
-    scope: str = flag("layer", "what shares an angle: a transformer layer, a tensor, the whole model", ("layer", "tensor", "model"))
+    scope: str = flag(
+        "layer", "what shares an angle: a transformer layer, a tensor, the whole model", ("layer", "tensor", "model")
+    )
     etas: str = flag("0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "points of the front: 0 is the start policy, 1 the last merge")
     keep: str = flag("", "points of the front to save as checkpoints, such as 0.3,0.5")
     resume: bool = flag(False, "go on with the run in --out: finished policies and merges are not repeated")
@@ -48,9 +50,6 @@ class Config(train_policy.Config):
 def resolve(config: Config) -> Config:
     """train_policy's checks and WARP's own."""
     config = train_policy.resolve(config)
-    require(config.runs >= 1, f"--runs {config.runs}: expected 1 or more")
-    require(config.iterations >= 1, f"--iterations {config.iterations}: expected 1 or more")
-    require(0 <= config.eta <= 1, f"--eta {config.eta}: expected a number in [0, 1]")
     etas = numbers("--etas", config.etas)
     require(bool(etas), "--etas: expected at least one number")
     require(all(a < b for a, b in zip(etas, etas[1:])), f"--etas {config.etas}: expected rising numbers")

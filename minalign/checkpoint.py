@@ -51,11 +51,15 @@ def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {path}: cannot be loaded as a causal language model: {first_line(error)}") from error
     if report["missing_keys"]:
-        raise UserError(f"--model {path}: weights missing: {', '.join(sorted(report['missing_keys'])[:3])}: not a causal "
-                        "language model, or a broken checkpoint")
+        raise UserError(
+            f"--model {path}: weights missing: {', '.join(sorted(report['missing_keys'])[:3])}: not a causal "
+            "language model, or a broken checkpoint"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {path}: the tokenizer has no end token, so no completion could end: set eos_token (and "
-                        "pad_token) in its tokenizer_config.json")
+        raise UserError(
+            f"--model {path}: the tokenizer has no end token, so no completion could end: set eos_token (and "
+            "pad_token) in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

@@ -34,9 +34,23 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def flag(default, help: str, choices: tuple[str, ...] | None = None):
-    """A dataclass field that is a command-line flag: `batch_size: int = flag(64, "completions a step")`."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help: str, choices: tuple[str, ...] | None = None, within: str = ""):
+    """A dataclass field that is a command-line flag: `batch_size: int = flag(64, "completions a step", within="[1, inf)")`.
+
+    `within` is an interval that the value must lie in: a bracket includes its end, a parenthesis leaves it out.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
+
+
+def lies_within(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval.
+
+    >>> lies_within(0, "(0, 1]"), lies_within(1, "(0, 1]"), lies_within(float("nan"), "[0, inf)")
+    (False, True, False)
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
 
 
 def parse_flags(config_class: type, description: str, argv: list[str] | None = None):
@@ -63,12 +77,19 @@ def parse_flags(config_class: type, description: str, argv: list[str] | None = N
             parser.add_argument(name, action="store_true", help=help)
         elif values:
             count = "+" if typing.get_origin(kind) is list else len(values)
-            parser.add_argument(name, type=values[0], nargs=count, default=field.default, metavar=values[0].__name__.upper(), help=help)
+            parser.add_argument(
+                name, type=values[0], nargs=count, default=field.default, metavar=values[0].__name__.upper(), help=help
+            )
         else:
             choices = field.metadata["choices"]
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
             parser.add_argument(name, type=kind, default=field.default, choices=choices, metavar=metavar, help=help)
-    return config_class(**vars(parser.parse_args(argv)))
+    config = config_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(config_class):
+        value, within = getattr(config, field.name), field.metadata["within"]
+        if within and value is not None and not lies_within(value, within):
+            parser.error(f"--{field.name.replace('_', '-')} {value}: expected a number in {within}")
+    return config
 
 
 def require(condition: bool, message: str) -> None:
@@ -129,7 +150,9 @@ def resumed_run(out: str, config) -> Path:
     for name, value in given.items():
         if name not in ("out", "resume", "device", "dtype") and ran.get(name) != value:
             flag_name = "--" + name.replace("_", "-")
-            raise UserError(f"--resume: {out} ran with {flag_name} {ran.get(name)}, now {value}: give the same, or another --out")
+            raise UserError(
+                f"--resume: {out} ran with {flag_name} {ran.get(name)}, now {value}: give the same, or another --out"
+            )
     return Path(out)
 
 
@@ -153,21 +176,30 @@ def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -
     print("  " + "  ".join(f"{name} {value}" for name, value in given.items() if value not in ("", None)))
 
 
+class JsonLines:
+    """A file of one JSON object a line, flushed line by line: a killed run keeps what it had."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "w")
+
+    def append(self, row: dict) -> None:
+        """Write one line; a number that is not finite becomes null, since JSON has none."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
 class MetricsLog:
-    """<folder>/metrics.jsonl, one JSON object a step, flushed line by line: a killed run keeps its curve."""
+    """<folder>/metrics.jsonl, and a printed table of some of it."""
 
     def __init__(self, folder: Path):
-        self.file = open(folder / "metrics.jsonl", "w")
+        self.lines = JsonLines(folder / "metrics.jsonl")
         self.start = time.monotonic()
         self.printed = 0
 
     def write(self, step: int, metrics: dict[str, float], columns: dict[str, str] | None = None) -> None:
         """Append {"step": step, "seconds": since the start, **metrics}; print `columns` of it (metric -> heading)."""
-        row = {"step": step, "seconds": round(time.monotonic() - self.start, 3), **metrics}
-        # JSON has no NaN: a strict reader (a browser, jq) would stop at the very line that matters.
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.lines.append({"step": step, "seconds": round(time.monotonic() - self.start, 3), **metrics})
         if columns:
             if self.printed % 25 == 0:
                 tqdm.write(" step" + "".join(f"{heading:>8}" for heading in columns.values()))

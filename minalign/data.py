@@ -16,6 +16,7 @@ from .common import UserError
 
 FILE_TYPES = (".jsonl", ".gz", ".json", ".csv", ".parquet")
 
+
 class Pair(NamedTuple):
     """One preference: two completions of a prompt (which may be ""), ratings and margin where the data has them."""
 
@@ -64,7 +65,9 @@ def read_rows(dataset: str, split: str = "train") -> list[dict]:
     path = Path(dataset)
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         rows = list(_read_jsonl(path))
-    elif path.exists() or (dataset.count("/") <= 1 and path.suffix not in FILE_TYPES and not dataset.startswith((".", "/", "~"))):
+    elif path.exists() or (
+        dataset.count("/") <= 1 and path.suffix not in FILE_TYPES and not dataset.startswith((".", "/", "~"))
+    ):
         rows = _read_with_datasets(path, dataset, split)
     else:
         raise UserError(f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or a hub id")
@@ -153,7 +156,10 @@ def load_pairs(
                 _text(row, "prompt", where, may_be_empty=True) if "prompt" in columns else "",
                 _text(row, "chosen", where),
                 _text(row, "rejected", where),
-                *(_number(row, name, where) if name in columns else None for name in ("chosen_rating", "rejected_rating", "margin")),
+                *(
+                    _number(row, name, where) if name in columns else None
+                    for name in ("chosen_rating", "rejected_rating", "margin")
+                ),
             )
             parts[held_out(pair.prompt or pair.chosen, seed, eval_share)].append(pair)
         reading = "prompt + chosen / rejected" if "prompt" in columns else "chosen / rejected"
@@ -169,14 +175,14 @@ def load_pairs(
         raise UserError(f"{dataset}: has columns {sorted(columns)}: expected chosen and rejected, or text and rating")
     print(f"{dataset}: {len(rows)} rows read as {reading}: {len(parts[0])} training and {len(parts[1])} held-out pairs")
     if not len(parts[0]) or not len(parts[1]):
-        raise UserError(f"{dataset}: {len(parts[0])} training and {len(parts[1])} held-out pairs: expected both, so more rows "
-                        "(or another --eval-share or --seed)")
+        raise UserError(
+            f"{dataset}: {len(parts[0])} training and {len(parts[1])} held-out pairs: expected both, so more rows "
+            "(or another --eval-share or --seed)"
+        )
     return parts[0], parts[1]
 
 
-def load_prompts(
-    dataset: str, split: str = "train", *, eval_share: float = 0.1, seed: int = 0
-) -> tuple[list[str], list[str]]:
+def load_prompts(dataset: str, split: str = "train", *, eval_share: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
     """Training and held-out prompts: the column `prompt`, or `text` where there is none; duplicates once."""
     rows = read_rows(dataset, split)
     column = next((name for name in ("prompt", "text") if name in rows[0]), None)
@@ -187,8 +193,10 @@ def load_prompts(
     evaluation = [prompt for prompt in prompts if held_out(prompt, seed, eval_share)]
     print(f"{dataset}: {len(rows)} rows: {len(train)} training and {len(evaluation)} held-out prompts from {column!r}")
     if not train or not evaluation:
-        raise UserError(f"{dataset}: {len(train)} training and {len(evaluation)} held-out prompts: expected both, so more "
-                        "rows (or another --eval-share or --seed)")
+        raise UserError(
+            f"{dataset}: {len(train)} training and {len(evaluation)} held-out prompts: expected both, so more "
+            "rows (or another --eval-share or --seed)"
+        )
     return train, evaluation
 
 
@@ -250,14 +258,14 @@ def encode_pairs(
             identical += 1
         else:
             examples.append(Example(chosen, rejected, pair))
-    print(f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} longer than "
-          f"{max_tokens} tokens dropped")
+    print(
+        f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} longer than "
+        f"{max_tokens} tokens dropped"
+    )
     return examples
 
 
-def length_grouped_batches(
-    lengths: Sequence[int], batch_size: int, generator: torch.Generator
-) -> Iterator[list[int]]:
+def length_grouped_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Endless batches of indices, each item once an epoch; items of like length together, so that little is padding.
 
     Each epoch is shuffled, cut into groups of 50 batches, and only within a group sorted by length; the last batch of

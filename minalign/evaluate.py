@@ -81,9 +81,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def split_end(
-    tokens: torch.Tensor, mask: torch.Tensor, eos_token_ids: list[int]
-) -> tuple[list[list[int]], torch.Tensor]:
+def split_end(tokens: torch.Tensor, mask: torch.Tensor, eos_token_ids: list[int]) -> tuple[list[list[int]], torch.Tensor]:
     """Completions of a Rollout as id lists without their end tokens, and which of them ended by themselves (B,) bool.
 
     >>> split_end(torch.tensor([[5, 2, 0], [5, 6, 7]]), torch.tensor([[True, True, False], [True] * 3]), [2])

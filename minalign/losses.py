@@ -34,9 +34,7 @@ def bradley_terry_loss(
             "expected the same (B,): squeeze the last dimension of a one-label head"
         )
     if isinstance(margin, torch.Tensor) and margin.ndim and margin.shape != chosen_rewards.shape:
-        raise ValueError(
-            f"got margin {tuple(margin.shape)}, expected {tuple(chosen_rewards.shape)}: one margin per pair"
-        )
+        raise ValueError(f"got margin {tuple(margin.shape)}, expected {tuple(chosen_rewards.shape)}: one margin per pair")
     # Half precision goes up to float32; float64 stays, as its rewards may not fit into float32.
     dtype = torch.promote_types(chosen_rewards.dtype, torch.float32)
     difference = chosen_rewards.to(dtype) - rejected_rewards.to(dtype) - (0.0 if margin is None else margin)
@@ -68,9 +66,7 @@ def centering_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tens
     return (chosen_rewards.float() + rejected_rewards.float()).square()
 
 
-def ordinal_pairwise_loss(
-    chosen_logits: torch.Tensor, rejected_logits: torch.Tensor, ties: str = "half"
-) -> torch.Tensor:
+def ordinal_pairwise_loss(chosen_logits: torch.Tensor, rejected_logits: torch.Tensor, ties: str = "half") -> torch.Tensor:
     """Negative log-probability that the chosen text scores higher, each score drawn from its own distribution.
 
         L = -log[ P(S_c > S_r) + P(S_c = S_r) / 2 ],  S_c ~ softmax(z_c), S_r ~ softmax(z_r) over 1..K
@@ -127,9 +123,7 @@ def ordinal_rating_loss(logits: torch.Tensor, ratings: torch.Tensor) -> torch.Te
     tensor([0.5556, 0.2222])
     """
     if logits.ndim != 2 or ratings.shape != logits.shape[:1]:
-        raise ValueError(
-            f"got logits {tuple(logits.shape)} and ratings {tuple(ratings.shape)}, expected (B, K) and (B,)"
-        )
+        raise ValueError(f"got logits {tuple(logits.shape)} and ratings {tuple(ratings.shape)}, expected (B, K) and (B,)")
     num_scores = logits.shape[1]
     ratings = ratings.float()
     if not bool(((ratings >= 1) & (ratings <= num_scores)).all()):

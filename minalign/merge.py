@@ -164,9 +164,7 @@ def slerp_many(deltas: list[torch.Tensor]) -> torch.Tensor:
     return merged.float()
 
 
-def liti(
-    init_state: dict[str, torch.Tensor], state: dict[str, torch.Tensor], eta: float
-) -> dict[str, torch.Tensor]:
+def liti(init_state: dict[str, torch.Tensor], state: dict[str, torch.Tensor], eta: float) -> dict[str, torch.Tensor]:
     """Linear interpolation towards the initialisation.
 
         (1 - eta) theta_init + eta theta        (WARP, arXiv 2406.16768: LITI)

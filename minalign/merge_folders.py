@@ -26,7 +26,7 @@ class Config:
     method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
     scope: str = flag("layer", "what shares an angle", ("layer", "tensor", "model"))
     lam: float | None = flag(None, "weight of the second of two models (default: 1/2)")
-    eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged")
+    eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged", within="[0, 1]")
 
 
 class SavedTensors(Mapping):
@@ -101,10 +101,17 @@ def merge_folders(config: Config) -> dict[str, dict]:
     for path, state in zip(config.models, states):
         for file in ("tokenizer.json", "vocab.json", "tokenizer.model"):
             ours, theirs = init.folder / file, state.folder / file
-            require(_vocabulary(ours) == _vocabulary(theirs), f"{path}: its {file} has another vocabulary than {config.init}'s: merge models of one init")
+            require(
+                _vocabulary(ours) == _vocabulary(theirs),
+                f"{path}: its {file} has another vocabulary than {config.init}'s: merge models of one init",
+            )
     with whole_folder(Path(config.out)) as folder:
         for file in sorted(init.folder.iterdir()):
-            if file.is_file() and file.suffix not in (".safetensors", ".bin", ".pt", ".pth") and not file.name.endswith(".index.json"):
+            if (
+                file.is_file()
+                and file.suffix not in (".safetensors", ".bin", ".pt", ".pth")
+                and not file.name.endswith(".index.json")
+            ):
                 shutil.copy(file, folder)
         shards = Shards(folder, init, config.eta)
         try:
@@ -143,7 +150,6 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_flags(Config, "Merge saved models by their task vectors (WARP).", argv)
     for name in ("init", "models", "out"):
         require(bool(getattr(config, name)), f"--{name} is missing")
-    require(0 <= config.eta <= 1, f"--eta {config.eta}: expected a number in [0, 1]")
     require(not Path(config.out).exists(), f"--out {config.out}: exists: choose another folder or remove that one")
     print(angle_summary(merge_folders(config)))
     print(f"saved {config.out}")

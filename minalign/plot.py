@@ -33,7 +33,9 @@ def plot_front(results: dict, path: Path) -> None:
         for point in front:
             if point["eta"] in (0, 0.5, 1):
                 name = {0: "start policy", 1: "$\\eta=1$"}.get(point["eta"], f"$\\eta={point['eta']:g}$")
-                axis.annotate(name, (point["kl_sft"], point[key]), xytext=(7, -11), textcoords="offset points", color=BLUE, fontsize=9)
+                axis.annotate(
+                    name, (point["kl_sft"], point[key]), xytext=(7, -11), textcoords="offset points", color=BLUE, fontsize=9
+                )
         for merge in results["merges"]:
             axis.plot(merge["kl_sft"], merge[key], "D", color=ORANGE, ms=7, zorder=3,
                       label="merge of an iteration" if merge["iteration"] == 1 else None)  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 class MovingAverageBaseline:
     """The running mean of earlier rewards, subtracted from new ones.
 
-        A_i = R_i - b,   b = mean of all rewards of earlier batches        (Back to Basics, arXiv 2402.14740: REINFORCE with baseline)
+        A_i = R_i - b,   b = mean of all rewards of earlier batches        (REINFORCE with baseline, arXiv 2402.14740)
 
     b is read before this batch enters it: a baseline that holds the sample itself would shrink its gradient. The first
     batch has no history, so each of its samples gets the mean of the others (a lone sample gets 0).

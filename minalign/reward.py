@@ -45,14 +45,14 @@ class RewardModel:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"--rm {path}: cannot be loaded as a sequence classifier: {first_line(error)}") from error
         if report["missing_keys"]:  # transformers would go on with a random head
-            raise UserError(f"--rm {path}: no trained classification head ({', '.join(sorted(report['missing_keys'])[:3])} "
-                            "missing): make one with train_rm.py")
+            raise UserError(
+                f"--rm {path}: no trained classification head ({', '.join(sorted(report['missing_keys'])[:3])} "
+                "missing): make one with train_rm.py"
+            )
         return cls(model.to(device), tokenizer)
 
     @classmethod
-    def from_backbone(
-        cls, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_labels: int
-    ) -> "RewardModel":
+    def from_backbone(cls, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_labels: int) -> "RewardModel":
         """A new reward model on a copy of a causal language model's body, with a small random head.
 
         Without a pad token of its own, transformers would later pool on the wrong token: where the tokenizer has none
@@ -107,8 +107,10 @@ class RewardModel:
         ids, mask = pad(rows, "right", self.model.device)
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context and ids.shape[1] > context:
-            raise UserError(f"got a text of {ids.shape[1]} tokens, expected at most {context}, the reward model's context: "
-                            "shorten the prompts or --max-new-tokens")
+            raise UserError(
+                f"got a text of {ids.shape[1]} tokens, expected at most {context}, the reward model's context: "
+                "shorten the prompts or --max-new-tokens"
+            )
         if not hasattr(self.model, "score"):  # an encoder with a pooling of its own
             return self.model(input_ids=ids, attention_mask=mask).logits.float()
         hidden = self.model.base_model(

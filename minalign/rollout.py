@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .logprobs import position_ids_from_mask
+from .logprobs import position_ids_from_mask, token_logprobs
 
 
 class Rollout(NamedTuple):
@@ -149,3 +149,21 @@ def completion_logits(
         logits_to_keep=tokens.shape[1] + 1,
     )
     return output.logits[:, :-1]
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float,
+    micro_batch_size: int,
+) -> torch.Tensor:
+    """Log-probs (B, T) of sampled completions under a frozen model: `completion_logits` and `token_logprobs`.
+
+    `micro_batch_size` rows at a time, without a graph; the arguments are those of the two functions.
+    """
+    parts = zip(*(tensor.split(micro_batch_size) for tensor in (input_ids, attention_mask, tokens, mask)))
+    return torch.cat([token_logprobs(completion_logits(model, *part), part[2], temperature) for part in parts])

@@ -54,7 +54,8 @@ def test_singular_pairs_fall_back_on_lerp():
 
 
 @pytest.mark.parametrize(
-    ("count", "weights"), [(3, [0.612, 0.612, 0.5]), (4, [0.566, 0.566, 0.462, 0.383]), (5, [0.538, 0.538, 0.439, 0.364, 0.309])]
+    ("count", "weights"),
+    [(3, [0.612, 0.612, 0.5]), (4, [0.566, 0.566, 0.462, 0.383]), (5, [0.538, 0.538, 0.439, 0.364, 0.309])],
 )
 def test_the_recursion_weighs_orthonormal_vectors_as_the_paper_does(count, weights):
     merged = slerp_many(list(torch.eye(count)))
@@ -217,7 +218,12 @@ def test_bad_merges_are_refused_by_name():
             liti(init, broken, 0.5)
         with pytest.raises(ValueError, match="'[bc]'"):
             task_vector(broken, init)
-    for arguments in ([], "slerp"), ([state], "mean"), ([state, state, state], "slerp", "layer", 0.3), ([state], "slerp", "block"):
+    for arguments in (
+        ([], "slerp"),
+        ([state], "mean"),
+        ([state, state, state], "slerp", "layer", 0.3),
+        ([state], "slerp", "block"),
+    ):
         with pytest.raises(ValueError, match="expected"):
             merge_policies(init, *arguments)
     with pytest.raises(ValueError, match="float32"):

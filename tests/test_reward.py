@@ -251,6 +251,14 @@ def test_the_backbone_is_copied_not_changed():
     assert all(torch.equal(weight, weights[name]) for name, weight in backbone.state_dict().items())
 
 
+def test_a_new_head_is_small_and_float32_whatever_the_backbone_is():
+    """N(0, 1 / (D + 1)): large heads make the first steps noise (B12)."""
+    tokenizer = toy.make_tokenizer()
+    reward_model = RewardModel.from_backbone(make_backbone("llama", tokenizer).bfloat16(), tokenizer, num_labels=200)
+    assert {parameter.dtype for parameter in reward_model.model.parameters()} == {torch.float32}
+    assert reward_model.model.score.weight.std().item() == pytest.approx(33**-0.5, rel=0.05)
+
+
 def test_a_language_model_without_a_head_is_refused(tmp_path):
     tokenizer = toy.make_tokenizer()
     make_backbone("llama", tokenizer).save_pretrained(tmp_path)

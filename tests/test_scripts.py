@@ -203,7 +203,10 @@ def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys):
     from minalign.merge import liti, merge_policies
 
     second_init = liti(start, merges[1], 0.25)
-    expected = {1: merge_policies(start, [runs[1, 1], runs[1, 2]])[0], 2: merge_policies(second_init, [runs[2, 1], runs[2, 2]])[0]}
+    expected = {
+        1: merge_policies(start, [runs[1, 1], runs[1, 2]])[0],
+        2: merge_policies(second_init, [runs[2, 1], runs[2, 2]])[0],
+    }
     for i in (1, 2):  # the policies are merged (not their EMAs), each iteration from its own theta_init
         for name, tensor in expected[i].items():
             torch.testing.assert_close(merges[i][name], tensor, rtol=1e-6, atol=1e-7)
@@ -231,7 +234,9 @@ def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys):
     assert json.loads((tmp_path / "killed/front.json").read_text())["front"] == results["front"]
     assert untouched.stat().st_mtime_ns == written
     capsys.readouterr()
-    assert "--eta" in fails(warp.main, [*flags[:-4], "--eta", "0.3", "--device", "cpu", "--out", str(tmp_path / "killed"), "--resume"], capsys)
+    assert "--eta" in fails(
+        warp.main, [*flags[:-4], "--eta", "0.3", "--device", "cpu", "--out", str(tmp_path / "killed"), "--resume"], capsys
+    )
 
 
 def test_nonfinite_rewards_stop_the_run_and_keep_the_policy(here, tmp_path, capsys, monkeypatch):
@@ -267,7 +272,9 @@ def test_training_on_files_with_a_model_of_another_tokenizer(here, tmp_path):
     other = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<end>", "<unk>", *words])}, unk_token="<unk>"))
     other.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<end>", unk_token="<unk>").save_pretrained(tmp_path / "gpt2")
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(words) + 2, n_positions=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(words) + 2, n_positions=40, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
     train_rm.main(["--model", str(tmp_path / "gpt2"), "--dataset", data, "--steps", "60", "--lr", "1e-2", "--batch-size", "8",
                    "--out", str(tmp_path / "rm"), "--device", "cpu"])  # fmt: skip
     assert metrics(tmp_path / "rm")[-1]["eval_accuracy"] == 1
@@ -347,7 +354,9 @@ def test_bad_models_end_with_one_line(here, tmp_path, capsys):
     tokenizer.eos_token = tokenizer.pad_token = None
     policy.save_pretrained(tmp_path / "endless")
     tokenizer.save_pretrained(tmp_path / "endless")
-    assert "eos_token" in fails(train_policy.main, ["--model", str(tmp_path / "endless"), "--rm", "rm", "--dataset", data, *out], capsys)
+    assert "eos_token" in fails(
+        train_policy.main, ["--model", str(tmp_path / "endless"), "--rm", "rm", "--dataset", data, *out], capsys
+    )
 
 
 def test_an_occupied_folder_is_refused(here, capsys):
@@ -356,6 +365,8 @@ def test_an_occupied_folder_is_refused(here, capsys):
 
 def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
     """Once in a process of its own: what a shell sees."""
-    done = subprocess.run([sys.executable, ROOT / "train_policy.py", "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_policy.py", "--no-such-flag"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "--no-such-flag" in done.stderr

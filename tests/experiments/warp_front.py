@@ -71,15 +71,21 @@ def report(folder: Path) -> None:
     """Gold at each KL, and WARP minus each arm with a 95% bootstrap interval over seeds."""
     seeds = sorted(int(path.stem.split("-")[-1]) for path in folder.glob("warp-*.json"))
     gold = {
-        name: np.array([[gold_at(json.loads((folder / f"{name}-{seed}.json").read_text()), kl) for kl in KLS] for seed in seeds])
+        name: np.array(
+            [[gold_at(json.loads((folder / f"{name}-{seed}.json").read_text()), kl) for kl in KLS] for seed in seeds]
+        )
         for name in ["warp", *arms(0)]
     }
     rows = [f"seeds {seeds}", f"{'gold at KL':16}" + "".join(f"{kl:>10g}" for kl in KLS)]
     for name, values in gold.items():
         reached = np.isfinite(values).sum(0)
-        rows.append(f"{name:16}" + "".join(f"{np.nanmean(v):8.2f}/{n}" if n else f"{'-':>10}" for v, n in zip(values.T, reached)))
+        rows.append(
+            f"{name:16}" + "".join(f"{np.nanmean(v):8.2f}/{n}" if n else f"{'-':>10}" for v, n in zip(values.T, reached))
+        )
     rows.append("(behind the bar: how many seeds reach that KL)")
-    best = {kind: max((f"{kind} {beta}" for beta in BETAS), key=lambda name: np.nanmean(gold[name])) for kind in ("fixed", "ema")}
+    best = {
+        kind: max((f"{kind} {beta}" for beta in BETAS), key=lambda name: np.nanmean(gold[name])) for kind in ("fixed", "ema")
+    }
     contrasts = {}
     for name in (best["fixed"], best["ema"], "double batch"):
         cells = []
