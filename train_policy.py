@@ -69,8 +69,8 @@ class Config:
 
 COLUMNS = {  # of the printed table: metric -> heading
     "reward": "reward", "kl_sft": "kl_sft", "kl_anchor": "kl_anch", "shaped_reward": "shaped", "baseline": "base",
-    "advantage_std": "adv_sd", "entropy": "entropy", "length": "length", "ended": "ended", "repeated": "repeat",
-    "grad_norm": "grad", "tokens_per_second": "tok/s",
+    "advantage_std": "adv_sd", "entropy": "entropy", "length": "length", "ended": "ended", "grad_norm": "grad",
+    "tokens_per_second": "tok/s",
 }  # fmt: skip
 
 
@@ -118,7 +118,6 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
     from minalign.rollout import completion_logits, completion_logprobs, generate
 
     device, tokenizer, reward_model = policy.device, task.tokenizer, task.reward_model
-    policy.eval()  # dropout stays off: with it, samples and log-probs would belong to different policies
     # A policy that starts at the start policy needs no second copy as its fixed anchor.
     at_start = all(torch.equal(a, b) for a, b in zip(policy.parameters(), task.start.parameters()))
     anchor = task.start if config.anchor == "fixed" and at_start else copy.deepcopy(policy).requires_grad_(False)
@@ -138,7 +137,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         with torch.no_grad(), autocast(device, dtype):
             tokens, mask, sampling_logprobs = generate(
                 policy, input_ids, attention_mask, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                eos_token_ids=task.eos_token_ids, pad_token_id=tokenizer.pad_token_id, generator=sampling,
+                eos_token_ids=task.eos_token_ids, pad_token_id=0, generator=sampling,
             )  # fmt: skip
 
             # r(x, y), in the text format that the reward model was trained on
@@ -217,8 +216,8 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         log.write(step, metrics, COLUMNS)
         if "eval_reward" in metrics:
             tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
-        prompt, completion = decode_parts(tokenizer, rows[0], completions[0])
-        samples_log.append({"step": step, "prompt": prompt, "completion": completion, "reward": rewards[0].item()})
+        texts = dict(zip(("prompt", "completion"), decode_parts(tokenizer, rows[0], completions[0])))
+        samples_log.append({"step": step, **texts, "reward": rewards[0].item()})
     return metrics
 
 

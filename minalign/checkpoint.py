@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -13,6 +14,8 @@ from .common import UserError
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)  # what broken checkpoints raise
 
 
 @contextlib.contextmanager
@@ -48,7 +51,7 @@ def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         folder = model_folder(path)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"--model {path}: cannot be loaded as a causal language model: {first_line(error)}") from error
     if report["missing_keys"]:
         raise UserError(

@@ -69,10 +69,11 @@ def parse_flags(config_class: type, description: str, argv: list[str] | None = N
     for field in dataclasses.fields(config_class):
         kind = kinds[field.name]
         if isinstance(kind, types.UnionType):
-            kind = next(t for t in typing.get_args(kind) if t is not type(None))
+            kind = kinds[field.name] = next(t for t in typing.get_args(kind) if t is not type(None))
         values = typing.get_args(kind)  # of a tuple, or a list
         name = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"] + ("" if field.default in (None, "", False) else f" (default: {field.default})")
+        shown = not (field.default is None or field.default is False or field.default == "")
+        help = field.metadata["help"] + (f" (default: {field.default})" if shown else "")
         if kind is bool:
             parser.add_argument(name, action="store_true", help=help)
         elif values:
@@ -87,6 +88,8 @@ def parse_flags(config_class: type, description: str, argv: list[str] | None = N
     config = config_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(config_class):
         value, within = getattr(config, field.name), field.metadata["within"]
+        if typing.get_origin(kinds[field.name]) is tuple and value is not None:
+            setattr(config, field.name, tuple(value))  # argparse gives a list
         if within and value is not None and not lies_within(value, within):
             parser.error(f"--{field.name.replace('_', '-')} {value}: expected a number in {within}")
     return config

@@ -43,9 +43,13 @@ class RatedPairs(Sequence):
         order = sorted(range(len(texts)), key=lambda i: ratings[i])
         self.texts = [texts[i] for i in order]
         self.ratings = [ratings[i] for i in order]
-        # Strictly worse even at min_gap 0: two equal ratings are no preference.
+        # The difference itself is compared (a bound r - min_gap would round), and at min_gap 0 equal ratings are no pair.
         beaten = [
-            min(bisect.bisect_right(self.ratings, r - min_gap), bisect.bisect_left(self.ratings, r)) for r in self.ratings
+            min(
+                bisect.bisect_right(self.ratings, -min_gap, key=lambda other: other - rating),  # noqa: B023
+                bisect.bisect_left(self.ratings, rating),
+            )
+            for rating in self.ratings
         ]
         self.end = list(itertools.accumulate(beaten))  # pairs won by the texts up to and including this one
 
@@ -78,10 +82,12 @@ def read_rows(dataset: str, split: str = "train") -> list[dict]:
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
     # Not with datasets: its error for a broken row does not name the row.
+    number = 0  # of rows, as everywhere: blank lines do not count
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
                 if line.strip():
+                    number += 1
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise UserError(f'{path}: row {number}: got {line.strip()[:40]}, expected {{"column": value, ...}}')
@@ -205,15 +211,14 @@ def encode(tokenizer, text: str, end: bool) -> list[int]:
 
     The one formatter: prompts of the policy (end=False), texts of the reward model in training and scoring (end=True).
     """
+    begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     ids = list(tokenizer(text)["input_ids"])
-    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        ids.insert(0, tokenizer.bos_token_id)
-    has_end = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-    if end and tokenizer.eos_token_id is not None and not has_end:
-        ids.append(tokenizer.eos_token_id)
-    if not end and has_end:  # some tokenizers append it by themselves: a prompt must stay open
+    # Some tokenizers add them by themselves, some templates write them into the text, some do both.
+    while begin is not None and ids[:1] == [begin]:
+        ids.pop(0)
+    while eos is not None and ids[-1:] == [eos]:
         ids.pop()
-    return ids
+    return [begin] * (begin is not None) + ids + [eos] * (end and eos is not None)
 
 
 def pad(rows: Sequence[list[int]], side: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

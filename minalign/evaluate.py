@@ -50,7 +50,7 @@ def evaluate_policy(
         input_ids, attention_mask = pad(rows, "left", policy.device)
         tokens, mask, _ = generate(
             policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_token_ids=eos_token_ids, pad_token_id=tokenizer.pad_token_id, generator=generator,
+            eos_token_ids=eos_token_ids, pad_token_id=0, generator=generator,
         )  # fmt: skip
         kl = exact_kl(
             completion_logits(policy, input_ids, attention_mask, tokens, mask),

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import first_line, model_folder, whole_folder
+from .checkpoint import LOADING_ERRORS, first_line, model_folder, whole_folder
 from .common import UserError, flag, parse_flags, require
 from .merge import merge_policies
 
@@ -43,7 +43,7 @@ class SavedTensors(Mapping):
             else:
                 file = safe_open(self.folder / "model.safetensors", "pt")
                 self.file_of = dict.fromkeys(file.keys(), file)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except LOADING_ERRORS as error:
             raise UserError(f"{path}: no readable model.safetensors (or index of one): {first_line(error)}") from error
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoint import first_line, model_folder
+from .checkpoint import LOADING_ERRORS, first_line, model_folder
 from .common import UserError
 from .data import encode, pad
 from .logprobs import position_ids_from_mask
@@ -42,7 +42,7 @@ class RewardModel:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except LOADING_ERRORS as error:
             raise UserError(f"--rm {path}: cannot be loaded as a sequence classifier: {first_line(error)}") from error
         if report["missing_keys"]:  # transformers would go on with a random head
             raise UserError(
@@ -98,7 +98,9 @@ class RewardModel:
         if same_ids(tokenizer, self.tokenizer):
             end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
             return [prompt + completion + end for prompt, completion in zip(prompts, completions)]
-        texts = [tokenizer.decode(p + c, skip_special_tokens=True) for p, c in zip(prompts, completions)]
+        # All but the begin token, which encode() puts back: the markers of a chat prompt are special tokens, too.
+        bare = [prompt[1:] if prompt[:1] == [tokenizer.bos_token_id] else prompt for prompt in prompts]
+        texts = [tokenizer.decode(prompt + completion) for prompt, completion in zip(bare, completions)]
         return [self.encode("", text) for text in texts]
 
     def forward(self, rows: Sequence[list[int]]) -> torch.Tensor:

@@ -65,7 +65,12 @@ def generate(
     True
     """
     attention_mask = attention_mask.bool()
-    if input_ids.ndim != 2 or input_ids.shape != attention_mask.shape or not bool(attention_mask[:, -1].all()):
+    if (
+        input_ids.ndim != 2
+        or input_ids.shape != attention_mask.shape
+        or not input_ids.numel()
+        or not attention_mask[:, -1].all()
+    ):
         raise ValueError(
             f"got input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}, expected the same "
             "(B, P) with a real token at the end of each row: pad prompts on the left, and give each at least one token"
@@ -126,7 +131,7 @@ def completion_logits(
     first comes from the last column of the prompt, whose width (not length) is the same for all rows.
 
     Args:
-        model: a causal language model; its mode is used as it is (eval: no dropout).
+        model: a causal language model; dropout is off, and its mode is put back.
         input_ids, attention_mask: (B, P), prompts padded on the left.
         tokens, mask: (B, T) of a Rollout.
     Returns:
@@ -141,6 +146,8 @@ def completion_logits(
     """
     full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
     ids = torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0)
+    was_training = model.training
+    model.eval()
     output = model(
         input_ids=ids,
         attention_mask=full_mask.long(),
@@ -148,6 +155,7 @@ def completion_logits(
         use_cache=False,
         logits_to_keep=tokens.shape[1] + 1,
     )
+    model.train(was_training)
     return output.logits[:, :-1]
 
 
@@ -165,5 +173,6 @@ def completion_logprobs(
 
     `micro_batch_size` rows at a time, without a graph; the arguments are those of the two functions.
     """
+    tokens = tokens.masked_fill(~mask, 0)  # a pad id may lie outside the vocabulary
     parts = zip(*(tensor.split(micro_batch_size) for tensor in (input_ids, attention_mask, tokens, mask)))
     return torch.cat([token_logprobs(completion_logits(model, *part), part[2], temperature) for part in parts])

@@ -67,7 +67,7 @@ def write_prompt(rng: random.Random) -> str:
     """The beginning of a review, up to the "is" of its first or second clause.
 
     >>> write_prompt(random.Random(1))
-    'frankly , the plot is slightly neat but the cast is'
+    'frankly , the acting is weak but the music is'
     """
     first, second = rng.sample(ASPECTS, 2)
     text = f"{rng.choice(OPENINGS)} ,"
@@ -80,7 +80,7 @@ def write_completion(rng: random.Random, prompt: str) -> str:
     """The rest of a review, by the grammar; prompt + completion is the whole text.
 
     >>> write_completion(random.Random(0), "overall , the plot is dull but the cast is")
-    ' plain and the music is awful .'
+    ' odd .'
     """
     aspects = [word for word in prompt.split() if word in ASPECTS]
     text = f" {_opinion(rng)}"

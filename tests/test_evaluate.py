@@ -81,9 +81,7 @@ def test_the_batch_size_changes_nothing(world):
     assert again == pytest.approx(metrics, rel=1e-4)
 
 
-@pytest.mark.parametrize("training", [
-    False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="dropout in the KL")),
-])  # fmt: skip
+@pytest.mark.parametrize("training", [False, True])
 def test_the_start_policy_has_no_kl_to_itself(training, world):
     start = make_policy().train(training)
     metrics, samples = evaluate_policy(start, copy.deepcopy(start), *world[2:], PROMPTS, seed=0, **SETTINGS)

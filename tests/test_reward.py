@@ -338,6 +338,15 @@ def test_a_policy_with_other_ids_is_scored_by_its_text():
     assert_near(logits[:, 0], reward_model.score(PROMPTS, COMPLETIONS))
 
 
+def test_markers_of_a_chat_prompt_are_scored_by_text_too():
+    policy_tokenizer, tokenizer = toy.make_tokenizer(), make_permuted_tokenizer()
+    for each in (policy_tokenizer, tokenizer):
+        each.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    reward_model, prompt = make_reward_model(tokenizer=tokenizer), "<|user|> overall , the plot is"
+    rollout = [encode(policy_tokenizer, prompt, end=False)], [policy_tokenizer(" good .")["input_ids"]]
+    assert reward_model.encode_rollout(policy_tokenizer, *rollout) == [reward_model.encode(prompt, " good .")]
+
+
 def test_a_sentiment_classifier_with_its_own_tokenizer_is_a_reward_model(tmp_path):
     torch.manual_seed(0)
     tokenizer = make_word_piece_tokenizer()

@@ -11,7 +11,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from minalign.logprobs import exact_kl, kl_k1, token_logprobs
-from minalign.rollout import completion_logits, generate
+from minalign.rollout import completion_logits, completion_logprobs, generate
 
 VOCABULARY, CONTEXT, EOS = 24, 32, 2
 PAD = VOCABULARY + 7  # outside the embedding on purpose
@@ -71,6 +71,21 @@ def test_sampling_logprobs_are_those_of_the_scoring_pass(family, device):
     rollout = sample(model, ids, mask)
     assert not rollout.mask.all(), "the case needs rows of unequal length"
     torch.testing.assert_close(rescored(model, ids, mask, rollout), rollout.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
+def test_frozen_logprobs_do_not_depend_on_the_micro_batch(micro_batch_size, device):
+    model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9, 1, 6] * 4, device)
+    rollout = sample(model, ids, mask, pad_token_id=0)
+    logprobs = completion_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, micro_batch_size)
+    torch.testing.assert_close(logprobs.masked_fill(~rollout.mask, 0.0), rollout.logprobs, atol=1e-5, rtol=0)
+    assert not logprobs.requires_grad
+
+
+def test_frozen_logprobs_with_a_pad_id_outside_the_vocabulary():
+    model, (ids, mask) = make_model("gpt2"), left_padded([3, 9, 1, 6] * 4)
+    rollout = sample(model, ids, mask)
+    completion_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, 16)
 
 
 @families
@@ -169,9 +184,11 @@ def test_sampling_stops_when_all_rows_have_ended(device):
 
 
 @families
-def test_dropout_is_off_while_sampling(family):
+def test_dropout_is_off_in_train_mode(family):
     model, (ids, mask) = make_model(family), left_padded([3, 9])
-    assert all(torch.equal(a, b) for a, b in zip(sample(model.eval(), ids, mask), sample(model.train(), ids, mask)))
+    rollout, again = sample(model.eval(), ids, mask), sample(model.train(), ids, mask)
+    assert all(torch.equal(a, b) for a, b in zip(rollout, again))
+    assert torch.equal(rescored(model.train(), ids, mask, rollout), rescored(model.eval(), ids, mask, rollout))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -257,7 +274,8 @@ def test_settings_without_meaning_are_refused(changes, message):
     ([[1, 2], [0, 0]], [[1, 1], [0, 0]]),  # an empty prompt
     ([[1, 2]], [[1, 1, 1]]),
     ([1, 2], [1, 1]),
+    ([[], []], [[], []]),
 ])  # fmt: skip
 def test_prompts_not_padded_on_the_left_are_refused(ids, mask):
     with pytest.raises(ValueError, match="pad prompts on the left"):
-        sample(make_model("gpt2"), torch.tensor(ids), torch.tensor(mask))
+        sample(make_model("gpt2"), torch.tensor(ids).long(), torch.tensor(mask))
