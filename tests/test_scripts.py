@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_policy
 import train_rm
 import warp
-from minalign import toy
+from minalign import rollout, toy
 from minalign.checkpoint import load_policy
 from minalign.common import one_line_errors
 from minalign.reward import RewardModel
@@ -127,57 +127,84 @@ def test_micro_batches_change_nothing(here, tmp_path):
     assert [row["grad_norm"] for row in whole] == pytest.approx([row["grad_norm"] for row in split], rel=1e-3)
 
 
-def test_one_step_is_the_update_that_the_equations_say(here, monkeypatch):
-    """The loop's gradient against one computed by hand from the samples that it drew."""
-    config = train_policy.resolve(train_policy.Config(rm="rm", steps=1, batch_size=12, micro_batch_size=5, beta=0.3,
-                                                      anchor="ema", mu=0.25, max_grad_norm=1e9, missing_eos_penalty=2.0,
-                                                      max_new_tokens=8, eval_prompts=4, temperature=0.7))  # fmt: skip
+def test_a_step_is_the_update_that_the_equations_say(here, monkeypatch):
+    """The second step's gradient, against one worked out row by row without padding from the samples that the loop drew.
+
+    The second, because only then policy and anchor differ and the baseline has a past.
+    """
+    config = train_policy.resolve(
+        train_policy.Config(rm="rm", steps=2, batch_size=12, micro_batch_size=5, beta=0.3, anchor="ema", mu=0.25, temperature=0.7,
+                            max_grad_norm=1e9, missing_eos_penalty=2.0, reward_clip=0.6, max_new_tokens=8, eval_prompts=4)
+    )  # fmt: skip
     task = train_policy.load_task(config, torch.device("cpu"), torch.float32)
     policy, tokenizer = load_policy(toy.start_policy_folder())
-    with torch.no_grad():  # away from the start, or the KL would be 0
-        for parameter in policy.parameters():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    anchor = {name: p.clone() for name, p in policy.named_parameters()}
-    drawn, stepped = {}, {}
-    import minalign.rollout as rollout
+    rollouts, gradients, anchors, random_states = [], [], [], []
 
-    real_generate = rollout.generate
+    def recorded_generate(model, ids, mask, **keywords):
+        random_states.append(keywords["generator"].get_state())
+        rollouts.append((ids, mask, rollout.generate.real(model, ids, mask, **keywords)))
+        return rollouts[-1][2]
 
-    def generate(model, ids, mask, **keywords):
-        drawn.setdefault("rollout", (ids, mask, real_generate(model, ids, mask, **keywords)))
-        return drawn["rollout"][2] if ids is drawn["rollout"][0] else real_generate(model, ids, mask, **keywords)
+    def fake_step(optimizer):  # the first step goes somewhere far, the second is looked at
+        gradients.append([p.grad.clone() for p in policy.parameters()])
+        if len(gradients) == 1:
+            noise = torch.Generator().manual_seed(1)
+            for parameter in policy.parameters():
+                parameter.data += 0.03 * torch.randn(parameter.shape, generator=noise)
 
-    monkeypatch.setattr(rollout, "generate", generate)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.update(
-        grads=[p.grad.clone() for p in self.param_groups[0]["params"]]))  # fmt: skip
-    moved = {}
-    monkeypatch.setattr(train_policy, "ema_update_", lambda ema, theta, mu: moved.update(mu=mu, ema=ema))
-    out = here / "one-step"
+    recorded_generate.real = rollout.generate
+    monkeypatch.setattr(rollout, "generate", recorded_generate)
+    monkeypatch.setattr(torch.optim.AdamW, "step", fake_step)
+    monkeypatch.setattr(train_policy, "ema_update_", lambda ema, theta, mu: anchors.append((mu, ema, theta)))
+    out = here / "two-steps"
     out.mkdir()
     train_policy.train(config, task, policy, out, torch.float32)
 
-    ids, mask, (tokens, token_mask, _) = drawn["rollout"]
-    ended = torch.tensor([2 in row for row in tokens.tolist()])
-    assert 0 < ended.sum() < 12  # both kinds are there
-    logprob_sums, rewards = [], []
-    for row, row_mask, completion, length in zip(ids, mask, tokens, token_mask.sum(1)):  # one by one: no padding anywhere
-        prompt, completion = row[row_mask.bool()], completion[:length]
-        logits = policy(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
-        logprob_sums.append(logits.log_softmax(1)[torch.arange(len(completion)), completion].sum())
-        text = tokenizer.decode(torch.cat([prompt, completion]), skip_special_tokens=True)
-        rewards.append(task.reward_model.score([""], [text])[0].item())
-    rewards = torch.tensor(rewards, dtype=torch.double) - 2.0 * ~ended
-    # The EMA anchor starts at the policy itself, so the KL of this step is 0, and kl_sft is not.
-    advantages = (rewards - rewards.mean()) * 12 / 11
-    loss = -(advantages * torch.stack(logprob_sums)).mean()
-    expected = torch.autograd.grad(loss, list(policy.parameters()))
-    for got, want in zip(stepped["grads"], expected):
+    def by_hand(ids, mask, drawn):
+        """Scores, and log-probs of whole completions under policy and anchor (the start policy: no EMA update was made)."""
+        scores, logprobs, anchor_logprobs = [], [], []
+        for row, row_mask, completion, length in zip(ids, mask.bool(), drawn.tokens, drawn.mask.sum(1)):
+            prompt, completion = row[row_mask], completion[:length]
+            for model, sums in ((policy, logprobs), (task.start, anchor_logprobs)):
+                logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
+                sums.append(logits.log_softmax(1)[torch.arange(length), completion].sum())
+            text = tokenizer.decode(torch.cat([prompt, completion]), skip_special_tokens=True)
+            score = task.reward_model.score([""], [text])[0].clamp(-0.6, 0.6)
+            scores.append(score - 2.0 * (2 not in completion))
+        return torch.stack(scores).double(), torch.stack(logprobs), torch.stack(anchor_logprobs)
+
+    first_scores, _, _ = by_hand(*rollouts[0])
+    scores, logprobs, anchor_logprobs = by_hand(*rollouts[1])
+    kl = logprobs - anchor_logprobs
+    advantages = (scores - 0.3 * kl - first_scores.mean()).detach()
+    expected = torch.autograd.grad(-(advantages * logprobs).mean(), list(policy.parameters()))
+    for got, want in zip(gradients[1], expected):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
-    assert moved["mu"] == 0.25
-    row = metrics(out)[0]
-    assert row["kl_anchor"] == pytest.approx(0, abs=1e-4) and abs(row["kl_sft"]) > 0.01
-    assert row["ended"] == pytest.approx(ended.float().mean().item())
-    assert all(torch.equal(a, anchor[name]) for a, name in zip(moved["ema"], anchor))
+
+    first, second = metrics(out)
+    assert first["kl_sft"] == pytest.approx(0, abs=1e-4) and 0.05 < abs(second["kl_sft"]) == pytest.approx(
+        abs(kl.mean().item()), rel=1e-3
+    )
+    assert second["baseline"] == pytest.approx(first_scores.mean().item(), rel=1e-4)
+    assert second["shaped_reward"] == pytest.approx((scores - 0.3 * kl).mean().item(), rel=1e-3)
+    assert 0 < second["ended"] < 1  # both kinds were there
+    assert not torch.equal(*random_states)  # each step draws its own numbers
+    assert [mu for mu, _, _ in anchors] == [0.25, 0.25]
+    assert all(a.data_ptr() != p.data_ptr() for a, p in zip(anchors[0][1], policy.parameters()))
+
+
+def test_the_samples_of_a_prompt_stand_side_by_side(here, tmp_path, monkeypatch):
+    """What leave-one-out takes for a group must be one."""
+    seen = []
+    real = RewardModel.encode_rollout
+    monkeypatch.setattr(RewardModel, "encode_rollout", lambda self, *args: seen.append(args[1:]) or real(self, *args))
+    train_policy.main(["--rm", "rm", "--baseline", "rloo", "--group-size", "4", "--batch-size", "16", "--steps", "1",
+                       "--eval-prompts", "4", "--out", str(tmp_path / "groups"), "--device", "cpu"])  # fmt: skip
+    prompts, completions = next((p, c) for p, c in seen if len(p) == 16)
+    groups = [prompts[i : i + 4] for i in range(0, 16, 4)]
+    assert all(group == [group[0]] * 4 for group in groups)
+    assert len({tuple(group[0]) for group in groups}) == 4
+    assert len({tuple(completion) for completion in completions[:4]}) > 1
 
 
 def test_an_ema_anchor_trails_the_policy(here, tmp_path):
