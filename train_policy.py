@@ -272,12 +272,12 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(config.dtype, device)
     out = new_run(config.out, "policy")
     show_config(config, device, reason, dtype)
-    write_config(out, config, device, dtype)
 
     from minalign.checkpoint import whole_folder
     from minalign.evaluate import before_after_table, show_samples
 
     task = load_task(config, device, dtype)
+    write_config(out, config, device, dtype)
     policy = copy.deepcopy(task.start).requires_grad_(True)
     before, samples_before = evaluate(config, task, policy, dtype)
     show_samples("before", samples_before)

@@ -186,6 +186,7 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
     steps = config.steps or math.ceil(len(examples) / config.batch_size)
 
     optimizer = torch.optim.AdamW(reward_model.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    write_config(out, config, device, dtype)
     log, best = MetricsLog(out), None
     for step in tqdm(range(1, steps + 1), desc="reward model", unit="step"):
         batch = [examples[i] for i in next(batches)]
@@ -203,6 +204,9 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
             loss += micro_loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), config.max_grad_norm).item()
         if not math.isfinite(loss + grad_norm):
+            if best is None:
+                with whole_folder(out / "model") as folder:
+                    reward_model.save_pretrained(folder)
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: {out} keeps the last good model: lower --lr")
         optimizer.step()
 
@@ -246,7 +250,6 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(config.dtype, device)
     out = new_run(config.out, "rm")
     show_config(config, device, reason, dtype)
-    write_config(out, config, device, dtype)
     train(config, out, device, dtype)
     print(f"saved {out}/model")
 

@@ -160,10 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(config.dtype, device)
     out = resumed_run(config.out, config) if config.resume else new_run(config.out, "warp")
     show_config(config, device, reason, dtype)
+    task = train_policy.load_task(config, device, dtype)
     if not config.resume:
         write_config(out, config, device, dtype)
-
-    task = train_policy.load_task(config, device, dtype)
     results = run_warp(config, task, out, dtype)
 
     print(f"\nsaved {out}/iteration-{config.iterations}/merged/model, {out}/front.json", end="")

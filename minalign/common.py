@@ -118,9 +118,9 @@ def pick_device(name: str) -> tuple[torch.device, str]:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the forward passes: "auto" is bfloat16 autocast on CUDA, float32 elsewhere. Weights stay float32."""
+    """Precision of the forward passes: "auto" is bfloat16 where CUDA has it, else float32. Weights stay float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

@@ -374,9 +374,7 @@ def test_bad_models_end_with_one_line(here, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")]
     assert "head" in fails(train_policy.main, ["--rm", toy.start_policy_folder(), *out], capsys)
     data = jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"again , the {a} is"} for a in toy.ASPECTS])
-    (tmp_path / "run").rename(tmp_path / "old")
     assert "nowhere" in fails(train_policy.main, ["--model", "./nowhere", "--rm", "rm", "--dataset", data, *out], capsys)
-    (tmp_path / "run").rename(tmp_path / "older")
     policy, tokenizer = load_policy(toy.start_policy_folder())
     tokenizer.eos_token = tokenizer.pad_token = None
     policy.save_pretrained(tmp_path / "endless")
