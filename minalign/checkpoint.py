@@ -15,7 +15,7 @@ from .common import UserError
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, SafetensorError)  # what broken checkpoints raise
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)  # what broken checkpoints raise
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def task_vector(state: dict[str, torch.Tensor], init_state: dict[str, torch.Tens
     >>> task_vector({"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])})
     {'w': tensor([2.])}
     """
-    for name in {**init_state, **state}:
+    for name in dict.fromkeys([*init_state, *state]):
         shapes = [tuple(s[name].shape) if name in s else "missing" for s in (init_state, state)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"got {name!r}: {shapes[0]} and {shapes[1]}, expected the same keys and shapes")
@@ -180,7 +180,7 @@ def liti(init_state: dict[str, torch.Tensor], state: dict[str, torch.Tensor], et
     >>> liti({"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}, 0.25)
     {'w': tensor([0.5000])}
     """
-    for name in {**init_state, **state}:
+    for name in dict.fromkeys([*init_state, *state]):
         shapes = [tuple(s[name].shape) if name in s else "missing" for s in (init_state, state)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"got {name!r}: {shapes[0]} and {shapes[1]}, expected the same keys and shapes")
@@ -238,7 +238,7 @@ def merge_policies(
     if not states or (lam is not None and (len(states) != 2 or method == "slerp-symmetric")):
         raise ValueError(f"got {len(states)} states, method={method!r} and lam={lam}, expected 1 or more; lam is for two")
     for m, state in enumerate(states, 1):
-        for name in {**init_state, **state}:
+        for name in dict.fromkeys([*init_state, *state]):
             shapes = [tuple(s[name].shape) if name in s else "missing" for s in (init_state, state)]
             if shapes[0] != shapes[1]:
                 raise ValueError(

@@ -170,10 +170,13 @@ def test_a_device_that_is_not_there_is_refused(name):
         pick_device(name)
 
 
-def test_precision_is_bfloat16_on_cuda_alone():
+@pytest.mark.parametrize("able", [True, False])
+def test_precision_is_bfloat16_where_cuda_has_it(able, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert pick_dtype("auto", cpu) == pick_dtype("float32", cuda) == torch.float32
-    assert pick_dtype("auto", cuda) == pick_dtype("bfloat16", cpu) == torch.bfloat16
+    assert pick_dtype("auto", cuda) == (torch.bfloat16 if able else torch.float32)
+    assert pick_dtype("bfloat16", cpu) == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

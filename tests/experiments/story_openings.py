@@ -1,6 +1,6 @@
 """Openings of stories, drawn from a language model itself, as prompts for train_policy.py.
 
-    python tests/experiments/story_openings.py --model path --count 600 --out openings.jsonl
+python tests/experiments/story_openings.py --model path --count 600 --out openings.jsonl
 """
 
 import argparse
