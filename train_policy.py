@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minalign.common import (
     JsonLines, MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
-    show_config, warmup_factor, write_config,
+    show_config, warmup_factor, write_config, write_whole,
 )  # fmt: skip
 from minalign.logprobs import kl_k1, token_entropy, token_logprobs
 from minalign.losses import score_variance
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     after, samples_after = evaluate(config, task, policy, dtype)
     show_samples("after", samples_after)
     print("\n" + before_after_table(before, after))
-    (out / "results.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
+    write_whole(out / "results.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
     print(f"\nsaved {out}/model")
 
 

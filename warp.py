@@ -24,7 +24,7 @@ import torch
 
 import train_policy
 from minalign.common import (
-    flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require, resumed_run, show_config, write_config,
+    flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require, resumed_run, show_config, write_config, write_whole,
 )  # fmt: skip
 from minalign.merge import liti, merge_policies
 
@@ -104,7 +104,7 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
         else:
             metrics, _ = train_policy.evaluate(config, task, policy, dtype)
             if cached:
-                cached.write_text(json.dumps(metrics) + "\n")
+                write_whole(cached, json.dumps(metrics) + "\n")
         print(f"  {name:<22}" + "".join(f"  {key} {metrics[key]:7.3f}" for key in metrics if key != "distinct_2"))
         return metrics
 
@@ -118,6 +118,7 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
                 set_weights_(policy, weights_of(load_policy(str(folder))[0]))
             else:
                 folder.mkdir(parents=True, exist_ok=True)
+                (folder / "results.json").unlink(missing_ok=True)
                 set_weights_(policy, theta_init)  # theta^m <- theta_init; train() starts the EMA anchor there, too
                 run_seed = config.seed + 1_000_003 * ((i - 1) * config.runs + m)  # another order of prompts, other samples
                 train_policy.train(dataclasses.replace(config, seed=run_seed), task, policy, folder, dtype)
@@ -130,7 +131,7 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
 
         # theta_slerp <- theta_init + slerp of the task vectors: the policies are merged, not their EMAs
         theta_merged, report = merge_policies(theta_init, thetas, config.method, config.scope)
-        (out / f"iteration-{i}" / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_whole(out / f"iteration-{i}" / "angles.json", json.dumps(report, indent=1) + "\n")
         print(f"  {angle_summary(report)}")
         folder = out / f"iteration-{i}" / "merged"
         set_weights_(policy, theta_merged)
@@ -149,7 +150,7 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
         results["front"].append({"eta": eta} | measure(f"eta {eta:g}"))
         if eta in numbers("--keep", config.keep):
             save(policy, task.tokenizer, out / "front" / f"eta-{eta:g}")
-    (out / "front.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(out / "front.json", json.dumps(results, indent=1) + "\n")
     return results
 
 

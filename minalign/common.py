@@ -159,6 +159,13 @@ def resumed_run(out: str, config) -> Path:
     return Path(out)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it: killed in between, the old file or none is there."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype) -> None:
     """Write what runs to <folder>/config.json: every flag as resolved, versions, device, command."""
     import transformers
@@ -169,7 +176,7 @@ def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype)
         "argv": sys.argv,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    (folder / "config.json").write_text(json.dumps(ran, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(ran, indent=2) + "\n")
 
 
 def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ import warp
 from minalign import rollout, toy
 from minalign.checkpoint import load_policy
 from minalign.common import one_line_errors
+from minalign.merge import liti, merge_policies
 from minalign.reward import RewardModel
 
 ROOT = Path(__file__).parents[1]
@@ -216,44 +217,50 @@ def test_an_ema_anchor_trails_the_policy(here, tmp_path):
     assert sum(row["kl_sft"] for row in last) > 5 * abs(sum(row["kl_anchor"] for row in last))
 
 
-def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys):
-    flags = ["--rm", "rm", "--steps", "4", "--runs", "2", "--iterations", "2", "--batch-size", "16", "--eval-every", "4",
-             "--eval-prompts", "8", "--etas", "0,0.5,1", "--keep", "0.5", "--eta", "0.25", "--device", "cpu"]  # fmt: skip
+def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys, monkeypatch):
+    flags = ["--rm", "rm", "--steps", "3", "--runs", "2", "--iterations", "3", "--batch-size", "16", "--eval-every", "3",
+             "--eval-prompts", "8", "--etas", "0,0.5,1", "--keep", "0.5", "--lr", "2e-3", "--eta", "0.25", "--device", "cpu"]  # fmt: skip
+    started_from, real_train = [], train_policy.train
+
+    def recorded_train(config, task, policy, *rest):
+        started_from.append(warp.weights_of(policy))
+        return real_train(config, task, policy, *rest)
+
+    monkeypatch.setattr(train_policy, "train", recorded_train)
     warp.main([*flags, "--out", str(tmp_path / "whole")])
     results = json.loads((tmp_path / "whole/front.json").read_text())
 
-    start = load_policy(toy.start_policy_folder())[0].state_dict()
-    load = lambda place: weights(tmp_path / "whole" / place)  # noqa: E731
-    runs = {(i, m): load(f"iteration-{i}/run-{m}") for i in (1, 2) for m in (1, 2)}
-    first = {m: (tmp_path / f"whole/iteration-1/run-{m}/samples.jsonl").read_text().splitlines()[0] for m in (1, 2)}
-    assert json.loads(first[1])["prompt"] != json.loads(first[2])["prompt"]  # the runs differ in their prompts
-    merges = {i: load(f"iteration-{i}/merged") for i in (1, 2)}
-    from minalign.merge import liti, merge_policies
+    def saved(place):
+        return weights(tmp_path / "whole" / place)
 
-    second_init = liti(start, merges[1], 0.25)
-    expected = {
-        1: merge_policies(start, [runs[1, 1], runs[1, 2]])[0],
-        2: merge_policies(second_init, [runs[2, 1], runs[2, 2]])[0],
-    }
-    for i in (1, 2):  # the policies are merged (not their EMAs), each iteration from its own theta_init
-        for name, tensor in expected[i].items():
-            torch.testing.assert_close(merges[i][name], tensor, rtol=1e-6, atol=1e-7)
-    # The front goes from the start policy to the last merge.
-    for name, tensor in liti(start, merges[2], 0.5).items():
-        assert torch.equal(load("front/eta-0.5")[name], tensor)
-    assert results["front"][0]["kl_sft"] == 0 and [point["eta"] for point in results["front"]] == [0, 0.5, 1]
-    assert results["front"][2]["reward"] == results["merges"][1]["reward"]
-    for i in (1, 2):  # EMA anchor reset: at each run's first step it is the policy itself
-        for m in (1, 2):
+    def assert_same(state, expected):
+        for name in expected.keys() & state.keys():
+            torch.testing.assert_close(state[name], expected[name], rtol=1e-6, atol=1e-7)
+
+    theta_sft = load_policy(toy.start_policy_folder())[0].state_dict()
+    theta_init = theta_sft
+    for i in (1, 2, 3):
+        runs = [saved(f"iteration-{i}/run-{m}") for m in (1, 2)]
+        for start in started_from[2 * i - 2 : 2 * i]:  # every policy starts at its iteration's theta_init
+            assert_same(start, theta_init)
+        for m in (1, 2):  # and so does its EMA anchor
             assert metrics(tmp_path / f"whole/iteration-{i}/run-{m}")[0]["kl_anchor"] == pytest.approx(0, abs=1e-4)
-    assert abs(metrics(tmp_path / "whole/iteration-2/run-1")[0]["kl_sft"]) > 1e-4
+        merged = saved(f"iteration-{i}/merged")
+        assert_same(merged, merge_policies(theta_init, runs)[0])  # the policies are merged, not their EMAs
+        theta_init = liti(theta_init, merged, 0.25)
+    assert_same(saved("front/eta-0.5"), liti(theta_sft, merged, 0.5))  # from the start policy to the last merge
+    assert results["front"][0]["kl_sft"] == 0 and [point["eta"] for point in results["front"]] == [0, 0.5, 1]
+    assert results["front"][2]["reward"] == results["merges"][2]["reward"]
+    firsts = [
+        (tmp_path / f"whole/iteration-{i}/run-{m}/samples.jsonl").read_text().splitlines()[0] for i in (1, 2) for m in (1, 2)
+    ]
+    assert len({json.loads(line)["prompt"] for line in firsts}) == 4  # the runs differ in their prompts
     assert (tmp_path / "whole/front.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
     # Killed in the second iteration: the half-written run is not trusted, the finished ones are not repeated.
     (tmp_path / "killed").mkdir()
-    for name in ("config.json", "iteration-1"):
+    for name in ("config.json", "iteration-1", "iteration-2"):
         subprocess.run(["cp", "-r", tmp_path / "whole" / name, tmp_path / "killed" / name], check=True)
-    subprocess.run(["cp", "-r", tmp_path / "whole/iteration-2", tmp_path / "killed/iteration-2"], check=True)
     (tmp_path / "killed/iteration-2/run-2/model").rename(tmp_path / "killed/iteration-2/run-2/model.new")
     subprocess.run(["rm", "-r", tmp_path / "killed/iteration-2/merged"], check=True)
     untouched = tmp_path / "killed/iteration-2/run-1/metrics.jsonl"
@@ -262,9 +269,8 @@ def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys):
     assert json.loads((tmp_path / "killed/front.json").read_text())["front"] == results["front"]
     assert untouched.stat().st_mtime_ns == written
     capsys.readouterr()
-    assert "--eta" in fails(
-        warp.main, [*flags[:-4], "--eta", "0.3", "--device", "cpu", "--out", str(tmp_path / "killed"), "--resume"], capsys
-    )
+    other = [*flags, "--eta", "0.3", "--out", str(tmp_path / "killed"), "--resume"]
+    assert "ran with --eta 0.25, now 0.3" in fails(warp.main, other, capsys)
 
 
 def test_nonfinite_rewards_stop_the_run_and_keep_the_policy(here, tmp_path, capsys, monkeypatch):
