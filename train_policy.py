@@ -36,6 +36,8 @@ from minalign.reinforce import (
 
 @dataclass
 class Config:
+    """The flags of a policy run."""
+
     model: str = flag("", "start policy: a run, a folder or a hub id (default: the toy world's)")
     rm: str = flag("", "reward model: a run of train_rm.py, a folder or a hub id (default: one for the toy world)")
     dataset: str = flag("", "prompts: .jsonl, .csv, .parquet, folder or hub id (default: the toy world's)")
@@ -56,8 +58,9 @@ class Config:
     mu: float | None = flag(None, "ema anchor: its rate, ema <- (1 - mu) ema + mu theta (default: 0.01)", within="(0, 1]")
     baseline: str = flag("moving", "mean of all earlier rewards, exponential, of the group", ("moving", "ema", "rloo", "none"))
     baseline_decay: float | None = flag(None, "ema baseline: decay of the average (default: 0.9)", within="[0, 1)")
-    uncertainty: str = flag("none", "ordinal reward model: divide advantages by sigma, sigma^2 or 1 + sigma",
-                            ("none", "inverse_std", "inverse_variance", "one_plus_std"))  # fmt: skip
+    uncertainty: str = flag(
+        "none", "weigh advantages by score variance", ("none", "inverse_std", "inverse_variance", "one_plus_std")
+    )
     missing_eos_penalty: float = flag(1.0, "subtracted where a completion did not end, reward units", within="[0, inf)")
     reward_clip: float | None = flag(None, "clamp rewards to [-c, c], before penalty and KL", within="(0, inf)")
     eval_prompts: int = flag(128, "held-out prompts, scored before, during and after", within="[1, inf)")
@@ -103,8 +106,7 @@ def resolve(config: Config) -> Config:
     require(config.batch_size % config.group_size == 0,
             f"--batch-size {config.batch_size}: expected a multiple of --group-size {config.group_size}")  # fmt: skip
     require(not toy_world or not config.model, f"--model {config.model}: needs --dataset, too: the prompts")
-    require(toy_world or bool(config.model), f"--dataset {config.dataset}: needs --model, too: the start policy")
-    require(toy_world or bool(config.rm), f"--dataset {config.dataset}: needs --rm, too: make one with train_rm.py")
+    require(toy_world or bool(config.model and config.rm), f"--dataset {config.dataset}: needs --model and --rm, too")
     return config
 
 

@@ -26,6 +26,8 @@ from minalign.losses import bradley_terry_loss, centering_penalty, ordinal_pairw
 
 @dataclass
 class Config:
+    """The flags of a reward-model run."""
+
     model: str = flag("", "language model to start from: a run, a folder or a hub id (default: the toy world's)")
     dataset: str = flag("", "preference pairs: .jsonl, .csv, .parquet, folder or hub id (default: the toy world's)")
     split: str = flag("train", "split of a hub data set")

@@ -31,6 +31,8 @@ from minalign.merge import liti, merge_policies
 
 @dataclass
 class Config(train_policy.Config):
+    """The flags of a WARP run: train_policy's, and its own."""
+
     out: str = flag("", "folder of the run (default: the next free runs/warp-N)")
     steps: int = flag(100, "optimizer steps of each policy", within="[1, inf)")
     anchor: str = flag("ema", "what the KL is measured from: theta_init, or an average of the policy", ("fixed", "ema"))

@@ -15,7 +15,7 @@ from .common import UserError
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)  # what broken checkpoints raise
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # what broken checkpoints raise
 
 
 @contextlib.contextmanager
@@ -23,6 +23,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into, renamed to `folder` at the end: a reader sees the old one or the new one."""
     folder = Path(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)

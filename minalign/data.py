@@ -28,7 +28,7 @@ class Pair(NamedTuple):
     margin: float | None = None
 
 
-class RatedPairs(Sequence):
+class RatedPairs:
     """All pairs of rated texts whose ratings differ by at least `min_gap`, made when asked for.
 
     Twelve thousand positive and as many negative reviews are 156 million pairs; here they cost one list. With texts
@@ -112,7 +112,8 @@ def _read_with_datasets(path: Path, dataset: str, split: str) -> Sequence[dict]:
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(dataset, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # datasets says what went wrong only there
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UserError(f"{dataset} (split {split}): cannot be loaded: {reason}") from error
 
 

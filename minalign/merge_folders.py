@@ -20,6 +20,8 @@ SHARD_BYTES = 128 * 2**20
 
 @dataclass
 class Config:
+    """The flags of a merge."""
+
     init: str = flag("", "theta_init: the model that the others were trained from (a run or a folder)")
     models: list[str] | None = flag(None, "the policies to merge, in order")
     out: str = flag("", "folder of the merged model; must not exist")

@@ -4,6 +4,8 @@ Prompts are padded on the left, so that every completion starts at the same colu
 that padding shifts nobody. What is sampled is the full softmax of logits / temperature: what the log-probs describe.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,18 @@ class Rollout(NamedTuple):
     logprobs: torch.Tensor
 
 
+@contextlib.contextmanager
+def dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode it was in, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -42,7 +56,7 @@ def generate(
     model's mode is put back. The log-probs are those of the very draws.
 
     Args:
-        model: any transformers causal language model.
+        model: a transformers causal language model with a key-value cache (not Mamba, not the first GPT).
         input_ids: (B, P) long, prompts padded on the left (any ids there).
         attention_mask: (B, P), 1 or true for real tokens; each row has one at its end.
         max_new_tokens: >= 1; T is smaller where every row has ended before.
@@ -53,8 +67,8 @@ def generate(
     Returns:
         Rollout(tokens, mask, logprobs), each (B, T), without a graph.
     Raises:
-        ValueError: a prompt that is empty or padded on the right, max_new_tokens < 1, temperature <= 0, or prompt
-            and completion together longer than the model's context.
+        ValueError: a prompt that is empty or padded on the right, max_new_tokens < 1, temperature <= 0, prompt and
+            completion together longer than the model's context, or a model without a key-value cache.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1))
@@ -86,35 +100,37 @@ def generate(
         )
     eos = torch.tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=input_ids.device)
 
-    was_training = model.training
-    model.eval()  # dropout would make the samples those of another policy
     cache = DynamicCache(config=model.config)
     next_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
     next_positions = position_ids_from_mask(attention_mask)
     running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     tokens, mask, logprobs = [], [], []
-    for _ in range(max_new_tokens):
-        output = model(
-            input_ids=next_ids,
-            attention_mask=attention_mask.long(),
-            position_ids=next_positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
-        drawn = torch.multinomial(distribution.exp(), 1, generator=generator)  # (B, 1)
-        tokens.append(drawn.squeeze(1).masked_fill(~running, pad_token_id))
-        mask.append(running)
-        logprobs.append(distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0))
-        running = running & ~torch.isin(drawn.squeeze(1), eos)
-        if not running.any():
-            break
-        # Rows that have ended go on as dead weight: what they draw is masked, and their context is theirs alone.
-        next_ids = drawn
-        next_positions = next_positions[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-    model.train(was_training)
+    with dropout_off(model):  # with dropout, the samples would be those of another policy
+        for _ in range(max_new_tokens):
+            output = model(
+                input_ids=next_ids,
+                attention_mask=attention_mask.long(),
+                position_ids=next_positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            if getattr(output, "past_key_values", None) is not cache:  # it would forget the prompt, and nothing would show it
+                raise ValueError(
+                    f"got a {model.config.model_type} model, which fills no key-value cache: expected a transformer"
+                )
+            distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
+            drawn = torch.multinomial(distribution.exp(), 1, generator=generator)  # (B, 1)
+            tokens.append(drawn.squeeze(1).masked_fill(~running, pad_token_id))
+            mask.append(running)
+            logprobs.append(distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0))
+            running = running & ~torch.isin(drawn.squeeze(1), eos)
+            if not running.any():
+                break
+            # Rows that have ended go on as dead weight: what they draw is masked, and their context is theirs alone.
+            next_ids = drawn
+            next_positions = next_positions[:, -1:] + 1
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
     return Rollout(torch.stack(tokens, 1), torch.stack(mask, 1), torch.stack(logprobs, 1))
 
 
@@ -146,16 +162,14 @@ def completion_logits(
     """
     full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
     ids = torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0)
-    was_training = model.training
-    model.eval()
-    output = model(
-        input_ids=ids,
-        attention_mask=full_mask.long(),
-        position_ids=position_ids_from_mask(full_mask),
-        use_cache=False,
-        logits_to_keep=tokens.shape[1] + 1,
-    )
-    model.train(was_training)
+    with dropout_off(model):
+        output = model(
+            input_ids=ids,
+            attention_mask=full_mask.long(),
+            position_ids=position_ids_from_mask(full_mask),
+            use_cache=False,
+            logits_to_keep=tokens.shape[1] + 1,
+        )
     return output.logits[:, :-1]
 
 

@@ -118,3 +118,11 @@ def test_a_model_without_generation_config_ends_as_its_tokenizer_says():
     model = toy.make_model(toy.make_tokenizer(), seed=0)
     model.generation_config = None
     assert end_token_ids(model, toy.make_tokenizer()) == [2]
+
+
+def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old" / "kept").touch()
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "model"):
+        1 / 0
+    assert (tmp_path / "model" / "kept").exists()

@@ -279,3 +279,20 @@ def test_settings_without_meaning_are_refused(changes, message):
 def test_prompts_not_padded_on_the_left_are_refused(ids, mask):
     with pytest.raises(ValueError, match="pad prompts on the left"):
         sample(make_model("gpt2"), torch.tensor(ids).long(), torch.tensor(mask))
+
+
+def test_a_model_without_a_key_value_cache_is_refused():
+    """Mamba takes the cache, ignores it and forgets the prompt: log-probs of another text, without a sign."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ValueError, match="mamba model, which fills no key-value cache"):
+        sample(model, torch.tensor([[1, 2]]), torch.ones(1, 2))
+
+
+def test_an_error_leaves_each_module_in_its_mode():
+    model = make_model("gpt2").train()
+    model.transformer.drop.eval()
+    with pytest.raises(IndexError):
+        sample(model, torch.tensor([[10_000]]), torch.ones(1, 1))
+    assert model.training and not model.transformer.drop.training
