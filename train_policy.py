@@ -58,9 +58,7 @@ class Config:
     mu: float | None = flag(None, "ema anchor: its rate, ema <- (1 - mu) ema + mu theta (default: 0.01)", within="(0, 1]")
     baseline: str = flag("moving", "mean of all earlier rewards, exponential, of the group", ("moving", "ema", "rloo", "none"))
     baseline_decay: float | None = flag(None, "ema baseline: decay of the average (default: 0.9)", within="[0, 1)")
-    uncertainty: str = flag(
-        "none", "weigh advantages by score variance", ("none", "inverse_std", "inverse_variance", "one_plus_std")
-    )
+    uncertainty: str = flag("none", "weight by score variance", ("none", "inverse_std", "inverse_variance", "one_plus_std"))
     missing_eos_penalty: float = flag(1.0, "subtracted where a completion did not end, reward units", within="[0, inf)")
     reward_clip: float | None = flag(None, "clamp rewards to [-c, c], before penalty and KL", within="(0, inf)")
     eval_prompts: int = flag(128, "held-out prompts, scored before, during and after", within="[1, inf)")

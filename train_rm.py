@@ -1,6 +1,6 @@
 """Preference pairs -> reward model.
 
-    python train_rm.py                                      the toy review world, about 15 seconds on a laptop
+    python train_rm.py                                      the toy review world, made on first use
     python train_rm.py --loss ordinal                       a distribution over the scores 1..10 instead of one number
     python train_rm.py --model path-or-id --dataset pairs.jsonl
 
