@@ -13,21 +13,21 @@ batch of samples, so there is no ratio and nothing to clip; AdamW without weight
 
 import copy
 import json
+import random
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from minalign.common import (
-    JsonLines, MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
-    show_config, warmup_factor, write_config, write_whole,
+    JsonLines, MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype,
+    require, show_config, warmup_factor, write_config, write_whole,
 )  # fmt: skip
+from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, resolve_lora
 from minalign.logprobs import kl_k1, token_entropy, token_logprobs
-from minalign.losses import score_variance
 from minalign.merge import ema_update_
 from minalign.reinforce import (
     MovingAverageBaseline, kl_penalized_rewards, leave_one_out_advantages, reinforce_loss, uncertainty_weights,
@@ -35,15 +35,22 @@ from minalign.reinforce import (
 
 
 @dataclass
-class Config:
-    """The flags of a policy run."""
+class Config(DataFlags, LoraFlags, MachineFlags):
+    """Policy training."""
 
     model: str = flag("", "start policy: a run, a folder or a hub id (default: the toy world's)")
-    rm: str = flag("", "reward model: a run of train_rm.py, a folder or a hub id (default: one for the toy world)")
-    dataset: str = flag("", "prompts: .jsonl, .csv, .parquet, folder or hub id (default: the toy world's)")
-    split: str = flag("train", "split of a hub data set")
+    rm: list[str] | None = flag(None, "reward: a run of train_rm.py, a folder, a hub id, or a Python module:function; may be "
+                                "several (default: a reward model for the toy world)")  # fmt: skip
+    rm_weights: list[float] | None = flag(None, "weights of several rewards, each standardised (default: 1 each)")
+    rm_average: bool = flag(False, "of several reward models take one whose weights are their average (WARM)")
+    standardize_rewards: bool = flag(False, "by mean and deviation of the start policy's rewards: beta then means the same "
+                                     "for any reward model")  # fmt: skip
+    prompt_column: str = flag("", "column of the prompts (default: prompt, messages, chosen or text)")
+    prompt_tokens: str = flag("", "so many first tokens of each text, drawn anew each time (default for a column text: 5-15)")
+    max_prompt_tokens: int | None = flag(None, "longer prompts are dropped and counted (default: what the context leaves)",
+                                         within="[1, inf)")  # fmt: skip
     out: str = flag("", "folder of the run (default: the next free runs/policy-N)")
-    seed: int = flag(0, "seed of prompt order, sampling and the held-out split")
+    seed: int = flag(0, "seed of prompt order and sampling")
     steps: int = flag(200, "optimizer steps, one batch of fresh samples each", within="[1, inf)")
     batch_size: int = flag(64, "completions a step", within="[1, inf)")
     group_size: int | None = flag(None, "completions a prompt, side by side (default: 4 for rloo, else 1)", within="[1, inf)")
@@ -63,9 +70,6 @@ class Config:
     reward_clip: float | None = flag(None, "clamp rewards to [-c, c], before penalty and KL", within="(0, inf)")
     eval_prompts: int = flag(128, "held-out prompts, scored before, during and after", within="[1, inf)")
     eval_every: int = flag(50, "steps between evaluations", within="[1, inf)")
-    eval_share: float = flag(0.1, "share of the prompts held out, chosen by their hash", within="(0, 1)")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
 
 COLUMNS = {  # of the printed table: metric -> heading
@@ -73,18 +77,6 @@ COLUMNS = {  # of the printed table: metric -> heading
     "advantage_std": "adv_sd", "entropy": "entropy", "length": "length", "ended": "ended", "grad_norm": "grad",
     "tokens_per_second": "tok/s",
 }  # fmt: skip
-
-
-class Task(NamedTuple):
-    """What policies are trained on: the same for every run of one program."""
-
-    start: torch.nn.Module  # the policy that kl_sft is measured from; never changed
-    tokenizer: object
-    reward_model: object
-    train_prompts: list[str]
-    eval_prompts: list[str]
-    eos_token_ids: list[int]
-    measures: dict  # further functions of a whole text, by name: the toy world's gold reward
 
 
 def resolve(config: Config) -> Config:
@@ -105,26 +97,36 @@ def resolve(config: Config) -> Config:
             f"--batch-size {config.batch_size}: expected a multiple of --group-size {config.group_size}")  # fmt: skip
     require(not toy_world or not config.model, f"--model {config.model}: needs --dataset, too: the prompts")
     require(toy_world or bool(config.model and config.rm), f"--dataset {config.dataset}: needs --model and --rm, too")
-    return config
+    require(bool(config.rm) or not (config.rm_average or config.rm_weights), "--rm-average, --rm-weights: need --rm")
+    require(not config.lora_dropout, "--lora-dropout: for reward models alone: with it, sampling and log-probs are of two policies")
+    return resolve_lora(config)
 
 
-def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Train `policy` in place by `config`, log into `out`; returns the last step's metrics.
+def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch.dtype) -> dict[str, float]:
+    """Train `policy` in place by `config` on a minalign.task.Task, log into `out`; returns the last step's metrics.
 
     Raises UserError on a reward, loss or gradient that is not finite; the policy then is that of the step before.
     """
-    from minalign.data import encode, pad, shuffled_forever
+    from minalign.batches import pad, shuffled_forever
     from minalign.evaluate import decode_parts, split_end
+    from minalign.lora import AdapterView, adapter_parameters
     from minalign.rollout import completion_logits, completion_logprobs, generate
+    from minalign.task import beginning
 
-    device, tokenizer, reward_model = policy.device, task.tokenizer, task.reward_model
-    # A policy that starts at the start policy needs no second copy as its fixed anchor.
-    at_start = all(torch.equal(a, b) for a, b in zip(policy.parameters(), task.start.parameters()))
-    anchor = task.start if config.anchor == "fixed" and at_start else copy.deepcopy(policy).requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0)
+    device, tokenizer = policy.device, task.tokenizer
+    if config.lora_rank:  # the anchor is this very model with its adapters off, or with an average of them
+        trained = adapter_parameters(policy)
+        anchor = AdapterView(policy, None if config.anchor == "fixed" else [p.detach().clone() for p in trained])
+        shares_start = config.anchor == "fixed" and isinstance(task.start, AdapterView)
+    else:
+        trained = list(policy.parameters())
+        at_start = all(torch.equal(a, b) for a, b in zip(trained, task.start.parameters()))
+        shares_start = config.anchor == "fixed" and at_start  # then no second copy is needed
+        anchor = task.start if shares_start else copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
     baseline = MovingAverageBaseline(config.baseline_decay)
     sampling = torch.Generator(device).manual_seed(config.seed)
-    prompts = shuffled_forever([encode(tokenizer, prompt, end=False) for prompt in task.train_prompts], config.seed)
+    prompts, lengths = shuffled_forever(task.train_prompts, config.seed), random.Random(config.seed)
     log, samples_log = MetricsLog(out), JsonLines(out / "samples.jsonl")
 
     for step in tqdm(range(1, config.steps + 1), desc="policy", unit="step"):
@@ -132,8 +134,9 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         optimizer.param_groups[0]["lr"] = config.lr * warmup_factor(step, config.warmup_steps)
 
         # x: prompts, each group_size times in a row; y ~ pi_theta(.|x)
-        rows = [row for _ in range(config.batch_size // config.group_size) for row in [next(prompts)] * config.group_size]
-        input_ids, attention_mask = pad(rows, "left", device)  # (B, P)
+        drawn = [beginning(next(prompts), task.prompt_tokens, lengths) for _ in range(config.batch_size // config.group_size)]
+        asked = [prompt for prompt in drawn for _ in range(config.group_size)]
+        input_ids, attention_mask = pad([prompt.ids for prompt in asked], "left", device)  # (B, P)
         with torch.no_grad(), autocast(device, dtype):
             tokens, mask, sampling_logprobs = generate(
                 policy, input_ids, attention_mask, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
@@ -142,17 +145,15 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
 
             # r(x, y), in the text format that the reward model was trained on
             completions, ended = split_end(tokens, mask, task.eos_token_ids)
-            reward_rows = reward_model.encode_rollout(tokenizer, rows, completions)
-            reward_logits = reward_model.logits(reward_rows, config.micro_batch_size)  # (B, K)
-            rewards = reward_model.read_out(reward_logits)  # (B,)
+            rewards, score_variance, parts = task.reward.score_rollout(tokenizer, asked, completions, config.micro_batch_size)
 
             # log pi(y|x) of the start policy (for the x axis) and of the anchor (for the penalty)
-            drawn = (input_ids, attention_mask, tokens, mask)
+            rollout = (input_ids, attention_mask, tokens, mask)
             start_logprobs = anchor_logprobs = completion_logprobs(
-                task.start, *drawn, config.temperature, config.micro_batch_size
+                task.start, *rollout, config.temperature, config.micro_batch_size
             )
-            if anchor is not task.start:
-                anchor_logprobs = completion_logprobs(anchor, *drawn, config.temperature, config.micro_batch_size)
+            if not shares_start:
+                anchor_logprobs = completion_logprobs(anchor, *rollout, config.temperature, config.micro_batch_size)
 
         # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed over the sequence, detached
         scores = rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
@@ -170,7 +171,7 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         else:
             advantages = baseline.advantages(shaped)
         if config.uncertainty != "none":
-            advantages = advantages * uncertainty_weights(score_variance(reward_logits), config.uncertainty)
+            advantages = advantages * uncertainty_weights(score_variance, config.uncertainty)
 
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the whole batch
         optimizer.zero_grad()
@@ -178,18 +179,18 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
         for i in range(0, config.batch_size, config.micro_batch_size):
             part = slice(i, i + config.micro_batch_size)
             with autocast(device, dtype):
-                logits = completion_logits(policy, *(tensor[part] for tensor in drawn))  # (b, T, V)
+                logits = completion_logits(policy, *(tensor[part] for tensor in rollout))  # (b, T, V)
             logprobs = token_logprobs(logits, tokens[part], config.temperature)
             (reinforce_loss(logprobs, mask[part], advantages[part]).sum() / config.batch_size).backward()
             entropies.append(token_entropy(logits.detach(), config.temperature))
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not grad_norm.isfinite():
             raise UserError(f"step {step}: a gradient that is not finite: {out} has the policy of step {step - 1}: lower --lr")
         optimizer.step()
 
         # ema <- (1 - mu) ema + mu theta, after the policy's own update
         if config.anchor == "ema":
-            ema_update_(list(anchor.parameters()), list(policy.parameters()), config.mu)
+            ema_update_(list(anchor.parameters()), trained, config.mu)
 
         def per_sequence(values):  # mean over sequences of the sum over tokens
             return values.masked_fill(~mask, 0.0).sum(1).mean().item()
@@ -202,67 +203,42 @@ def train(config: Config, task: Task, policy: torch.nn.Module, out: Path, dtype:
             "shaped_reward": shaped.mean().item(),
             "baseline": baseline_before,
             "advantage_std": advantages.std(correction=0).item(),
-            "entropy": per_sequence(torch.cat(entropies)) * len(rows) / tokens_sampled,  # nats a token
-            "length": tokens_sampled / len(rows),
+            "entropy": per_sequence(torch.cat(entropies)) * len(asked) / tokens_sampled,  # nats a token
+            "length": tokens_sampled / len(asked),
             "ended": ended.float().mean().item(),
-            "repeated": 1 - len({(*p, -1, *c) for p, c in zip(rows, completions)}) / len(rows),
+            "repeated": 1 - len({(*p.ids, -1, *c) for p, c in zip(asked, completions)}) / len(asked),
             "grad_norm": grad_norm.item(),
             "lr": optimizer.param_groups[0]["lr"],
             "tokens_per_second": tokens_sampled / (time.monotonic() - began),
-        }
+        } | {f"reward {name}": scores.mean().item() for name, scores in parts.items()}
         if step % config.eval_every == 0 or step == config.steps:
             held_out, _ = evaluate(config, task, policy, dtype)
             metrics |= {f"eval_{name}": value for name, value in held_out.items()}
         log.write(step, metrics, COLUMNS)
         if "eval_reward" in metrics:
             tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
-        texts = dict(zip(("prompt", "completion"), decode_parts(tokenizer, rows[0], completions[0])))
+        texts = dict(zip(("prompt", "completion"), decode_parts(tokenizer, asked[0].ids, completions[0])))
         samples_log.append({"step": step, **texts, "reward": rewards[0].item()})
     return metrics
 
 
-def evaluate(config: Config, task: Task, policy: torch.nn.Module, dtype: torch.dtype) -> tuple[dict[str, float], list]:
+def evaluate(config: Config, task, policy: torch.nn.Module, dtype: torch.dtype) -> tuple[dict[str, float], list]:
     """Metrics and samples of `policy` on the held-out prompts, always with the same random numbers."""
     from minalign.evaluate import evaluate_policy
 
     with autocast(policy.device, dtype):
         return evaluate_policy(
-            policy, task.start, task.reward_model, task.tokenizer, task.eval_prompts, temperature=config.temperature,
+            policy, task.start, task.reward, task.tokenizer, task.eval_prompts, temperature=config.temperature,
             max_new_tokens=config.max_new_tokens, eos_token_ids=task.eos_token_ids, seed=12345,
             batch_size=config.micro_batch_size, measures=task.measures,
         )  # fmt: skip
 
 
-def load_task(config: Config, device: torch.device, dtype: torch.dtype) -> Task:
-    """Start policy, reward model and prompts; in the toy world, made on first use and kept."""
-    from minalign import toy
-    from minalign.checkpoint import end_token_ids, load_policy
-    from minalign.data import encode, load_prompts
-    from minalign.reward import RewardModel
+def rewards_of(config: Config, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """--rm, or the toy world's reward model, which is trained on first use."""
     from train_rm import toy_reward_model
 
-    start, tokenizer = load_policy(config.model or toy.start_policy_folder())
-    reward_model = RewardModel.from_pretrained(config.rm or toy_reward_model(device, dtype), device)
-    print(f"reward model {config.rm or 'of the toy world'}: {reward_model.reading}")
-    require(config.uncertainty == "none" or reward_model.num_labels > 2,
-            f"--uncertainty {config.uncertainty}: --rm {config.rm} has {reward_model.num_labels} label(s), expected a "
-            "distribution over scores: train one with --loss ordinal")  # fmt: skip
-    if config.dataset:
-        train_prompts, eval_prompts = load_prompts(config.dataset, config.split, eval_share=config.eval_share, seed=config.seed)
-        measures = {}
-    else:
-        train_prompts, eval_prompts = toy.prompts(seed=config.seed, eval_share=config.eval_share)
-        measures = {"gold": toy.gold_reward, "grammatical": lambda text: float(toy.parse(text) is not None)}
-    context = getattr(start.config, "max_position_embeddings", None)
-    longest = max(train_prompts + eval_prompts, key=lambda prompt: len(encode(tokenizer, prompt, end=False)))
-    length = len(encode(tokenizer, longest, end=False))
-    require(context is None or length + config.max_new_tokens <= context,
-            f"prompt {longest[:40]!r} has {length} tokens, and --max-new-tokens {config.max_new_tokens}: expected at most "
-            f"{context} together (the context of {config.model or 'the toy policy'}): shorten one of them")  # fmt: skip
-    return Task(
-        start.to(device).requires_grad_(False), tokenizer, reward_model, train_prompts,
-        eval_prompts[: config.eval_prompts], end_token_ids(start, tokenizer), measures,
-    )  # fmt: skip
+    return config.rm or [toy_reward_model(device, dtype)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -273,21 +249,31 @@ def main(argv: list[str] | None = None) -> None:
     out = new_run(config.out, "policy")
     show_config(config, device, reason, dtype)
 
-    from minalign.checkpoint import whole_folder
+    from minalign import toy
+    from minalign.checkpoint import save_policy
     from minalign.evaluate import before_after_table, show_samples
+    from minalign.lora import AdapterView, add_lora_
+    from minalign.task import load_task
 
-    task = load_task(config, device, dtype)
+    task = load_task(config, rewards_of(config, device, dtype), device, dtype)
     write_config(out, config, device, dtype)
-    policy = copy.deepcopy(task.start).requires_grad_(True)
+    if config.lora_rank:  # one model in memory: the start policy is what it is with its adapters off
+        policy = task.start
+        torch.manual_seed(config.seed)
+        add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+        task = task._replace(start=AdapterView(policy, None))
+    else:
+        policy = copy.deepcopy(task.start).requires_grad_(True)
+    if config.gradient_checkpointing:
+        checkpoint_activations_(policy)
     before, samples_before = evaluate(config, task, policy, dtype)
     show_samples("before", samples_before)
     print()
     try:
         train(config, task, policy, out, dtype)
     finally:  # also after Ctrl-C or a reward that is not finite: what was learned is kept
-        with whole_folder(out / "model") as folder:
-            policy.save_pretrained(folder)
-            task.tokenizer.save_pretrained(folder)
+        base = config.model or toy.start_policy_folder()
+        save_policy(policy, task.tokenizer, out / "model", adapter_of=base if config.lora_save == "adapter" else "")
     after, samples_after = evaluate(config, task, policy, dtype)
     show_samples("after", samples_after)
     print("\n" + before_after_table(before, after))

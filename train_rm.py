@@ -4,7 +4,8 @@
     python train_rm.py --loss ordinal                       a distribution over the scores 1..10 instead of one number
     python train_rm.py --model path-or-id --dataset pairs.jsonl
 
-A data set has the columns chosen and rejected (and prompt, chosen_rating, rejected_rating, margin), or text and rating.
+A data set has the columns chosen and rejected (and prompt, chosen_rating, rejected_rating, margin), or text and rating
+(or label). Prompts and answers may be chat messages.
 The run's folder holds config.json, metrics.jsonl and model/, a standard sequence classifier (the best by held-out loss).
 """
 
@@ -18,21 +19,20 @@ from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from minalign.common import (
-    MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
+    MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require,
     show_config, warmup_factor, write_config,
 )  # fmt: skip
+from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, parse_span, resolve_lora
 from minalign.losses import bradley_terry_loss, centering_penalty, ordinal_pairwise_loss, ordinal_rating_loss
 
 
 @dataclass
-class Config:
-    """The flags of a reward-model run."""
+class Config(DataFlags, LoraFlags, MachineFlags):
+    """Reward-model training."""
 
     model: str = flag("", "language model to start from: a run, a folder or a hub id (default: the toy world's)")
-    dataset: str = flag("", "preference pairs: .jsonl, .csv, .parquet, folder or hub id (default: the toy world's)")
-    split: str = flag("train", "split of a hub data set")
     out: str = flag("", "folder of the run (default: the next free runs/rm-N)")
-    seed: int = flag(0, "seed of the head, the order of pairs and the held-out split")
+    seed: int = flag(0, "seed of which pairs are drawn and of their order; the head always starts alike")
     loss: str = flag("bradley-terry", "one number, or a distribution over scores", ("bradley-terry", "ordinal"))
     ties: str | None = flag(None, "ordinal: a tie counts half, or as lost (default: half)", ("half", "strict"))
     num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)", within="[3, inf)")
@@ -59,10 +59,9 @@ class Config:
     max_pairs: int = flag(100_000, "training pairs drawn where the data has more", within="[1, inf)")
     max_eval_pairs: int = flag(2_000, "held-out pairs drawn where the data has more", within="[1, inf)")
     min_rating_gap: float = flag(1.0, "text + rating data: smallest difference that makes a pair", within="[0, inf)")
-    eval_share: float = flag(0.1, "share of the prompts (or texts) held out, chosen by their hash", within="(0, 1)")
+    crop_words: str = flag("", "keep only so many first words of each completion, drawn anew: a range such as 5-60, for a reward "
+                           "model that will score short continuations")  # fmt: skip
     eval_every: int = flag(50, "steps between evaluations on all held-out pairs", within="[1, inf)")
-    device: str = flag("auto", "auto, cpu, cuda or mps")
-    dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
 
 def resolve(config: Config) -> Config:
@@ -84,7 +83,17 @@ def resolve(config: Config) -> Config:
     config.lr = (1e-5 if config.dataset else 2e-3) if config.lr is None else config.lr
     config.micro_batch_size = config.micro_batch_size or config.batch_size
     require(bool(config.dataset) or not config.model, f"--model {config.model}: needs --dataset, too")
-    return config
+    return resolve_lora(config)
+
+
+def require_ratings(config: Config, *pairs) -> None:
+    """UserError where --rating-coef or --margin asks for what these pairs do not have."""
+    for pair in pairs:
+        rated = pair.chosen_rating is not None and pair.rejected_rating is not None
+        require(rated or not config.rating_coef,
+                f"{config.dataset}: no chosen_rating and rejected_rating: --rating-coef needs both")  # fmt: skip
+        require(rated or pair.margin is not None or not config.margin,
+                f"{config.dataset}: no margin and no ratings: --margin needs them")  # fmt: skip
 
 
 def pair_losses(config: Config, logits: torch.Tensor, examples: list) -> torch.Tensor:
@@ -144,52 +153,58 @@ def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
 def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Train by `config` into the folder `out`; returns the metrics of the saved model."""
     from minalign import toy
-    from minalign.checkpoint import load_policy, whole_folder
-    from minalign.data import encode_pairs, length_grouped_batches, load_pairs
+    from minalign.batches import encode_pairs, length_grouped_batches
+    from minalign.chat import wants_chat
+    from minalign.checkpoint import whole_folder
+    from minalign.data import Split, load_pairs
+    from minalign.lora import add_lora_
     from minalign.reward import RewardModel
 
+    require(bool(config.model) or not config.dataset, f"--dataset {config.dataset}: needs --model, too: the model to start from")
+    base = config.model or toy.start_policy_folder()
+    torch.manual_seed(0)  # one head for all seeds: weights of reward models with different heads could not be averaged
+    reward_model = RewardModel.from_base(base, num_labels=config.num_scores or 1)
+    model = reward_model.model.to(device)
+    print(f"{type(model).__name__} on {base}: {reward_model.reading}")
     if config.dataset:
-        train_pairs, eval_pairs = load_pairs(
-            config.dataset, config.split, eval_share=config.eval_share, seed=config.seed, min_rating_gap=config.min_rating_gap
-        )
-        for part in (train_pairs, eval_pairs):
-            pair = part[0]
-            rated = pair.chosen_rating is not None and pair.rejected_rating is not None
-            require(
-                rated or not config.rating_coef,
-                f"{config.dataset}: no chosen_rating and rejected_rating: --rating-coef needs both",
-            )
-            require(
-                rated or pair.margin is not None or not config.margin,
-                f"{config.dataset}: no margin and no ratings: --margin needs them",
-            )
+        data = Split(config.dataset, config.split, config.eval_split, config.eval_share, config.split_seed, config.subset)
+        chat = wants_chat(reward_model.tokenizer, config.format)
+        train_pairs, eval_pairs = load_pairs(data, chat=chat, min_rating_gap=config.min_rating_gap)
     else:
-        train_pairs, eval_pairs = toy.preference_pairs(seed=config.seed, eval_share=config.eval_share)
-    require(
-        bool(config.model) or not config.dataset, f"--dataset {config.dataset}: needs --model, too: the model to start from"
-    )
-    torch.manual_seed(config.seed)
-    backbone, tokenizer = load_policy(config.model or toy.start_policy_folder())
-    reward_model = RewardModel.from_backbone(backbone, tokenizer, num_labels=config.num_scores or 1)
-    reward_model.model.to(device)
-    del backbone
+        train_pairs, eval_pairs = toy.preference_pairs(config.seed, config.eval_share, config.split_seed)
+    if isinstance(train_pairs[0].prompt, str):
+        reward_model.tokenizer.chat_template = None  # trained on plain text, it reads plain text
+    require_ratings(config, train_pairs[0], eval_pairs[0])
 
-    max_tokens = min(config.max_tokens, getattr(reward_model.model.config, "max_position_embeddings", config.max_tokens))
-    examples = encode_pairs(
-        train_pairs, reward_model.encode, max_tokens=max_tokens, max_pairs=config.max_pairs, seed=config.seed
-    )
-    held_out = encode_pairs(
-        eval_pairs, reward_model.encode, max_tokens=max_tokens, max_pairs=config.max_eval_pairs, seed=config.seed
-    )
+    drawing = dict(max_tokens=min(config.max_tokens, reward_model.context), seed=config.seed, crop_words=parse_span("--crop-words", config.crop_words))
+    examples = encode_pairs(train_pairs, reward_model.encode, max_pairs=config.max_pairs, **drawing)
+    held_out = encode_pairs(eval_pairs, reward_model.encode, max_pairs=config.max_eval_pairs, **drawing)
     require(bool(examples and held_out), "no pairs left to train or evaluate on: raise --max-tokens")
+    if config.rating_coef:
+        low, high = config.rating_range
+        ratings = [rating for e in examples + held_out for rating in (e.pair.chosen_rating, e.pair.rejected_rating)]
+        require(low <= min(ratings) and max(ratings) <= high,
+                f"{config.dataset or 'toy world'}: ratings from {min(ratings):g} to {max(ratings):g}, outside --rating-range "
+                f"{low:g} {high:g}: give the scale of the data")  # fmt: skip
     lengths = [max(len(e.chosen), len(e.rejected)) for e in examples]
     order = torch.Generator().manual_seed(config.seed)
     batches = length_grouped_batches(lengths, config.batch_size, order)
     steps = config.steps or math.ceil(len(examples) / config.batch_size)
 
-    optimizer = torch.optim.AdamW(reward_model.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        add_lora_(model, config.lora_rank, config.lora_alpha, config.lora_dropout or 0.0, config.lora_targets)
+    if config.gradient_checkpointing:
+        checkpoint_activations_(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     write_config(out, config, device, dtype)
     log, best = MetricsLog(out), None
+
+    def save():
+        with whole_folder(out / "model") as folder:
+            reward_model.save_pretrained(folder, adapter_of=base if config.lora_save == "adapter" else "")
+
     for step in tqdm(range(1, steps + 1), desc="reward model", unit="step"):
         batch = [examples[i] for i in next(batches)]
         rise, fall = warmup_factor(step, round(config.warmup * steps)), (steps - step + 1) / steps
@@ -204,11 +219,10 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
             micro_loss = pair_losses(config, logits, micro).sum() / len(batch)  # the whole batch divides, whatever the split
             micro_loss.backward()
             loss += micro_loss.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.model.parameters(), config.max_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
         if not math.isfinite(loss + grad_norm):
             if best is None:
-                with whole_folder(out / "model") as folder:
-                    reward_model.save_pretrained(folder)
+                save()
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: {out} keeps the last good model: lower --lr")
         optimizer.step()
 
@@ -222,8 +236,7 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
             )
             if best is None or metrics["eval_loss"] < best["eval_loss"]:
                 best = {"step": step} | metrics
-                with whole_folder(out / "model") as folder:
-                    reward_model.save_pretrained(folder)
+                save()
         log.write(step, metrics)
     print(
         f"kept the model of step {best['step']} ({reward_model.reading}): accuracy {best['eval_accuracy']:.3f} on "

@@ -24,14 +24,15 @@ import torch
 
 import train_policy
 from minalign.common import (
-    flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require, resumed_run, show_config, write_config, write_whole,
+    checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require, resumed_run, show_config, write_config, write_whole,
 )  # fmt: skip
+from minalign.flags import flag, parse_flags
 from minalign.merge import liti, merge_policies
 
 
 @dataclass
 class Config(train_policy.Config):
-    """The flags of a WARP run: train_policy's, and its own."""
+    """Merging: the flags of WARP itself."""
 
     out: str = flag("", "folder of the run (default: the next free runs/warp-N)")
     steps: int = flag(100, "optimizer steps of each policy", within="[1, inf)")
@@ -56,6 +57,7 @@ def resolve(config: Config) -> Config:
     require(bool(etas), "--etas: expected at least one number")
     require(all(a < b for a, b in zip(etas, etas[1:])), f"--etas {config.etas}: expected rising numbers")
     require(all(0 <= eta <= 1 for eta in etas + numbers("--keep", config.keep)), "--etas, --keep: expected numbers in [0, 1]")
+    require(config.lora_save != "adapter", "--lora-save adapter: merging needs whole weights: leave it out")
     require(bool(config.out) or not config.resume, "--resume needs --out: the folder of the run to go on with")
     return config
 
@@ -80,22 +82,16 @@ def set_weights_(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
         parameter.copy_(weights[name])
 
 
-def save(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """A loadable checkpoint in <folder>/model, whole or not there."""
-    from minalign.checkpoint import whole_folder
-
-    with whole_folder(folder / "model") as new:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-
-
 def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
     """Algorithm 1 into the folder `out`; returns what front.json holds."""
-    from minalign.checkpoint import load_policy
+    from minalign.checkpoint import load_policy, save_policy
+    from minalign.lora import add_lora_, merge_lora_
     from minalign.merge_folders import angle_summary
 
     theta_sft = weights_of(task.start)
     policy = copy.deepcopy(task.start).requires_grad_(True)  # the one model that all weights pass through
+    if config.gradient_checkpointing:
+        checkpoint_activations_(policy)
     results = {"runs": [], "merges": []}
 
     def measure(name: str, place: Path | None = None) -> dict[str, float]:
@@ -123,8 +119,12 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
                 (folder / "results.json").unlink(missing_ok=True)
                 set_weights_(policy, theta_init)  # theta^m <- theta_init; train() starts the EMA anchor there, too
                 run_seed = config.seed + 1_000_003 * ((i - 1) * config.runs + m)  # another order of prompts, other samples
+                if config.lora_rank:
+                    torch.manual_seed(run_seed)
+                    add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
                 train_policy.train(dataclasses.replace(config, seed=run_seed), task, policy, folder, dtype)
-                save(policy, task.tokenizer, folder)
+                merge_lora_(policy)  # what is merged below is always W + BA: the mean of As times that of Bs is another matrix
+                save_policy(policy, task.tokenizer, folder / "model")
             thetas.append(weights_of(policy))
             curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             points = [{k.removeprefix("eval_"): row[k] for k in row if k == "step" or k.startswith("eval_")} for row in curve]
@@ -138,7 +138,7 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
         folder = out / f"iteration-{i}" / "merged"
         set_weights_(policy, theta_merged)
         if not (folder / "model").exists():
-            save(policy, task.tokenizer, folder)
+            save_policy(policy, task.tokenizer, folder / "model")
         results["merges"].append({"iteration": i} | measure(f"{config.method} of {config.runs}", folder))
 
         # theta_init <- (1 - eta) theta_init + eta theta_slerp, for the next iteration
@@ -151,7 +151,7 @@ def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
         set_weights_(policy, liti(theta_sft, theta_merged, eta))
         results["front"].append({"eta": eta} | measure(f"eta {eta:g}"))
         if eta in numbers("--keep", config.keep):
-            save(policy, task.tokenizer, out / "front" / f"eta-{eta:g}")
+            save_policy(policy, task.tokenizer, out / "front" / f"eta-{eta:g}" / "model")
     write_whole(out / "front.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -163,7 +163,10 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(config.dtype, device)
     out = resumed_run(config.out, config) if config.resume else new_run(config.out, "warp")
     show_config(config, device, reason, dtype)
-    task = train_policy.load_task(config, device, dtype)
+
+    from minalign.task import load_task
+
+    task = load_task(config, train_policy.rewards_of(config, device, dtype), device, dtype)
     if not config.resume:
         write_config(out, config, device, dtype)
     results = run_warp(config, task, out, dtype)

@@ -1,6 +1,8 @@
 """Folders that are whole or not there, and models loaded from them in float32."""
 
 import contextlib
+import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +12,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .common import UserError
+from .common import UserError, require
+from .lora import dense_state, load_adapter_, save_adapter
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
 
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # what broken checkpoints raise
+# What broken checkpoints raise.
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -41,33 +45,72 @@ def model_folder(path: str) -> str:
     return str(inner) if inner.is_dir() else path
 
 
-def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer from a run, a folder or a hub id: float32, dropout off.
+def load_model(kind: type, path: str, flag: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+    """A model of an Auto class and its tokenizer from a run, a folder or a hub id: float32, dropout off.
 
-    float32 whatever the checkpoint holds: in bfloat16 most updates of 1e-6 round to nothing.
+    float32 whatever the checkpoint holds: in bfloat16 most updates of 1e-6 round to nothing. Adapters in PEFT's files
+    are added to the weights of their base model. Code in a checkpoint is never run, and a pickle only read as weights.
 
-    Raises UserError where it cannot be loaded, or the tokenizer has no end token. A missing pad token becomes the end
+    Returns also the names of the weights that the checkpoint lacks. Raises UserError, beginning with `flag`, where
+    something cannot be loaded, or the tokenizer has tokens that the model does not know.
+    """
+    folder = model_folder(path)
+    try:
+        adapter = Path(folder) / "adapter_config.json"
+        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else folder
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, report = kind.from_pretrained(
+            model_folder(base), dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+        )
+        missing = set(report["missing_keys"])
+        if adapter.is_file():
+            missing -= load_adapter_(model, folder)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{flag} {path}: cannot be loaded: {_reason(error)}") from error
+    unknown = [t for t, i in tokenizer.get_vocab().items() if i >= model.get_input_embeddings().num_embeddings]
+    unknown = sorted(set(unknown) - {tokenizer.pad_token})  # a pad is masked, and never looked up
+    require(
+        not unknown,
+        f"{flag} {path}: the tokenizer has {len(unknown)} tokens that the model has no embedding for ({unknown[:1]}): "
+        "the two do not belong together",
+    )
+    return model.eval(), tokenizer, missing
+
+
+def load_policy(path: str, flag: str = "--model") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, see load_model.
+
+    Raises UserError where weights are missing, or the tokenizer has no end token. A missing pad token becomes the end
     token: harmless here, since masks go by position.
     """
-    try:
-        folder = model_folder(path)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except LOADING_ERRORS as error:
-        raise UserError(f"--model {path}: cannot be loaded as a causal language model: {first_line(error)}") from error
-    if report["missing_keys"]:
-        raise UserError(
-            f"--model {path}: weights missing: {', '.join(sorted(report['missing_keys'])[:3])}: not a causal "
-            "language model, or a broken checkpoint"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"--model {path}: the tokenizer has no end token, so no completion could end: set eos_token (and "
-            "pad_token) in its tokenizer_config.json"
-        )
+    model, tokenizer, missing = load_model(AutoModelForCausalLM, path, flag)
+    require(
+        not missing,
+        f"{flag} {path}: weights missing: {', '.join(sorted(missing)[:3])}: not a causal language model, or a broken checkpoint",
+    )
+    require(
+        tokenizer.eos_token_id is not None,
+        f"{flag} {path}: the tokenizer has no end token, so no completion could end: set eos_token (and pad_token) in "
+        "its tokenizer_config.json",
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def save_policy(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter_of: str = ""
+) -> None:
+    """A checkpoint that AutoModelForCausalLM loads, whole or not there; adapters are added to the weights.
+
+    With `adapter_of`, the name of their base model, the adapters alone, in PEFT's files.
+    """
+    with whole_folder(folder) as new:
+        if adapter_of:
+            save_adapter(policy, new, model_folder(adapter_of))
+        else:
+            policy.save_pretrained(new, state_dict=dense_state(policy))
+        tokenizer.save_pretrained(new)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -80,3 +123,12 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _reason(error: Exception) -> str:
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run: take a model that transformers itself knows"
+    if "couldn't connect" in reason or "not a local folder" in reason or "Hub" in reason:
+        return f"{reason.rstrip('.')}: without a network, give the folder of a local copy"
+    return reason

@@ -1,19 +1,18 @@
-"""What the three scripts share: flags from a dataclass, one-line errors, device, header, metrics log."""
+"""What the three scripts share: one-line errors, device, header, metrics log."""
 
-import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import platform
 import sys
 import time
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 from tqdm import tqdm
 
 
@@ -32,67 +31,6 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def flag(default, help: str, choices: tuple[str, ...] | None = None, within: str = ""):
-    """A dataclass field that is a command-line flag: `batch_size: int = flag(64, "completions a step", within="[1, inf)")`.
-
-    `within` is an interval that the value must lie in: a bracket includes its end, a parenthesis leaves it out.
-    """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
-
-
-def lies_within(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval.
-
-    >>> lies_within(0, "(0, 1]"), lies_within(1, "(0, 1]"), lies_within(float("nan"), "[0, inf)")
-    (False, True, False)
-    """
-    low, high = map(float, interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def parse_flags(config_class: type, description: str, argv: list[str] | None = None):
-    """A config dataclass from the command line: strict, dashes for underscores, --help with units and defaults.
-
-    A field of type bool is a switch; one of type `X | None` is None where the flag is not given, so that the script
-    can tell whether it was. An unknown flag or a bad value ends the program with status 2 and one line.
-    """
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"error: {message} (see --help)\n")
-
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind = kinds[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = kinds[field.name] = next(t for t in typing.get_args(kind) if t is not type(None))
-        values = typing.get_args(kind)  # of a tuple, or a list
-        name = "--" + field.name.replace("_", "-")
-        shown = not (field.default is None or field.default is False or field.default == "")
-        help = field.metadata["help"] + (f" (default: {field.default})" if shown else "")
-        if kind is bool:
-            parser.add_argument(name, action="store_true", help=help)
-        elif values:
-            count = "+" if typing.get_origin(kind) is list else len(values)
-            parser.add_argument(
-                name, type=values[0], nargs=count, default=field.default, metavar=values[0].__name__.upper(), help=help
-            )
-        else:
-            choices = field.metadata["choices"]
-            metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-            parser.add_argument(name, type=kind, default=field.default, choices=choices, metavar=metavar, help=help)
-    config = config_class(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(config_class):
-        value, within = getattr(config, field.name), field.metadata["within"]
-        if typing.get_origin(kinds[field.name]) is tuple and value is not None:
-            setattr(config, field.name, tuple(value))  # argparse gives a list
-        if within and value is not None and not lies_within(value, within):
-            parser.error(f"--{field.name.replace('_', '-')} {value}: expected a number in {within}")
-    return config
 
 
 def require(condition: bool, message: str) -> None:
@@ -127,6 +65,37 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to `dtype`; off for float32. Log-probs, losses and scores leave it for float32 by themselves."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def checkpoint_activations_(model: torch.nn.Module) -> None:
+    """Make each transformer layer forget its activations and compute them again in the backward pass.
+
+    Not transformers' own switch: that works in training mode alone, where dropout is on.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    require(bool(layers), f"--gradient-checkpointing: {model.config.model_type} has no layers that support it: leave it out")
+    for layer in layers:
+        layer.forward = functools.partial(_checkpointed, layer, layer.forward)
+
+
+def _checkpointed(layer: torch.nn.Module, forward, *args, **kwargs):
+    if not torch.is_grad_enabled():  # sampling and scoring: nothing to save, and a key-value cache must be filled once
+        return forward(*args, **kwargs)
+    modes = [(module, module.training) for module in layer.modules()]
+
+    def in_the_same_mode(*args, **kwargs):  # the backward pass may find the model in another mode, with dropout on
+        modes_now = [(module, module.training) for module in layer.modules()]
+        for module, training in modes:
+            module.training = training
+        try:
+            return forward(*args, **kwargs)
+        finally:  # torch leaves the second pass by an exception, once it has what it needs
+            for module, training in modes_now:
+                module.training = training
+
+    return torch.utils.checkpoint.checkpoint(in_the_same_mode, *args, use_reentrant=False, **kwargs)
 
 
 def new_run(out: str, kind: str) -> Path:
@@ -182,8 +151,8 @@ def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype)
 def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -> None:
     """Print the run's header: device and why, precision, and every flag as resolved."""
     print(f"device {device} ({reason}), {str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
-    given = dataclasses.asdict(config)
-    print("  " + "  ".join(f"{name} {value}" for name, value in given.items() if value not in ("", None)))
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("", None) and value is not False}
+    print("  " + "  ".join(f"{name} {value}" for name, value in given.items()))
 
 
 class JsonLines:

@@ -1,26 +1,30 @@
-"""Preference pairs and prompts: a local file or a hub id in, token ids out. One text format, by `encode`."""
+"""Preference pairs and prompts from the columns of a data set, and which of them are held out."""
 
 import bisect
-import gzip
+import functools
 import hashlib
 import itertools
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
+from .chat import DIALOGUE, Messages, Prompt, first_turn, to_messages, to_text
+from .common import UserError, require
+from .rows import number_cell, read_rows, text_cell
 
-from .common import UserError
-
-FILE_TYPES = (".jsonl", ".gz", ".json", ".csv", ".parquet")
+UNDERSTOOD = {
+    "pairs": 'chosen and rejected, as {"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", "rejected": " No idea."}, '
+    'or text and rating (or label), as {"text": "Fun for all ages.", "rating": 2.4}',
+    "prompts": 'prompt, messages, chosen (a dialogue) or text, as {"prompt": "Who wrote Emma?"}',
+}
+CHOSEN_RATINGS = ("chosen_rating", "rating_chosen", "chosen_score", "score_chosen")
 
 
 class Pair(NamedTuple):
     """One preference: two completions of a prompt (which may be ""), ratings and margin where the data has them."""
 
-    prompt: str
+    prompt: Prompt
     chosen: str
     rejected: str
     chosen_rating: float | None = None
@@ -64,74 +68,6 @@ class RatedPairs:
         return Pair("", self.texts[winner], self.texts[loser], self.ratings[winner], self.ratings[loser])
 
 
-def read_rows(dataset: str, split: str = "train") -> list[dict]:
-    """Rows of a local file (.jsonl, .jsonl.gz, .json, .csv, .parquet), a saved datasets folder, or a hub id."""
-    path = Path(dataset)
-    if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = list(_read_jsonl(path))
-    elif path.exists() or (
-        dataset.count("/") <= 1 and path.suffix not in FILE_TYPES and not dataset.startswith((".", "/", "~"))
-    ):
-        rows = _read_with_datasets(path, dataset, split)
-    else:
-        raise UserError(f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or a hub id")
-    if not rows:
-        raise UserError(f"{dataset}: no rows: expected at least one")
-    return rows
-
-
-def _read_jsonl(path: Path) -> Iterator[dict]:
-    # Not with datasets: its error for a broken row does not name the row.
-    number = 0  # of rows, as everywhere: blank lines do not count
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                if line.strip():
-                    number += 1
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f'{path}: row {number}: got {line.strip()[:40]}, expected {{"column": value, ...}}')
-                    yield row
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: row {number}: not JSON ({error}): one object a line") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _read_with_datasets(path: Path, dataset: str, split: str) -> Sequence[dict]:
-    import datasets  # here: seconds to import, and not everywhere installed
-
-    formats = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    try:
-        if path.is_file():
-            if path.suffix not in formats:
-                raise UserError(f"{dataset}: unknown file type {path.suffix!r}: expected .jsonl, .json, .csv or .parquet")
-            return datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(str(path))
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(dataset, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # datasets says what went wrong only there
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise UserError(f"{dataset} (split {split}): cannot be loaded: {reason}") from error
-
-
-def _text(row: dict, column: str, where: str, may_be_empty: bool = False) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        got = "an empty text" if isinstance(value, str) else f"{type(value).__name__} {value!r:.40}"
-        raise UserError(f"{where}: column {column!r}: got {got}, expected a text: mend or remove the row")
-    return value
-
-
-def _number(row: dict, column: str, where: str) -> float:
-    value = row.get(column)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise UserError(f"{where}: column {column!r}: got {value!r:.40}, expected a number: mend or remove the row")
-    return float(value)
-
-
 def held_out(text: str, seed: int, share: float) -> bool:
     """Whether this text belongs to the held-out share: by its hash, so that every script splits alike.
 
@@ -141,155 +77,190 @@ def held_out(text: str, seed: int, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def load_pairs(
-    dataset: str, split: str = "train", *, eval_share: float = 0.1, seed: int = 0, min_rating_gap: float = 1.0
-) -> tuple[Sequence[Pair], Sequence[Pair]]:
+class Split(NamedTuple):
+    """Which rows to read, and which of them are held out."""
+
+    dataset: str
+    split: str = "train"
+    eval_split: str = ""  # held out; without it, a share of `split`
+    eval_share: float = 0.1
+    seed: int = 0
+    subset: str = ""
+
+
+def load_pairs(data: Split, *, chat: bool | None = False, min_rating_gap: float = 1.0) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Training and held-out pairs, split by prompt (by text where there are no prompts); the reading is printed.
 
     Two kinds of data are recognised from their columns:
-    - chosen, rejected (and prompt; chosen_rating, rejected_rating; margin, where there);
+    - chosen, rejected: completions of `prompt`, or whole dialogues (messages, or the text of hh-rlhf) that share their
+      prompt; with ratings (chosen_rating and rejected_rating, or score_chosen and score_rejected) or margin;
     - text, rating (or label): all pairs with a gap of at least `min_rating_gap`, see RatedPairs.
 
-    Raises UserError for missing columns, and for a row with an empty text or a non-string, with its number.
+    `chat` says what prompts become: messages (True), text (False), text but messages are an error (None).
+
+    Raises UserError for missing columns, and for a row with an empty text, a non-string or a NaN, with its number.
     """
-    rows = read_rows(dataset, split)
-    columns = set(rows[0])
+    rows, columns = _both_splits(data)
     rating = next((name for name in ("rating", "label") if name in columns), None)
     if {"chosen", "rejected"} <= columns:
-        parts = ([], [])
-        for number, row in enumerate(rows, 1):
-            where = f"{dataset}: row {number}"
-            pair = Pair(
-                _text(row, "prompt", where, may_be_empty=True) if "prompt" in columns else "",
-                _text(row, "chosen", where),
-                _text(row, "rejected", where),
-                *(
-                    _number(row, name, where) if name in columns else None
-                    for name in ("chosen_rating", "rejected_rating", "margin")
-                ),
-            )
-            parts[held_out(pair.prompt or pair.chosen, seed, eval_share)].append(pair)
-        reading = "prompt + chosen / rejected" if "prompt" in columns else "chosen / rejected"
+        ratings = next(((c, c.replace("chosen", "rejected")) for c in CHOSEN_RATINGS if c in columns), ())
+        reading = "chosen / rejected" + (f" rated by {ratings[0]}" if ratings else "") + (", margin" * ("margin" in columns))
+        read = functools.partial(_pair, ratings=ratings, chat=chat)
+        parts = _divide(data, rows, read, lambda pair: first_turn(pair.prompt) if pair.prompt else pair.chosen)
+        if ratings:
+            pairs = [*parts[0], *parts[1]]
+            right = sum(pair.chosen_rating >= pair.rejected_rating for pair in pairs) / max(1, len(pairs))
+            reading += f" (at least as high as the rejected one in {right:.1%})"
+        reading += ", as chat" * bool(chat)
     elif "text" in columns and rating:
-        rated = ([], [])
-        for number, row in enumerate(rows, 1):
-            where = f"{dataset}: row {number}"
-            text = _text(row, "text", where)
-            rated[held_out(text, seed, eval_share)].append((text, _number(row, rating, where)))
+        read = lambda row, where: (text_cell(row, "text", where), number_cell(row, rating, where))  # noqa: E731
+        rated = _divide(data, rows, read, lambda item: item[0])
+        for part in rated:
+            values = {value for _, value in part}
+            require(len(values) != 1, f"{data.dataset}: column {rating!r} is always {next(iter(values), 0):g}: expected several")
         parts = [RatedPairs([t for t, _ in part], [r for _, r in part], min_rating_gap) for part in rated]
         reading = f"text by {rating}, gap >= {min_rating_gap:g}"
     else:
-        raise UserError(f"{dataset}: has columns {sorted(columns)}: expected chosen and rejected, or text and rating")
-    print(f"{dataset}: {len(rows)} rows read as {reading}: {len(parts[0])} training and {len(parts[1])} held-out pairs")
-    if not len(parts[0]) or not len(parts[1]):
-        raise UserError(
-            f"{dataset}: {len(parts[0])} training and {len(parts[1])} held-out pairs: expected both, so more rows "
-            "(or another --eval-share or --seed)"
-        )
+        raise UserError(f"{data.dataset}: has columns {sorted(columns)}: expected {UNDERSTOOD['pairs']}")
+    print(f"{data.dataset}: read as {reading}: {len(parts[0])} training and {len(parts[1])} held-out pairs")
+    _require_both(data, parts, "pairs")
     return parts[0], parts[1]
 
 
-def load_prompts(dataset: str, split: str = "train", *, eval_share: float = 0.1, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts: the column `prompt`, or `text` where there is none; duplicates once."""
-    rows = read_rows(dataset, split)
-    column = next((name for name in ("prompt", "text") if name in rows[0]), None)
-    if column is None:
-        raise UserError(f"{dataset}: has columns {sorted(rows[0])}: expected prompt (or text)")
-    prompts = dict.fromkeys(_text(row, column, f"{dataset}: row {number}") for number, row in enumerate(rows, 1))
-    train = [prompt for prompt in prompts if not held_out(prompt, seed, eval_share)]
-    evaluation = [prompt for prompt in prompts if held_out(prompt, seed, eval_share)]
-    print(f"{dataset}: {len(rows)} rows: {len(train)} training and {len(evaluation)} held-out prompts from {column!r}")
-    if not train or not evaluation:
-        raise UserError(
-            f"{dataset}: {len(train)} training and {len(evaluation)} held-out prompts: expected both, so more "
-            "rows (or another --eval-share or --seed)"
-        )
+def load_prompts(
+    data: Split, *, chat: bool | None = False, column: str = ""
+) -> tuple[list[Prompt], list[Prompt], str]:
+    """Training and held-out prompts, duplicates once, and the column they come from; the split is that of load_pairs.
+
+    Recognised columns: prompt, messages, chosen (a dialogue, whose prompt is taken), text; or the one named.
+    """
+    rows, columns = _both_splits(data)
+    column = column or next((name for name in ("prompt", "messages", "chosen", "text") if name in columns), "")
+    require(column in columns, f"{data.dataset}: has columns {sorted(columns)}: expected {column or UNDERSTOOD['prompts']}")
+    parts = []
+    for part in _divide(data, rows, functools.partial(_prompt, column=column, chat=chat and column != "text"), first_turn):
+        parts.append(list({json.dumps(prompt): prompt for prompt in part}.values()))
+    form = "as chat" if chat and column != "text" else "as text"
+    print(f"{data.dataset}: {len(parts[0])} training and {len(parts[1])} held-out prompts from {column!r}, {form}")
+    _require_both(data, parts, "prompts")
+    return parts[0], parts[1], column
+
+
+def _both_splits(data: Split) -> tuple[list[Sequence[dict]], set[str]]:
+    """Rows of the split (and of the split to hold out), and the columns that they have."""
+    splits = [data.split] + [data.eval_split] * bool(data.eval_split)
+    rows = [read_rows(data.dataset, split, data.subset) for split in splits]
+    return rows, set.intersection(*(set(part[0]) for part in rows))
+
+
+def _divide(data: Split, rows: list[Sequence[dict]], read, key) -> tuple[list, list]:
+    """Items (training, held out) read from rows; one whose key is held out never trains. Drops are counted and printed."""
+    dropped, parts = Counter(), []
+    for split, part in zip((data.split, data.eval_split), rows):
+        parts.append([])
+        for number, row in enumerate(part, 1):
+            item = read(row, f"{data.dataset}: row {number}" + (f" of {split}" if len(rows) > 1 else ""))
+            if isinstance(item, Dropped):
+                dropped[item.reason] += 1
+            else:
+                parts[-1].append(item)
+    if len(parts) == 1:
+        is_held = [held_out(key(item), data.seed, data.eval_share) for item in parts[0]]
+        train = [item for item, held in zip(parts[0], is_held) if not held]
+        evaluation = [item for item, held in zip(parts[0], is_held) if held]
+    else:
+        evaluation, held = parts[1], {key(item) for item in parts[1]}
+        train = [item for item in parts[0] if key(item) not in held]
+        dropped["in the held-out split, too"] = len(parts[0]) - len(train)
+    for reason, count in dropped.items():
+        if count:
+            print(f"{data.dataset}: {count} rows dropped: {reason}")
     return train, evaluation
 
 
-def encode(tokenizer, text: str, end: bool) -> list[int]:
-    """Token ids of a text: begin token exactly once where the tokenizer has one, end token exactly once if `end`.
+class Dropped(NamedTuple):
+    """A row that is no item, and why."""
 
-    The one formatter: prompts of the policy (end=False), texts of the reward model in training and scoring (end=True).
-    """
-    begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = list(tokenizer(text)["input_ids"])
-    # Some tokenizers add them by themselves, some templates write them into the text, some do both.
-    while begin is not None and ids[:1] == [begin]:
-        ids.pop(0)
-    while eos is not None and ids[-1:] == [eos]:
-        ids.pop()
-    return [begin] * (begin is not None) + ids + [eos] * (end and eos is not None)
+    reason: str
 
 
-def pad(rows: Sequence[list[int]], side: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids -> input_ids (B, T) and attention_mask (B, T); id 0 fills up, since the mask alone says what is real.
-
-    >>> pad([[5, 6], [7]], side="left")
-    (tensor([[5, 6],
-            [0, 7]]), tensor([[1, 1],
-            [0, 1]]))
-    """
-    width = max(map(len, rows))
-    fill = [[0] * (width - len(row)) for row in rows]
-    ones = [[1] * len(row) for row in rows]
-    join = (lambda row, gap: gap + row) if side == "left" else (lambda row, gap: row + gap)
-    ids = torch.tensor([join(list(row), gap) for row, gap in zip(rows, fill)])
-    mask = torch.tensor([join(one, gap) for one, gap in zip(ones, fill)])
-    return ids.to(device), mask.to(device)
+def _pair(row: dict, where: str, ratings: tuple[str, ...], chat: bool | None) -> Pair | Dropped:
+    (prompt, chosen), (other, rejected) = (_dialogue(row, name, where) for name in ("chosen", "rejected"))
+    if prompt != other:
+        return Dropped("chosen and rejected answer different prompts")
+    if not chosen.strip() or not rejected.strip():
+        return Dropped("an empty answer")
+    numbers = [number_cell(row, name, where) for name in ratings] or [None, None]
+    margin = number_cell(row, "margin", where) if "margin" in row else None
+    if isinstance(prompt, list) and not chat:  # in text, the answer follows "Assistant:"
+        chosen, rejected = f" {chosen}", f" {rejected}"
+    elif chat and prompt:
+        chosen, rejected = chosen.strip(), rejected.strip()
+    return Pair(_as_asked(prompt, where, chat), chosen, rejected, *numbers, margin)
 
 
-class Example(NamedTuple):
-    """A pair as token ids, ready for the reward model."""
+def _prompt(row: dict, where: str, column: str, chat: bool | None) -> Prompt | Dropped:
+    if column == "chosen":
+        prompt, _ = _dialogue(row, column, where)
+        require(bool(prompt), f"{where}: column 'chosen' is no dialogue, and there is no prompt")
+    elif isinstance(row.get(column), list):
+        prompt = _messages(row[column], column, where)
+        while prompt and prompt[-1]["role"] == "assistant":  # a whole dialogue: what is asked last, is the prompt
+            prompt = prompt[:-1]
+        if not prompt:
+            return Dropped("nothing is asked")
+    else:
+        prompt = text_cell(row, column, where)
+    return _as_asked(prompt, where, chat)
 
-    chosen: list[int]
-    rejected: list[int]
-    pair: Pair
+
+def _dialogue(row: dict, column: str, where: str) -> tuple[Prompt, str]:
+    """The prompt and the completion in row[column]: messages, a dialogue in text, or the completion of row["prompt"]."""
+    value = row[column]
+    if isinstance(value, list):
+        *before, answer = _messages(value, column, where)
+        require(answer["role"] == "assistant", f"{where}: column {column!r}: ends with a turn of {answer['role']}, expected assistant")
+        if before:  # HelpSteer's holds a whole dialogue in one user's turn
+            return (to_messages(before[0]["content"]) if len(before) == 1 else before), answer["content"]
+        given = row.get("prompt")
+        require(bool(given), f"{where}: column {column!r} is an answer alone, and there is no prompt")
+        return (_messages(given, "prompt", where) if isinstance(given, list) else to_messages(given)), answer["content"]
+    text = text_cell(row, column, where)
+    if DIALOGUE.match(text) and not row.get("prompt"):
+        end = text.rfind("\n\nAssistant:") + len("\n\nAssistant:")
+        require(end > len("\n\nAssistant:"), f"{where}: column {column!r}: a dialogue without a turn of the assistant")
+        return text[:end], text[end:]
+    if isinstance(row.get("prompt"), list):
+        return _messages(row["prompt"], "prompt", where), text
+    return (text_cell(row, "prompt", where, may_be_empty=True) if "prompt" in row else ""), text
 
 
-def encode_pairs(
-    pairs: Sequence[Pair], encode_text: Callable[[str, str], list[int]], *, max_tokens: int, max_pairs: int, seed: int
-) -> list[Example]:
-    """At most `max_pairs` pairs, drawn by `seed`, as token ids; identical and over-long ones dropped and counted."""
-    indices = range(len(pairs))
-    if max_pairs < len(pairs):
-        indices = random.Random(seed).sample(indices, max_pairs)
-    examples, identical, too_long = [], 0, 0
-    for i in indices:
-        pair = pairs[i]
-        chosen, rejected = encode_text(pair.prompt, pair.chosen), encode_text(pair.prompt, pair.rejected)
-        if max(len(chosen), len(rejected)) > max_tokens:  # never cut: what is cut off may hold the difference
-            too_long += 1
-        elif chosen == rejected:
-            identical += 1
-        else:
-            examples.append(Example(chosen, rejected, pair))
-    print(
-        f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} longer than "
-        f"{max_tokens} tokens dropped"
+def _messages(value: list, column: str, where: str) -> Messages:
+    """Checked messages, role and content alone."""
+    fits = bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
-    return examples
+    require(fits, f'{where}: column {column!r}: got {value!r:.60}, expected messages: [{{"role": "user", "content": "..."}}, ...]')
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def length_grouped_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches of indices, each item once an epoch; items of like length together, so that little is padding.
-
-    Each epoch is shuffled, cut into groups of 50 batches, and only within a group sorted by length; the last batch of
-    an epoch may be smaller.
-    """
-    while True:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        groups = [order[i : i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
-        batches = []
-        for group in groups:
-            group.sort(key=lambda i: lengths[i])
-            batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[i]
+def _as_asked(prompt: Prompt, where: str, chat: bool | None) -> Prompt:
+    """The prompt as messages, or as text."""
+    if chat:
+        return to_messages(prompt) if prompt else ""
+    if isinstance(prompt, list) and chat is None:
+        raise UserError(
+            f"{where}: has chat messages, and the model's tokenizer has no chat template: take a model with one, or "
+            "--format plain (turns as Human: and Assistant: in plain text)"
+        )
+    if isinstance(prompt, str) and "<extra_id_1>" in prompt:
+        prompt = to_messages(prompt)
+    return to_text(prompt) if isinstance(prompt, list) else prompt
 
 
-def shuffled_forever(items: Sequence, seed: int) -> Iterator:
-    """Each item once an epoch, in an order that differs between epochs and seeds."""
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(items, len(items))
+def _require_both(data: Split, parts: Sequence[Sequence], what: str) -> None:
+    require(
+        len(parts[0]) > 0 and len(parts[1]) > 0,
+        f"{data.dataset}: {len(parts[0])} training and {len(parts[1])} held-out {what}: expected both, so more rows "
+        "(or another --eval-share or --split-seed)",
+    )

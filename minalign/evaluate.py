@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import encode, pad
+from .batches import pad
+from .chat import TokenizedPrompt
 from .logprobs import exact_kl
+from .lora import AdapterView
 from .reward import RewardModel
+from .rewards import RewardFunction, RewardSum
 from .rollout import completion_logits, generate
 
 
@@ -22,12 +25,42 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
+def sample_completions(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    seed: int,
+    batch_size: int,
+) -> tuple[list[tuple[torch.Tensor, ...]], list[list[int]], list[bool]]:
+    """One completion a prompt, always the same for a seed: (input_ids, attention_mask, tokens, mask) of each batch,
+    completions as ids without their end token, and which of them ended by themselves.
+    """
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    batches, completions, ended = [], [], []
+    for i in range(0, len(prompts), batch_size):
+        input_ids, attention_mask = pad([prompt.ids for prompt in prompts[i : i + batch_size]], "left", policy.device)
+        tokens, mask, _ = generate(
+            policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
+            eos_token_ids=eos_token_ids, pad_token_id=0, generator=generator,
+        )  # fmt: skip
+        batches.append((input_ids, attention_mask, tokens, mask))
+        ids, ends = split_end(tokens, mask, eos_token_ids)
+        completions += ids
+        ended += ends.tolist()
+    return batches, completions, ended
+
+
+@torch.no_grad()
 def evaluate_policy(
     policy: PreTrainedModel,
-    start: PreTrainedModel,
-    reward_model: RewardModel,
+    start: PreTrainedModel | AdapterView,
+    reward: RewardModel | RewardFunction | RewardSum,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[TokenizedPrompt],
     *,
     temperature: float,
     max_new_tokens: int,
@@ -38,33 +71,31 @@ def evaluate_policy(
 ) -> tuple[dict[str, float], list[Sample]]:
     """Sample one completion a prompt, always from the same seed, and measure.
 
-    reward: mean of the reward model. kl_sft: KL(policy || start) in nats per sequence, summed over the exact KL of
+    reward: mean of the reward. kl_sft: KL(policy || start) in nats per sequence, summed over the exact KL of
     each next-token distribution on the sampled prefixes (far less noisy than k1). length: tokens, the end token
     included. ended: share that ended by itself. distinct_2: different bigrams over all bigrams of the completions.
-    `measures` adds means of functions of the whole text, such as the toy world's gold reward.
+    Of several rewards, each one's mean beside their sum. `measures` adds means of functions of the whole text, such as
+    the toy world's gold reward.
     """
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    samples, lengths, ended, bigrams = [], [], [], []
-    for i in range(0, len(prompts), batch_size):
-        rows = [encode(tokenizer, prompt, end=False) for prompt in prompts[i : i + batch_size]]
-        input_ids, attention_mask = pad(rows, "left", policy.device)
-        tokens, mask, _ = generate(
-            policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_token_ids=eos_token_ids, pad_token_id=0, generator=generator,
-        )  # fmt: skip
+    batches, completions, ended = sample_completions(
+        policy, tokenizer, prompts, temperature=temperature, max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids,
+        seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    kls, lengths = [], []
+    for input_ids, attention_mask, tokens, mask in batches:
         kl = exact_kl(
             completion_logits(policy, input_ids, attention_mask, tokens, mask),
             completion_logits(start, input_ids, attention_mask, tokens, mask),
             temperature,
         )
-        kl = kl.masked_fill(~mask, 0.0).sum(1)
-        completions, ends = split_end(tokens, mask, eos_token_ids)
-        rewards = reward_model.read_out(reward_model.logits(reward_model.encode_rollout(tokenizer, rows, completions)))
-        for row, completion, reward, k in zip(rows, completions, rewards.tolist(), kl.tolist()):
-            samples.append(Sample(*decode_parts(tokenizer, row, completion), reward, k))
-            bigrams += zip(completion, completion[1:])
+        kls += kl.masked_fill(~mask, 0.0).sum(1).tolist()
         lengths += mask.sum(1).tolist()
-        ended += ends.tolist()
+    scores = reward.score_rollout(tokenizer, prompts, completions, batch_size)
+    samples = [
+        Sample(*decode_parts(tokenizer, prompt.ids, completion), r, kl)
+        for prompt, completion, r, kl in zip(prompts, completions, scores.rewards.tolist(), kls)
+    ]
+    bigrams = [bigram for completion in completions for bigram in zip(completion, completion[1:])]
     metrics = {
         "reward": _mean([sample.reward for sample in samples]),
         "kl_sft": _mean([sample.kl for sample in samples]),
@@ -72,6 +103,7 @@ def evaluate_policy(
         "ended": _mean(ended),
         "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
     }
+    metrics |= {f"reward {name}": values.mean().item() for name, values in scores.parts.items()}
     for name, measure in (measures or {}).items():
         metrics[name] = _mean([measure(sample.prompt + sample.completion) for sample in samples])
     return metrics, samples

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .checkpoint import LOADING_ERRORS, first_line, model_folder, whole_folder
-from .common import UserError, flag, parse_flags, require
+from .common import UserError, require
+from .flags import flag, parse_flags
 from .merge import merge_policies
 
 SHARD_BYTES = 128 * 2**20
@@ -20,7 +21,7 @@ SHARD_BYTES = 128 * 2**20
 
 @dataclass
 class Config:
-    """The flags of a merge."""
+    """Merging of saved models."""
 
     init: str = flag("", "theta_init: the model that the others were trained from (a run or a folder)")
     models: list[str] | None = flag(None, "the policies to merge, in order")

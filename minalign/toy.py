@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .batches import pad
+from .chat import encode
 from .checkpoint import whole_folder
-from .data import Pair, encode, held_out, pad
+from .data import Pair, held_out
 from .logprobs import token_logprobs
 
 OPENINGS = ["overall", "honestly", "frankly", "tonight", "again", "surprisingly"]
@@ -104,7 +106,7 @@ def _slip(rng: random.Random, completion: str) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def prompts(seed: int, eval_share: float, count: int = 10_000) -> tuple[list[str], list[str]]:
+def prompts(seed: int, eval_share: float, split_seed: int = 0, count: int = 10_000) -> tuple[list[str], list[str]]:
     """Different training and held-out prompts, split as `data.held_out` splits real ones."""
     rng = random.Random(f"prompts {seed}")
     found = {}
@@ -112,11 +114,11 @@ def prompts(seed: int, eval_share: float, count: int = 10_000) -> tuple[list[str
         found[write_prompt(rng)] = None
     parts = ([], [])
     for prompt in found:
-        parts[held_out(prompt, seed, eval_share)].append(prompt)
+        parts[held_out(prompt, split_seed, eval_share)].append(prompt)
     return parts
 
 
-def preference_pairs(seed: int, eval_share: float, noise: float = 1.0) -> tuple[list[Pair], list[Pair]]:
+def preference_pairs(seed: int, eval_share: float, split_seed: int = 0, noise: float = 1.0) -> tuple[list[Pair], list[Pair]]:
     """What a rater says of two reviews for each prompt: the preferred one, and both ratings; training and held out.
 
         P(a preferred) = sigmoid((gold_a - gold_b) / noise);   rating = 5.5 + gold + N(0, noise^2), as an integer 1..10
@@ -124,7 +126,7 @@ def preference_pairs(seed: int, eval_share: float, noise: float = 1.0) -> tuple[
     One review in ten has a slip, so the rater's dislike of broken reviews can be learned.
     """
     rng = random.Random(f"pairs {seed}")
-    return tuple([_compare(rng, prompt, noise) for prompt in part] for part in prompts(seed, eval_share))
+    return tuple([_compare(rng, prompt, noise) for prompt in part] for part in prompts(seed, eval_share, split_seed))
 
 
 def _compare(rng: random.Random, prompt: str, noise: float) -> Pair:

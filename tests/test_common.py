@@ -1,5 +1,6 @@
-"""Flags are strict and documented, runs get folders of their own, and a metrics log survives what happens to its run."""
+"""Runs get folders of their own, and a metrics log survives what happens to its run."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -7,78 +8,29 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from minalign import toy
 from minalign.common import (
-    MetricsLog, UserError, autocast, flag, new_run, one_line_errors, parse_flags, pick_device, pick_dtype, require,
+    MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require,
     resumed_run, warmup_factor, write_config,
 )  # fmt: skip
+
+from minalign.logprobs import token_logprobs
+from minalign.rollout import completion_logits, generate
 
 
 @dataclass
 class Config:
-    out: str = flag("", "folder")
-    batch_size: int = flag(64, "completions a step", within="[1, inf)")
-    lr: float = flag(1e-5, "peak learning rate")
-    mu: float | None = flag(None, "rate of the average", within="(0, 1]")
-    anchor: str = flag("fixed", "what the KL is measured from", ("fixed", "ema"))
-    ends: tuple[float, float] | None = flag(None, "lower and upper end")
-    resume: bool = flag(False, "go on where the run stopped")
-    seed: int = flag(0, "seed of everything")
-    eta: list[float] | None = flag(None, "interpolation weights")
-
-
-def parse(*argv):
-    return parse_flags(Config, "What the program does.", list(argv))
-
-
-def test_flags_not_given_have_their_defaults():
-    assert parse() == Config()
-
-
-def test_flags_have_the_types_of_their_fields():
-    config = parse("--batch-size", "8", "--lr", "1e-3", "--mu", "0.5", "--anchor", "ema", "--resume", "--out", "runs/a")
-    assert config == Config(out="runs/a", batch_size=8, lr=1e-3, mu=0.5, anchor="ema", resume=True)
-    assert [type(value) for value in (config.batch_size, config.lr, config.mu, config.resume)] == [int, float, float, bool]
-    assert parse("--ends", "-1", "5").ends == (-1.0, 5.0)
-    assert parse("--eta", "0.5").eta == [0.5] and parse("--eta", "0", "1").eta == [0.0, 1.0]
-
-
-@pytest.mark.parametrize("argv, culprit", [
-    (["--bach-size", "8"], "--bach-size"),
-    (["--batch", "8"], "--batch"),  # an abbreviation: another flag may begin like it tomorrow
-    (["--batch_size", "8"], "--batch_size"),
-    (["--batch-size", "8.5"], "8.5"),
-    (["--batch-size"], "--batch-size"),
-    (["--batch-size", "0"], "--batch-size 0: expected a number in [1, inf)"),
-    (["--mu", "0"], "--mu 0.0: expected a number in (0, 1]"),
-    (["--mu", "nan"], "--mu nan"),
-    (["--eta", "0", "much"], "much"),
-    (["--lr", "fast"], "fast"),
-    (["--anchor", "moving"], "moving"),
-    (["--ends", "1"], "--ends"),
-    (["--resume", "yes"], "yes"),
-    (["stray"], "stray"),
-])  # fmt: skip
-def test_bad_flags_end_the_program_with_one_line(argv, culprit, capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse(*argv)
-    out, err = capsys.readouterr()
-    assert exit.value.code == 2 and out == ""
-    assert err.startswith("error: ") and culprit in err and err.count("\n") == 1 and err.endswith("\n")
-
-
-def test_help_shows_every_flag_with_its_default(capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert exit.value.code == 0 and "What the program does." in text
-    lines = {part.split()[0]: part for part in text.split(" --")[1:]}
-    assert "INT completions a step (default: 64)" in lines["batch-size"]
-    assert "FLOAT peak learning rate (default: 1e-05)" in lines["lr"]
-    assert "{fixed,ema} what the KL is measured from (default: fixed)" in lines["anchor"]
-    assert "INT seed of everything (default: 0)" in lines["seed"]
-    assert "FLOAT FLOAT lower and upper end" in lines["ends"]
-    assert all("default" not in lines[name] for name in ("out", "mu", "ends", "resume"))
+    out: str = ""
+    batch_size: int = 64
+    lr: float = 1e-5
+    mu: float | None = None
+    anchor: str = "fixed"
+    ends: tuple[float, float] | None = None
+    resume: bool = False
+    seed: int = 0
+    eta: list[float] | None = None
 
 
 def test_a_user_error_ends_the_program_with_one_line(capsys):
@@ -188,3 +140,42 @@ def test_autocast_runs_products_in_the_dtype_asked_for(dtype, device):
 def test_the_learning_rate_warms_up_linearly():
     assert [warmup_factor(step, 4) for step in (1, 2, 3, 4, 5, 100)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmup_factor(1, 0) == 1.0
+
+
+# --- activation checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_recomputed_activations_change_no_gradient_and_no_sample(kind):
+    """Dropout stays off, the layers run again in the backward pass, and the key-value cache is filled once."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = toy.make_model(toy.make_tokenizer(), seed=0)
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=43, n_positions=64, n_embd=16, n_layer=2, n_head=2))
+    ids = torch.randint(4, 43, (3, 9))
+    inputs = ids[:, :4], torch.ones(3, 4), ids[:, 4:], torch.ones(3, 5, dtype=torch.bool)
+
+    def gradient_and_samples(model):
+        calls = []
+        mlp = (model.base_model.layers if kind == "llama" else model.base_model.h)[0].mlp
+        hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.zero_grad()
+        (-token_logprobs(completion_logits(model.train(), *inputs), ids[:, 4:])).mean().backward()
+        hook.remove()
+        assert all(module.training for module in model.modules())
+        drawn = generate(model, ids, torch.ones_like(ids), max_new_tokens=6, temperature=1.0, eos_token_ids=2, pad_token_id=0,
+                         generator=torch.Generator().manual_seed(0))  # fmt: skip
+        return [p.grad.clone() for p in model.parameters()], drawn.tokens, len(calls)
+
+    gradients, tokens, calls = gradient_and_samples(model)
+    checkpoint_activations_(model)
+    again, tokens_again, calls_again = gradient_and_samples(model)
+    assert (calls, calls_again) == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True)) and torch.equal(tokens, tokens_again)
+
+    twin = copy.deepcopy(model)  # what the moving anchor is made by: it must not run the layers of the first
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert completion_logits(twin, *inputs).abs().max() == 0 and twin is not model
+    assert completion_logits(model, *inputs).abs().max() > 0

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from minalign import toy
-from minalign.data import encode, pad
+from minalign.batches import pad
+from minalign.chat import TokenizedPrompt, encode
 from minalign.evaluate import bootstrap_interval, decode_parts, evaluate_policy, expected_calibration_error, split_end
 from minalign.logprobs import exact_kl
 from minalign.reward import RewardModel
@@ -18,6 +19,7 @@ from minalign.rollout import generate
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 SETTINGS = dict(temperature=0.7, max_new_tokens=12, eos_token_ids=[2, 5])
 PROMPTS = ["overall , the plot is", "again , the music is very dull but the cast is", "frankly , the ending is"] * 3
+ROWS = [TokenizedPrompt(encode(toy.make_tokenizer(), prompt, end=False)) for prompt in PROMPTS]
 
 
 def make_policy(seed=0):
@@ -39,7 +41,7 @@ def world():
 def test_metrics_are_those_recomputed_from_the_samples(world):
     policy, start, reward_model, tokenizer = world
     measures = {"words": lambda text: len(text.split())}
-    metrics, samples = evaluate_policy(*world, PROMPTS, seed=3, measures=measures, **SETTINGS)
+    metrics, samples = evaluate_policy(*world, ROWS, seed=3, measures=measures, **SETTINGS)
 
     rows = [encode(tokenizer, prompt, end=False) for prompt in PROMPTS]
     generator = torch.Generator().manual_seed(3)
@@ -74,8 +76,8 @@ def test_metrics_are_those_recomputed_from_the_samples(world):
 
 def test_the_batch_size_changes_nothing(world):
     settings = SETTINGS | {"temperature": 1e-4}  # no chance left: other batches draw other random numbers
-    metrics, samples = evaluate_policy(*world, PROMPTS, seed=0, **settings)
-    again, in_parts = evaluate_policy(*world, PROMPTS, seed=0, batch_size=4, **settings)
+    metrics, samples = evaluate_policy(*world, ROWS, seed=0, **settings)
+    again, in_parts = evaluate_policy(*world, ROWS, seed=0, batch_size=4, **settings)
     assert [sample.prompt for sample in in_parts] == PROMPTS
     assert [sample.completion for sample in in_parts] == [sample.completion for sample in samples]
     assert again == pytest.approx(metrics, rel=1e-4)
@@ -84,18 +86,18 @@ def test_the_batch_size_changes_nothing(world):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_start_policy_has_no_kl_to_itself(training, world):
     start = make_policy().train(training)
-    metrics, samples = evaluate_policy(start, copy.deepcopy(start), *world[2:], PROMPTS, seed=0, **SETTINGS)
+    metrics, samples = evaluate_policy(start, copy.deepcopy(start), *world[2:], ROWS, seed=0, **SETTINGS)
     assert abs(metrics["kl_sft"]) < 1e-5 and max(abs(sample.kl) for sample in samples) < 1e-5
 
 
 def test_an_evaluation_repeats_and_its_seed_matters(world):
-    first, again, other = (evaluate_policy(*world, PROMPTS, seed=seed, **SETTINGS) for seed in (0, 0, 1))
+    first, again, other = (evaluate_policy(*world, ROWS, seed=seed, **SETTINGS) for seed in (0, 0, 1))
     assert first == again and first[1] != other[1]
 
 
 def test_samples_of_a_prompt_in_two_batches_differ(world):
     """The seed is that of the evaluation, not of each batch."""
-    _, samples = evaluate_policy(*world, PROMPTS, seed=0, batch_size=3, **SETTINGS)
+    _, samples = evaluate_policy(*world, ROWS, seed=0, batch_size=3, **SETTINGS)
     assert samples[:3] != samples[3:6]
 
 

@@ -14,7 +14,9 @@ from transformers import (
 import train_rm
 from minalign import toy
 from minalign.common import UserError
-from minalign.data import Pair, encode, encode_pairs
+from minalign.data import Pair
+from minalign.batches import encode_pairs
+from minalign.chat import TokenizedPrompt, encode
 from minalign.evaluate import split_end
 from minalign.reward import RewardModel
 
@@ -301,7 +303,7 @@ def test_training_and_scoring_feed_the_same_ids(make_tokenizer):
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in sampled])
     mask = torch.tensor([[t < len(ids) for t in range(width)] for ids in sampled])
     completions, _ = split_end(tokens, mask, [policy_tokenizer.eos_token_id])
-    rows = [encode(policy_tokenizer, prompt, end=False)] * 2
+    rows = [TokenizedPrompt(encode(policy_tokenizer, prompt, end=False))] * 2
     reward_model.logits(reward_model.encode_rollout(policy_tokenizer, rows, completions))
     assert seen == in_training
     seen.clear()
@@ -314,7 +316,7 @@ def test_training_and_scoring_feed_the_same_ids(make_tokenizer):
 def test_a_text_begins_and_ends_once(make_tokenizer):
     tokenizer = make_tokenizer()
     reward_model, policy_tokenizer = make_reward_model(tokenizer=tokenizer), toy.make_tokenizer()
-    rollout = [encode(policy_tokenizer, PROMPTS[0], end=False)], [policy_tokenizer(COMPLETIONS[0])["input_ids"]]
+    rollout = [TokenizedPrompt(encode(policy_tokenizer, PROMPTS[0], end=False))], [policy_tokenizer(COMPLETIONS[0])["input_ids"]]
     for ids in (reward_model.encode(PROMPTS[0], COMPLETIONS[0]), *reward_model.encode_rollout(policy_tokenizer, *rollout)):
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
@@ -327,12 +329,12 @@ def test_ids_of_the_same_vocabulary_are_scored_as_sampled():
     reward_model = make_reward_model("gpt2", tokenizer=make_byte_level_tokenizer())
     prompt, spelled = encode(policy_tokenizer, "go", end=False), policy_tokenizer.convert_tokens_to_ids(list("the"))
     sampled = [*prompt, *spelled, policy_tokenizer.eos_token_id]
-    assert reward_model.encode_rollout(policy_tokenizer, [prompt], [spelled]) == [sampled] != [reward_model.encode("go", "the")]
+    assert reward_model.encode_rollout(policy_tokenizer, [TokenizedPrompt(prompt)], [spelled]) == [sampled] != [reward_model.encode("go", "the")]
 
 
 def test_a_policy_with_other_ids_is_scored_by_its_text():
     reward_model, policy_tokenizer = make_reward_model(tokenizer=make_permuted_tokenizer()), toy.make_tokenizer()
-    rows = [encode(policy_tokenizer, prompt, end=False) for prompt in PROMPTS]
+    rows = [TokenizedPrompt(encode(policy_tokenizer, prompt, end=False)) for prompt in PROMPTS]
     completions = [policy_tokenizer(completion)["input_ids"] for completion in COMPLETIONS]
     logits = reward_model.logits(reward_model.encode_rollout(policy_tokenizer, rows, completions))
     assert_near(logits[:, 0], reward_model.score(PROMPTS, COMPLETIONS))
@@ -343,7 +345,7 @@ def test_markers_of_a_chat_prompt_are_scored_by_text_too():
     for each in (policy_tokenizer, tokenizer):
         each.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
     reward_model, prompt = make_reward_model(tokenizer=tokenizer), "<|user|> overall , the plot is"
-    rollout = [encode(policy_tokenizer, prompt, end=False)], [policy_tokenizer(" good .")["input_ids"]]
+    rollout = [TokenizedPrompt(encode(policy_tokenizer, prompt, end=False))], [policy_tokenizer(" good .")["input_ids"]]
     assert reward_model.encode_rollout(policy_tokenizer, *rollout) == [reward_model.encode(prompt, " good .")]
 
 
@@ -364,6 +366,6 @@ def test_a_sentiment_classifier_with_its_own_tokenizer_is_a_reward_model(tmp_pat
 
     reward_model, policy_tokenizer = RewardModel.from_pretrained(tmp_path), toy.make_tokenizer()
     assert_near(reward_model.score(PROMPTS, COMPLETIONS), logits[:, 1] - logits[:, 0])
-    rows = [encode(policy_tokenizer, prompt, end=False) for prompt in PROMPTS]
+    rows = [TokenizedPrompt(encode(policy_tokenizer, prompt, end=False)) for prompt in PROMPTS]
     completions = [policy_tokenizer(completion)["input_ids"] for completion in COMPLETIONS]
     assert_near(reward_model.logits(reward_model.encode_rollout(policy_tokenizer, rows, completions)), logits)

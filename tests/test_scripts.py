@@ -18,6 +18,7 @@ from minalign.checkpoint import load_policy
 from minalign.common import one_line_errors
 from minalign.merge import liti, merge_policies
 from minalign.reward import RewardModel
+from minalign.task import load_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,9 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train_rm.main(["--out", "rm", "--device", "cpu"])
+        train_rm.main(["--out", "rm-again", "--seed", "1", "--steps", "60", "--device", "cpu"])
         train_rm.main(["--out", "ordinal", "--loss", "ordinal", "--rating-coef", "0.5", "--steps", "60", "--device", "cpu"])
+    (folder / "toy_rules.py").write_text("def no_and(prompts, completions):\n    return [-c.count(' and ') for c in completions]\n")
     return folder
 
 
@@ -94,15 +97,18 @@ def test_the_policy_learns_what_is_truly_better(here, capsys):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--baseline", "rloo", "--group-size", "2"],
-        ["--baseline", "ema", "--baseline-decay", "0.5", "--anchor", "ema", "--mu", "0.1"],
-        ["--baseline", "none", "--reward-clip", "0.5", "--temperature", "0.7"],
+        ["--rm", "rm", "--baseline", "rloo", "--group-size", "2"],
+        ["--rm", "rm", "--baseline", "ema", "--baseline-decay", "0.5", "--anchor", "ema", "--mu", "0.1"],
+        ["--rm", "rm", "--baseline", "none", "--reward-clip", "0.5", "--temperature", "0.7"],
         ["--rm", "ordinal", "--uncertainty", "one_plus_std"],
+        ["--rm", "rm", "--rm", "ordinal", "--rm-weights", "1", "0.5"],
+        ["--rm", "rm", "rm-again", "--rm-average", "--standardize-rewards"],
+        ["--rm", "toy_rules:no_and", "--lora-rank", "2", "--anchor", "ema"],
     ],
 )
 def test_every_variant_runs_and_repeats_itself(here, tmp_path, flags):
     for run in ("a", "b"):
-        train_policy.main(["--rm", "rm", *flags, "--steps", "3", "--batch-size", "8", "--eval-prompts", "8",
+        train_policy.main([*flags, "--steps", "3", "--batch-size", "8", "--eval-prompts", "8",
                            "--out", str(tmp_path / run), "--device", "cpu"])  # fmt: skip
     a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     for row in a + b:
@@ -135,10 +141,10 @@ def test_a_step_is_the_update_that_the_equations_say(here, monkeypatch):
     The second, because only then policy and anchor differ and the baseline has a past.
     """
     config = train_policy.resolve(
-        train_policy.Config(rm="rm", steps=2, batch_size=12, micro_batch_size=5, beta=0.3, anchor="ema", mu=0.25, temperature=0.7,
+        train_policy.Config(rm=["rm"], steps=2, batch_size=12, micro_batch_size=5, beta=0.3, anchor="ema", mu=0.25, temperature=0.7,
                             max_grad_norm=1e9, missing_eos_penalty=2.0, reward_clip=0.6, max_new_tokens=8, eval_prompts=4)
     )  # fmt: skip
-    task = train_policy.load_task(config, torch.device("cpu"), torch.float32)
+    task = load_task(config, config.rm, torch.device("cpu"), torch.float32)
     policy, tokenizer = load_policy(toy.start_policy_folder())
     rollouts, gradients, anchors, random_states = [], [], [], []
 
@@ -171,7 +177,7 @@ def test_a_step_is_the_update_that_the_equations_say(here, monkeypatch):
                 logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1].double() / 0.7
                 sums.append(logits.log_softmax(1)[torch.arange(length), completion].sum())
             text = tokenizer.decode(torch.cat([prompt, completion]), skip_special_tokens=True)
-            score = task.reward_model.score([""], [text])[0].clamp(-0.6, 0.6)
+            score = task.reward.score([""], [text])[0].clamp(-0.6, 0.6)
             scores.append(score - 2.0 * (2 not in completion))
         return torch.stack(scores).double(), torch.stack(logprobs), torch.stack(anchor_logprobs)
 
@@ -205,7 +211,7 @@ def test_the_samples_of_a_prompt_stand_side_by_side(here, tmp_path, monkeypatch)
     prompts, completions = next((p, c) for p, c in seen if len(p) == 16)
     groups = [prompts[i : i + 4] for i in range(0, 16, 4)]
     assert all(group == [group[0]] * 4 for group in groups)
-    assert len({tuple(group[0]) for group in groups}) == 4
+    assert len({tuple(group[0].ids) for group in groups}) == 4
     assert len({tuple(completion) for completion in completions[:4]}) > 1
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from minalign.data import held_out, read_rows
+from minalign.data import held_out
+from minalign.rows import read_rows
 from minalign.reward import RewardModel
 
 

@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from minalign.checkpoint import end_token_ids, load_policy
-from minalign.data import encode, pad
+from minalign.batches import pad
+from minalign.chat import encode
 from minalign.evaluate import split_end
 from minalign.rollout import generate
 

@@ -8,7 +8,8 @@ import torch
 import train_policy
 import train_rm
 from minalign import toy
-from minalign.data import encode, pad
+from minalign.batches import pad
+from minalign.chat import encode
 from minalign.rollout import completion_logprobs, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,0 +1,138 @@
+"""Command-line flags from a dataclass, and the groups of flags that scripts share."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+
+from .common import require
+
+
+def flag(default, help: str, choices: tuple[str, ...] | None = None, within: str = ""):
+    """A dataclass field that is a command-line flag: `batch_size: int = flag(64, "completions a step", within="[1, inf)")`.
+
+    `within` is an interval that the value must lie in: a bracket includes its end, a parenthesis leaves it out.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
+
+
+@dataclass
+class DataFlags:
+    """Which rows train and which are held out."""
+
+    dataset: str = flag("", "a .jsonl, .csv or .parquet file, a folder or a hub id (default: the toy world)")
+    subset: str = flag("", "configuration of a hub data set that has several")
+    split: str = flag("train", "split to train on, such as train or train[:5000]")
+    eval_split: str = flag("", "split to hold out (default: a share of --split)")
+    eval_share: float = flag(0.1, "share of the prompts (or texts) held out, chosen by their hash", within="(0, 1)")
+    split_seed: int = flag(0, "seed of that share: keep it, and no script trains on what another holds out")
+    format: str = flag("auto", "prompts as the model's chat template or as plain text (auto: chat where it has one)",
+                       ("auto", "chat", "plain"))  # fmt: skip
+
+
+@dataclass
+class LoraFlags:
+    """Train low-rank adapters instead of all weights."""
+
+    lora_rank: int | None = flag(None, "train adapters of this rank (default: all weights)", within="[1, inf)")
+    lora_alpha: float | None = flag(None, "adapters count alpha / rank (default: twice the rank)", within="(0, inf)")
+    lora_dropout: float | None = flag(None, "dropout before the adapters, reward models only (default: 0)", within="[0, 1)")
+    lora_targets: list[str] | None = flag(None, "names of layers that get adapters (default: every linear one in the body)")
+    lora_save: str | None = flag(None, "weights with the adapters added, or PEFT's files (default: merged)",
+                                 ("merged", "adapter"))  # fmt: skip
+
+
+@dataclass
+class MachineFlags:
+    """Where and how it runs: these change time and memory, not the algorithm."""
+
+    gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, a third slower")
+    device: str = flag("auto", "auto, cpu, cuda or mps")
+    dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+
+
+def resolve_lora(config: LoraFlags) -> LoraFlags:
+    """Fill in what depends on other flags; UserError for flags that make no sense together."""
+    for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_save"):
+        require(bool(config.lora_rank) or getattr(config, name) is None, f"--{name.replace('_', '-')} needs --lora-rank")
+    if config.lora_rank:
+        config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank
+        config.lora_save = config.lora_save or "merged"
+    return config
+
+
+def parse_span(name: str, text: str) -> tuple[int, int] | None:
+    """(5, 15) from "5-15", (10, 10) from "10", None from "". UserError for anything else."""
+    if not text:
+        return None
+    low, dash, high = text.partition("-")
+    high = high if dash else low
+    fits = low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)
+    require(fits, f"{name} {text}: expected a number or a range, such as 10 or 5-15")
+    return int(low), int(high)
+
+
+def lies_within(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval.
+
+    >>> lies_within(0, "(0, 1]"), lies_within(1, "(0, 1]"), lies_within(float("nan"), "[0, inf)")
+    (False, True, False)
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def parse_flags(config_class: type, description: str, argv: list[str] | None = None):
+    """A config dataclass from the command line: strict, dashes for underscores, --help with units and defaults.
+
+    A field of type bool is a switch; a list takes several values and may be given several times; one of type
+    `X | None` is None where the flag is not given, so that the script can tell whether it was. An unknown flag or a
+    bad value ends the program with status 2 and one line.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message} (see --help)\n")
+
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for owner in config_class.__mro__[:-1]:  # a group of --help for each class: the script's own flags first
+        group = parser.add_argument_group(owner.__doc__.strip().rstrip("."))
+        for name in owner.__annotations__:
+            if name in fields:
+                _add_flag(group, fields.pop(name), kinds)
+    config = config_class(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(config_class):
+        value, within = getattr(config, field.name), field.metadata["within"]
+        if typing.get_origin(_kind(kinds[field.name])) is tuple and value is not None:
+            setattr(config, field.name, tuple(value))  # argparse gives a list
+        if within and value is not None and not lies_within(value, within):
+            parser.error(f"--{field.name.replace('_', '-')} {value}: expected a number in {within}")
+    return config
+
+
+def _kind(hint):
+    """X of `X | None`; the type itself otherwise."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _add_flag(group, field: dataclasses.Field, kinds: dict) -> None:
+    kind, choices = _kind(kinds[field.name]), field.metadata["choices"]
+    values = typing.get_args(kind)  # of a tuple, or a list
+    shown = not (field.default is None or field.default is False or field.default == "")
+    options = {"help": (field.metadata["help"] + (f" (default: {field.default})" if shown else "")).replace("%", "%%")}
+    if kind is bool:
+        options |= {"action": "store_true"}
+    elif values:
+        many = typing.get_origin(kind) is list
+        options |= {"type": values[0], "nargs": "+" if many else len(values), "action": "extend" if many else "store"}
+        options |= {"default": field.default, "metavar": values[0].__name__.upper()}
+    else:
+        metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+        options |= {"type": kind, "default": field.default, "choices": choices, "metavar": metavar}
+    group.add_argument("--" + field.name.replace("_", "-"), **options)

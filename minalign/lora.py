@@ -1,0 +1,218 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W x + alpha/r B A x, with W frozen and only A and B trained.
+
+B starts at zero, so a fresh adapter changes nothing. With its adapters off, a policy is the model that it started from:
+the fixed anchor needs no second model. A second set of adapter weights is the moving anchor.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer: its weight is (in, out)
+
+from .common import UserError
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its adapter: base(x) + scaling B A dropout(x)."""
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        d_in, d_out = reversed(base.weight.shape) if isinstance(base, nn.Linear) else base.weight.shape
+        like = {"device": base.weight.device, "dtype": torch.float32}
+        self.base = base
+        self.lora_A = nn.Parameter(torch.empty(rank, d_in, **like))
+        self.lora_B = nn.Parameter(torch.zeros(d_out, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # as the paper's code
+        self.scaling, self.dropout, self.on = alpha / rank, dropout, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out)."""
+        if not self.on:
+            return self.base(x)
+        low = nn.functional.linear(nn.functional.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
+        return self.base(x) + self.scaling * nn.functional.linear(low, self.lora_B)
+
+    def dense_weight(self) -> torch.Tensor:
+        """W + scaling B A, in the layout of the layer's own weight."""
+        delta = self.scaling * self.lora_B @ self.lora_A
+        return (self.base.weight + (delta if isinstance(self.base, nn.Linear) else delta.T)).detach()
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Every adapter of a model by the name of its layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def add_lora_(
+    model: PreTrainedModel, rank: int, alpha: float | None = None, dropout: float = 0.0, targets: list[str] | None = None
+) -> None:
+    """Freeze the body of `model` and put an adapter on each target layer; a reward head goes on being trained in full.
+
+    Args:
+        targets: last parts of names, such as ["q_proj", "v_proj"]; None: every linear layer of the body.
+        alpha: adapters count alpha / rank; None: twice the rank.
+    Raises:
+        UserError: no layer of the body has such a name, or one has an adapter already.
+    """
+    body = model.base_model
+    linear = {name: module for name, module in body.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    if lora_layers(model):
+        raise UserError("the model has adapters already: merge_lora_ first")
+    chosen = [name for name in linear if targets is None or name.split(".")[-1] in targets]
+    missing = set(targets or ()) - {name.split(".")[-1] for name in chosen}
+    if missing or not chosen:
+        names = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+        raise UserError(f"--lora-targets: no linear layer is called {', '.join(sorted(missing)) or 'anything'}: expected some of {names}")
+    body.requires_grad_(False)
+    if model.get_output_embeddings() is not None:
+        model.get_output_embeddings().requires_grad_(False)
+    for name in chosen:
+        parent, _, child = name.rpartition(".")
+        setattr(body.get_submodule(parent), child, LoraLinear(linear[name], rank, alpha or 2.0 * rank, dropout))
+
+
+def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict that the model would have without adapters, their products added in."""
+    layers = lora_layers(model)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in layers:
+            continue  # A or B itself
+        layer = owner.removesuffix(".base")
+        if layer in layers and owner.endswith(".base"):
+            name, tensor = f"{layer}.{leaf}", layers[layer].dense_weight() if leaf == "weight" else tensor
+        state[name] = tensor
+    return state
+
+
+@torch.no_grad()
+def merge_lora_(model: nn.Module) -> None:
+    """Add every adapter's product to its weight and put the plain layer back."""
+    for name, layer in lora_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        layer.base.weight.copy_(layer.dense_weight())
+        setattr(model.get_submodule(parent), child, layer.base)
+    model.requires_grad_(True)
+
+
+class AdapterView:
+    """A model as it is with its adapters off, or with other adapter weights: called in its place, without a copy of it.
+
+    `parameters` are those weights, in the order of `adapter_parameters`; None turns the adapters off.
+    """
+
+    def __init__(self, model: PreTrainedModel, parameters: list[torch.Tensor] | None):
+        self.model, self.weights, self.config = model, parameters, model.config
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The view's own adapter weights."""
+        return self.weights or []
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules of the model that is looked at."""
+        return self.model.modules()
+
+    def eval(self) -> None:
+        """As Module.eval."""
+        self.model.eval()
+
+    def __call__(self, **inputs):
+        with self._in_place():
+            return self.model(**inputs)
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        layers, live = lora_layers(self.model).values(), adapter_parameters(self.model)
+        own = [parameter.data for parameter in live]
+        try:
+            if self.weights is None:
+                for layer in layers:
+                    layer.on = False
+            else:
+                for parameter, weight in zip(live, self.weights):
+                    parameter.data = weight
+            yield
+        finally:
+            for layer in layers:
+                layer.on = True
+            for parameter, weight in zip(live, own):
+                parameter.data = weight
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A and B of every adapter, in the order of the layers."""
+    return [parameter for layer in lora_layers(model).values() for parameter in (layer.lora_A, layer.lora_B)]
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> None:
+    """The adapters, and a reward head, in the files of PEFT: adapter_config.json and adapter_model.safetensors.
+
+    `base` is the model that the adapters belong to: where PEFT, and load_policy, look for it.
+    """
+    layers = lora_layers(model)
+    one = next(iter(layers.values()))
+    head = {n: p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(("lora_A", "lora_B"))}
+    tensors = {f"{name}.{part}.weight": getattr(layer, part) for name, layer in layers.items() for part in ("lora_A", "lora_B")}
+    tensors = {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in (tensors | head).items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": one.lora_A.shape[0],
+        "lora_alpha": one.scaling * one.lora_A.shape[0],
+        "lora_dropout": one.dropout,
+        "target_modules": sorted({name.split(".")[-1] for name in layers}),
+        "modules_to_save": sorted({name.split(".")[0] for name in head}) or None,
+        "fan_in_fan_out": isinstance(one.base, Conv1D),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
+    """Add saved adapters to the weights of their base model, and put in a reward head, whose names are returned.
+
+    UserError for what does not fit.
+    """
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora") or config.get("bias") != "none":
+        raise UserError(f"{folder}: an adapter of another kind than plain LoRA: merge it with peft first")
+    tensors = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items()
+    }
+    scaling, state = config["lora_alpha"] / config["r"], model.state_dict()
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        delta = scaling * tensors.pop(f"{layer}.lora_B.weight").float() @ tensors.pop(name).float()
+        weight = state.get(f"{layer}.weight")
+        delta = delta.T if config.get("fan_in_fan_out") else delta
+        if weight is None or weight.shape != delta.shape:
+            raise UserError(f"{folder}: the adapter of {layer} does not fit the base model")
+        weight.add_(delta)
+    for name, tensor in tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise UserError(f"{folder}: {name} does not fit the base model")
+        state[name].copy_(tensor)
+    return set(tensors)
+
+
+def adapter_labels(folder: str | Path) -> int | None:
+    """How many outputs the reward head in a folder of adapters has; None where the folder holds no adapters or no head."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    heads = [t for n, t in load_file(path).items() if n.endswith((".score.weight", ".classifier.weight", ".out_proj.weight"))]
+    return heads[0].shape[0] if heads else None

@@ -1,0 +1,119 @@
+"""Flags are strict and documented."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from minalign.common import UserError
+from minalign.flags import LoraFlags, flag, parse_flags, parse_span, resolve_lora
+
+
+@dataclass
+class Config:
+    """What the program is."""
+
+    out: str = flag("", "folder")
+    batch_size: int = flag(64, "completions a step", within="[1, inf)")
+    lr: float = flag(1e-5, "peak learning rate")
+    mu: float | None = flag(None, "rate of the average", within="(0, 1]")
+    anchor: str = flag("fixed", "what the KL is measured from", ("fixed", "ema"))
+    ends: tuple[float, float] | None = flag(None, "lower and upper end")
+    resume: bool = flag(False, "go on where the run stopped")
+    seed: int = flag(0, "seed of everything")
+    eta: list[float] | None = flag(None, "interpolation weights")
+
+
+def parse(*argv):
+    return parse_flags(Config, "What the program does.", list(argv))
+
+
+def test_flags_not_given_have_their_defaults():
+    assert parse() == Config()
+
+
+def test_flags_have_the_types_of_their_fields():
+    config = parse("--batch-size", "8", "--lr", "1e-3", "--mu", "0.5", "--anchor", "ema", "--resume", "--out", "runs/a")
+    assert config == Config(out="runs/a", batch_size=8, lr=1e-3, mu=0.5, anchor="ema", resume=True)
+    assert [type(value) for value in (config.batch_size, config.lr, config.mu, config.resume)] == [int, float, float, bool]
+    assert parse("--ends", "-1", "5").ends == (-1.0, 5.0)
+    assert parse("--eta", "0.5").eta == [0.5] and parse("--eta", "0", "1").eta == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("argv, culprit", [
+    (["--bach-size", "8"], "--bach-size"),
+    (["--batch", "8"], "--batch"),  # an abbreviation: another flag may begin like it tomorrow
+    (["--batch_size", "8"], "--batch_size"),
+    (["--batch-size", "8.5"], "8.5"),
+    (["--batch-size"], "--batch-size"),
+    (["--batch-size", "0"], "--batch-size 0: expected a number in [1, inf)"),
+    (["--mu", "0"], "--mu 0.0: expected a number in (0, 1]"),
+    (["--mu", "nan"], "--mu nan"),
+    (["--eta", "0", "much"], "much"),
+    (["--lr", "fast"], "fast"),
+    (["--anchor", "moving"], "moving"),
+    (["--ends", "1"], "--ends"),
+    (["--resume", "yes"], "yes"),
+    (["stray"], "stray"),
+])  # fmt: skip
+def test_bad_flags_end_the_program_with_one_line(argv, culprit, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(*argv)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert err.startswith("error: ") and culprit in err and err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0 and "What the program does." in text
+    lines = {part.split()[0]: part for part in text.split(" --")[1:]}
+    assert "INT completions a step (default: 64)" in lines["batch-size"]
+    assert "FLOAT peak learning rate (default: 1e-05)" in lines["lr"]
+    assert "{fixed,ema} what the KL is measured from (default: fixed)" in lines["anchor"]
+    assert "INT seed of everything (default: 0)" in lines["seed"]
+    assert "FLOAT FLOAT lower and upper end" in lines["ends"]
+    assert all("default" not in lines[name] for name in ("out", "mu", "ends", "resume"))
+
+
+def test_a_list_may_be_given_at_once_or_piece_by_piece():
+    assert parse("--eta", "0", "1", "--eta", "0.5").eta == [0.0, 1.0, 0.5]
+    assert parse().eta is None
+
+
+@dataclass
+class Derived(Config):
+    """What this script adds."""
+
+    batch_size: int = flag(16, "completions a step")
+    beta: float = flag(0.1, "weight of the KL")
+
+
+def test_help_groups_the_flags_by_class_and_the_last_default_counts(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(Derived, "", ["--help"])
+    _, text = capsys.readouterr().out.split("options:")
+    own, inherited = text.index("What this script adds:"), text.index("What the program is:")
+    assert own < text.index("--batch-size INT") < text.index("--beta FLOAT") < inherited < text.index("--mu FLOAT")
+    assert "a step (default: 16)" in text and text.count("--batch-size INT") == 1
+    assert parse_flags(Derived, "", []).batch_size == 16
+
+
+@pytest.mark.parametrize("text, span", [("", None), ("10", (10, 10)), ("5-15", (5, 15))])
+def test_a_span_is_a_number_or_a_range(text, span):
+    assert parse_span("--prompt-tokens", text) == span
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "15-5", "5-", "5-x", "1.5", "5 15"])
+def test_a_bad_span_is_one_line(text):
+    with pytest.raises(UserError, match="^--prompt-tokens .*: expected a number or a range, such as 10 or 5-15$"):
+        parse_span("--prompt-tokens", text)
+
+
+def test_flags_of_lora_need_a_rank_and_get_their_defaults():
+    for other in ({"lora_alpha": 8.0}, {"lora_dropout": 0.0}, {"lora_targets": ["q_proj"]}, {"lora_save": "adapter"}):
+        with pytest.raises(UserError, match="needs --lora-rank"):
+            resolve_lora(LoraFlags(**other))
+    assert resolve_lora(LoraFlags()) == LoraFlags()
+    assert resolve_lora(LoraFlags(lora_rank=4)) == LoraFlags(lora_rank=4, lora_alpha=8.0, lora_save="merged")
