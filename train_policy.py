@@ -98,7 +98,9 @@ def resolve(config: Config) -> Config:
     require(not toy_world or not config.model, f"--model {config.model}: needs --dataset, too: the prompts")
     require(toy_world or bool(config.model and config.rm), f"--dataset {config.dataset}: needs --model and --rm, too")
     require(bool(config.rm) or not (config.rm_average or config.rm_weights), "--rm-average, --rm-weights: need --rm")
-    require(not config.lora_dropout, "--lora-dropout: for reward models alone: with it, sampling and log-probs are of two policies")
+    require(
+        not config.lora_dropout, "--lora-dropout: for reward models alone: with it, sampling and log-probs are of two policies"
+    )
     return resolve_lora(config)
 
 

@@ -160,7 +160,9 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
     from minalign.lora import add_lora_
     from minalign.reward import RewardModel
 
-    require(bool(config.model) or not config.dataset, f"--dataset {config.dataset}: needs --model, too: the model to start from")
+    require(
+        bool(config.model) or not config.dataset, f"--dataset {config.dataset}: needs --model, too: the model to start from"
+    )
     base = config.model or toy.start_policy_folder()
     torch.manual_seed(0)  # one head for all seeds: weights of reward models with different heads could not be averaged
     reward_model = RewardModel.from_base(base, num_labels=config.num_scores or 1)
@@ -176,7 +178,11 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
         reward_model.tokenizer.chat_template = None  # trained on plain text, it reads plain text
     require_ratings(config, train_pairs[0], eval_pairs[0])
 
-    drawing = dict(max_tokens=min(config.max_tokens, reward_model.context), seed=config.seed, crop_words=parse_span("--crop-words", config.crop_words))
+    drawing = dict(
+        max_tokens=min(config.max_tokens, reward_model.context),
+        seed=config.seed,
+        crop_words=parse_span("--crop-words", config.crop_words),
+    )
     examples = encode_pairs(train_pairs, reward_model.encode, max_pairs=config.max_pairs, **drawing)
     held_out = encode_pairs(eval_pairs, reward_model.encode, max_pairs=config.max_eval_pairs, **drawing)
     require(bool(examples and held_out), "no pairs left to train or evaluate on: raise --max-tokens")

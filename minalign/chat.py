@@ -16,7 +16,7 @@ Messages = list[dict[str, str]]  # [{"role": "user", "content": "Who wrote Emma?
 Prompt = str | Messages
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
-DIALOGUE = re.compile(r"\n\n(Human|Assistant):")  # hh-rlhf
+DIALOGUE = re.compile(r"\n\n(Human|Assistant|System):")  # hh-rlhf, and to_text()
 TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")  # HelpSteer
 
 
@@ -43,8 +43,13 @@ def to_messages(prompt: Prompt) -> Messages:
         parts = TURN.split(prompt if TURN.match(prompt) else f"<extra_id_1>User\n{prompt}")
     else:
         return [{"role": "user", "content": prompt}]
-    roles = {"Human": "user", "User": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[name], "content": text.strip()} for name, text in zip(parts[1::2], parts[2::2])]
+    roles = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
+    turns = []
+    for role, text in zip(map(roles.get, parts[1::2]), map(str.strip, parts[2::2])):
+        if turns and turns[-1]["role"] == role and text:  # some rows have two turns of one speaker in a row
+            turns[-1]["content"] += f"\n\n{text}"
+        else:
+            turns.append({"role": role, "content": text})
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns  # the cue of an answer to come
 
 
@@ -60,7 +65,7 @@ def to_text(messages: Messages) -> str:
 
 def first_turn(prompt: Prompt) -> str:
     """What a data set is split by: prompts that begin with one user's turn stay together, in whatever form they are."""
-    messages = to_messages(prompt)
+    messages = to_messages(to_text(to_messages(prompt)))  # through text: it cannot tell all messages apart
     return next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"]).strip()
 
 
@@ -89,19 +94,23 @@ def encode_whole(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion:
     if not tokenizer.chat_template:
         gap = "" if completion[:1].isspace() else " "
         return encode(tokenizer, to_text(prompt) + gap + completion, end=True)
-    text = _render(tokenizer, prompt) + completion + answer_ending(tokenizer)
+    gap, ending = answer_frame(tokenizer)
+    text = _render(tokenizer, prompt) + ("" if completion[:1].isspace() else gap) + completion + ending
     return _one_begin(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @functools.lru_cache
-def answer_ending(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes after an answer, such as "<|im_end|>\\n"; the end token where it writes nothing."""
+def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before and after an answer: ("", "<|im_end|>\\n"), or (" ", "</s>") of Mistral.
+
+    The end token alone where the template writes nothing, or another cue than its history has (an open <think>).
+    """
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    before = _render(tokenizer, [question]) + answer["content"]
+    before = _render(tokenizer, [question])
     whole = tokenizer.apply_chat_template([question, answer], tokenize=False)
-    # Some templates write another cue than the history has (an open <think>): the end token then ends the answer, too.
-    ending = whole[len(before) :] if whole.startswith(before) else ""
-    return ending or tokenizer.eos_token
+    gap, found, ending = whole.removeprefix(before).partition("answer") if whole.startswith(before) else ("", "", "")
+    fits = found and not gap.strip()
+    return gap if fits else "", (ending if fits else "") or tokenizer.eos_token or ""
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:

@@ -19,7 +19,7 @@ logging.set_verbosity_error()  # what matters of a loading report is checked her
 logging.disable_progress_bar()
 
 # What broken checkpoints raise.
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -56,15 +56,19 @@ def load_model(kind: type, path: str, flag: str, **options) -> tuple[PreTrainedM
     """
     folder = model_folder(path)
     try:
-        adapter = Path(folder) / "adapter_config.json"
-        base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else folder
+        base, adapters = folder, []
+        while (config := Path(base) / "adapter_config.json").is_file():  # adapters may be of a model that is adapters itself
+            if base in adapters:
+                raise ValueError(f"{base} is an adapter of itself")
+            adapters.insert(0, base)
+            base = model_folder(json.loads(config.read_text())["base_model_name_or_path"])
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, report = kind.from_pretrained(
-            model_folder(base), dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+            base, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
         )
         missing = set(report["missing_keys"])
-        if adapter.is_file():
-            missing -= load_adapter_(model, folder)
+        for adapter in adapters:  # the innermost first
+            missing -= load_adapter_(model, adapter)
     except LOADING_ERRORS as error:
         raise UserError(f"{flag} {path}: cannot be loaded: {_reason(error)}") from error
     unknown = [t for t, i in tokenizer.get_vocab().items() if i >= model.get_input_embeddings().num_embeddings]
@@ -98,9 +102,7 @@ def load_policy(path: str, flag: str = "--model") -> tuple[PreTrainedModel, PreT
     return model, tokenizer
 
 
-def save_policy(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter_of: str = ""
-) -> None:
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter_of: str = "") -> None:
     """A checkpoint that AutoModelForCausalLM loads, whole or not there; adapters are added to the weights.
 
     With `adapter_of`, the name of their base model, the adapters alone, in PEFT's files.

@@ -151,7 +151,9 @@ def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype)
 def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -> None:
     """Print the run's header: device and why, precision, and every flag as resolved."""
     print(f"device {device} ({reason}), {str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
-    given = {name: value for name, value in dataclasses.asdict(config).items() if value not in ("", None) and value is not False}
+    given = {
+        name: value for name, value in dataclasses.asdict(config).items() if value not in ("", None) and value is not False
+    }
     print("  " + "  ".join(f"{name} {value}" for name, value in given.items()))
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .chat import DIALOGUE, Messages, Prompt, first_turn, to_messages, to_text
+from .chat import DIALOGUE, TURN, Messages, Prompt, first_turn, to_messages, to_text
 from .common import UserError, require
 from .rows import number_cell, read_rows, text_cell
 
@@ -105,7 +105,7 @@ def load_pairs(data: Split, *, chat: bool | None = False, min_rating_gap: float 
     if {"chosen", "rejected"} <= columns:
         ratings = next(((c, c.replace("chosen", "rejected")) for c in CHOSEN_RATINGS if c in columns), ())
         reading = "chosen / rejected" + (f" rated by {ratings[0]}" if ratings else "") + (", margin" * ("margin" in columns))
-        read = functools.partial(_pair, ratings=ratings, chat=chat)
+        read = functools.partial(read_pair, ratings=ratings, chat=chat)
         parts = _divide(data, rows, read, lambda pair: first_turn(pair.prompt) if pair.prompt else pair.chosen)
         if ratings:
             pairs = [*parts[0], *parts[1]]
@@ -114,10 +114,14 @@ def load_pairs(data: Split, *, chat: bool | None = False, min_rating_gap: float 
         reading += ", as chat" * bool(chat)
     elif "text" in columns and rating:
         read = lambda row, where: (text_cell(row, "text", where), number_cell(row, rating, where))  # noqa: E731
-        rated = _divide(data, rows, read, lambda item: item[0])
+        rated = _divide(data, rows, read, lambda item: first_turn(item[0]))
         for part in rated:
             values = {value for _, value in part}
-            require(len(values) != 1, f"{data.dataset}: column {rating!r} is always {next(iter(values), 0):g}: expected several")
+            which = "held-out " * (part is rated[1])
+            require(
+                len(values) != 1,
+                f"{data.dataset}: {which}column {rating!r} is always {next(iter(values), 0):g}: expected several",
+            )
         parts = [RatedPairs([t for t, _ in part], [r for _, r in part], min_rating_gap) for part in rated]
         reading = f"text by {rating}, gap >= {min_rating_gap:g}"
     else:
@@ -127,9 +131,7 @@ def load_pairs(data: Split, *, chat: bool | None = False, min_rating_gap: float 
     return parts[0], parts[1]
 
 
-def load_prompts(
-    data: Split, *, chat: bool | None = False, column: str = ""
-) -> tuple[list[Prompt], list[Prompt], str]:
+def load_prompts(data: Split, *, chat: bool | None = False, column: str = "") -> tuple[list[Prompt], list[Prompt], str]:
     """Training and held-out prompts, duplicates once, and the column they come from; the split is that of load_pairs.
 
     Recognised columns: prompt, messages, chosen (a dialogue, whose prompt is taken), text; or the one named.
@@ -138,7 +140,7 @@ def load_prompts(
     column = column or next((name for name in ("prompt", "messages", "chosen", "text") if name in columns), "")
     require(column in columns, f"{data.dataset}: has columns {sorted(columns)}: expected {column or UNDERSTOOD['prompts']}")
     parts = []
-    for part in _divide(data, rows, functools.partial(_prompt, column=column, chat=chat and column != "text"), first_turn):
+    for part in _divide(data, rows, functools.partial(read_prompt, column=column, chat=chat and column != "text"), first_turn):
         parts.append(list({json.dumps(prompt): prompt for prompt in part}.values()))
     form = "as chat" if chat and column != "text" else "as text"
     print(f"{data.dataset}: {len(parts[0])} training and {len(parts[1])} held-out prompts from {column!r}, {form}")
@@ -155,13 +157,17 @@ def _both_splits(data: Split) -> tuple[list[Sequence[dict]], set[str]]:
 
 def _divide(data: Split, rows: list[Sequence[dict]], read, key) -> tuple[list, list]:
     """Items (training, held out) read from rows; one whose key is held out never trains. Drops are counted and printed."""
-    dropped, parts = Counter(), []
+    dropped, parts, held = Counter(), [], set()
     for split, part in zip((data.split, data.eval_split), rows):
         parts.append([])
         for number, row in enumerate(part, 1):
             item = read(row, f"{data.dataset}: row {number}" + (f" of {split}" if len(rows) > 1 else ""))
             if isinstance(item, Dropped):
                 dropped[item.reason] += 1
+                if item.prompt and split == data.eval_split:
+                    held.add(first_turn(item.prompt))
+                if item.prompt and split == data.eval_split:
+                    held.add(first_turn(item.prompt))
             else:
                 parts[-1].append(item)
     if len(parts) == 1:
@@ -169,7 +175,8 @@ def _divide(data: Split, rows: list[Sequence[dict]], read, key) -> tuple[list, l
         train = [item for item, held in zip(parts[0], is_held) if not held]
         evaluation = [item for item, held in zip(parts[0], is_held) if held]
     else:
-        evaluation, held = parts[1], {key(item) for item in parts[1]}
+        evaluation = parts[1]
+        held |= {key(item) for item in evaluation}
         train = [item for item in parts[0] if key(item) not in held]
         dropped["in the held-out split, too"] = len(parts[0]) - len(train)
     for reason, count in dropped.items():
@@ -182,24 +189,34 @@ class Dropped(NamedTuple):
     """A row that is no item, and why."""
 
     reason: str
+    prompt: Prompt = ""  # held out all the same, where the row is of the held-out split
 
 
-def _pair(row: dict, where: str, ratings: tuple[str, ...], chat: bool | None) -> Pair | Dropped:
+def read_pair(row: dict, where: str, ratings: tuple[str, ...], chat: bool | None) -> Pair | Dropped:
+    """The pair in one row of chosen and rejected, its prompt as messages or as text (see load_pairs)."""
     (prompt, chosen), (other, rejected) = (_dialogue(row, name, where) for name in ("chosen", "rejected"))
     if prompt != other:
-        return Dropped("chosen and rejected answer different prompts")
+        return Dropped("chosen and rejected answer different prompts", prompt)
     if not chosen.strip() or not rejected.strip():
-        return Dropped("an empty answer")
+        return Dropped("an empty answer", prompt)
     numbers = [number_cell(row, name, where) for name in ratings] or [None, None]
     margin = number_cell(row, "margin", where) if "margin" in row else None
+    if isinstance(prompt, str) and TURN.search(prompt):
+        prompt = to_messages(prompt)  # with chat None, no error: text it was
+        if chat is None:
+            chat = False
     if isinstance(prompt, list) and not chat:  # in text, the answer follows "Assistant:"
         chosen, rejected = f" {chosen}", f" {rejected}"
     elif chat and prompt:
         chosen, rejected = chosen.strip(), rejected.strip()
-    return Pair(_as_asked(prompt, where, chat), chosen, rejected, *numbers, margin)
+    asked = _as_asked(prompt, where, chat)
+    if isinstance(asked, list) and asked[-1]["role"] == "assistant":
+        return Dropped("the prompt ends with an answer", prompt)
+    return Pair(asked, chosen, rejected, *numbers, margin)
 
 
-def _prompt(row: dict, where: str, column: str, chat: bool | None) -> Prompt | Dropped:
+def read_prompt(row: dict, where: str, column: str, chat: bool | None) -> Prompt | Dropped:
+    """The prompt in one row, as messages or as text (see load_prompts)."""
     if column == "chosen":
         prompt, _ = _dialogue(row, column, where)
         require(bool(prompt), f"{where}: column 'chosen' is no dialogue, and there is no prompt")
@@ -211,20 +228,28 @@ def _prompt(row: dict, where: str, column: str, chat: bool | None) -> Prompt | D
             return Dropped("nothing is asked")
     else:
         prompt = text_cell(row, column, where)
-    return _as_asked(prompt, where, chat)
+    asked = _as_asked(prompt, where, chat)
+    if isinstance(asked, list) and asked[-1]["role"] == "assistant":
+        return Dropped("the prompt ends with an answer", prompt)
+    return asked
 
 
 def _dialogue(row: dict, column: str, where: str) -> tuple[Prompt, str]:
     """The prompt and the completion in row[column]: messages, a dialogue in text, or the completion of row["prompt"]."""
-    value = row[column]
+    value = row.get(column)
     if isinstance(value, list):
         *before, answer = _messages(value, column, where)
-        require(answer["role"] == "assistant", f"{where}: column {column!r}: ends with a turn of {answer['role']}, expected assistant")
+        require(
+            answer["role"] == "assistant",
+            f"{where}: column {column!r}: ends with a turn of {answer['role']}, expected assistant",
+        )
         if before:  # HelpSteer's holds a whole dialogue in one user's turn
             return (to_messages(before[0]["content"]) if len(before) == 1 else before), answer["content"]
         given = row.get("prompt")
         require(bool(given), f"{where}: column {column!r} is an answer alone, and there is no prompt")
-        return (_messages(given, "prompt", where) if isinstance(given, list) else to_messages(given)), answer["content"]
+        return (
+            _messages(given, "prompt", where) if isinstance(given, list) else to_messages(text_cell(row, "prompt", where))
+        ), answer["content"]
     text = text_cell(row, column, where)
     if DIALOGUE.match(text) and not row.get("prompt"):
         end = text.rfind("\n\nAssistant:") + len("\n\nAssistant:")
@@ -240,7 +265,9 @@ def _messages(value: list, column: str, where: str) -> Messages:
     fits = bool(value) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
-    require(fits, f'{where}: column {column!r}: got {value!r:.60}, expected messages: [{{"role": "user", "content": "..."}}, ...]')
+    require(
+        fits, f'{where}: column {column!r}: got {value!r:.60}, expected messages: [{{"role": "user", "content": "..."}}, ...]'
+    )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 

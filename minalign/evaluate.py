@@ -139,15 +139,17 @@ def before_after_table(before: dict[str, float], after: dict[str, float]) -> str
     reward                 0.500     1.250
     kl_sft                 0.000     2.000
     """
-    lines = [f"{'held-out prompts':18}{'before':>10}{'after':>10}"]
-    return "\n".join(lines + [f"{name:18}{before[name]:10.3f}{after[name]:10.3f}" for name in before])
+    width = max(18, 2 + max(map(len, before)))
+    lines = [f"{'held-out prompts':{width}}{'before':>10}{'after':>10}"]
+    return "\n".join(lines + [f"{name:{width}}{before[name]:10.3f}{after[name]:10.3f}" for name in before])
 
 
 def show_samples(title: str, samples: Sequence[Sample], count: int = 4) -> None:
     """Print the first samples, each prompt and its completion with a bar between them."""
     print(f"\n{title}")
     for sample in samples[:count]:
-        print(f"  reward {sample.reward:6.2f}   " + f"{sample.prompt} |{sample.completion}".replace("\n", " "))
+        prompt = sample.prompt if len(sample.prompt) <= 80 else "..." + sample.prompt[-77:]
+        print(f"  reward {sample.reward:6.2f}   " + f"{prompt} |{sample.completion}".replace("\n", " "))
 
 
 def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> float:

@@ -68,13 +68,17 @@ def add_lora_(
     missing = set(targets or ()) - {name.split(".")[-1] for name in chosen}
     if missing or not chosen:
         names = ", ".join(sorted({name.split(".")[-1] for name in linear}))
-        raise UserError(f"--lora-targets: no linear layer is called {', '.join(sorted(missing)) or 'anything'}: expected some of {names}")
+        raise UserError(
+            f"--lora-targets: no linear layer is called {', '.join(sorted(missing)) or 'anything'}: expected some of {names}"
+        )
     body.requires_grad_(False)
     if model.get_output_embeddings() is not None:
         model.get_output_embeddings().requires_grad_(False)
     for name in chosen:
         parent, _, child = name.rpartition(".")
-        setattr(body.get_submodule(parent), child, LoraLinear(linear[name], rank, alpha or 2.0 * rank, dropout))
+        setattr(
+            body.get_submodule(parent), child, LoraLinear(linear[name], rank, alpha or 2.0 * rank, dropout).train(body.training)
+        )
 
 
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -94,7 +98,7 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def merge_lora_(model: nn.Module) -> None:
-    """Add every adapter's product to its weight and put the plain layer back."""
+    """Add every adapter's product to its weight and put the plain layer back; all weights are trainable again."""
     for name, layer in lora_layers(model).items():
         parent, _, child = name.rpartition(".")
         layer.base.weight.copy_(layer.dense_weight())
@@ -187,7 +191,11 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
     UserError for what does not fit.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora") or config.get("bias") != "none":
+    odd = [key for key in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern") if config.get(key)]
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal"):  # others change the base's weights, too
+        odd.append("init_lora_weights")
+    if config.get("peft_type") != "LORA" or config.get("bias") != "none" or odd:
         raise UserError(f"{folder}: an adapter of another kind than plain LoRA: merge it with peft first")
     tensors = {
         name.removeprefix("base_model.model."): tensor
@@ -205,6 +213,8 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
     for name, tensor in tensors.items():
         if name not in state or state[name].shape != tensor.shape:
             raise UserError(f"{folder}: {name} does not fit the base model")
+        if sum(other.data_ptr() == state[name].data_ptr() for other in state.values()) > 1:
+            raise UserError(f"{folder}: {name} is tied to another weight of the base model: merge it with peft first")
         state[name].copy_(tensor)
     return set(tensors)
 

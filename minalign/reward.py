@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import pad
-from .chat import Prompt, TokenizedPrompt, answer_ending, encode, encode_whole, to_messages
+from .chat import Prompt, TokenizedPrompt, answer_frame, encode, encode_whole, to_messages
 from .checkpoint import load_model, model_folder
 from .common import require
 from .logprobs import position_ids_from_mask
@@ -57,6 +57,8 @@ class RewardModel:
             not missing,
             f"--rm {path}: no trained classification head ({', '.join(sorted(missing)[:3])} missing): make one with train_rm.py",
         )
+        if labels is not None:  # adapters bring no config: the pad token and the names of the scores
+            return cls._with_labels(model.to(device), tokenizer, new_head=False)
         return cls(model.to(device), tokenizer)
 
     @classmethod
@@ -95,8 +97,8 @@ class RewardModel:
                 tokenizer.pad_token = tokenizer.unk_token
             else:
                 tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-                if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         model.config.pad_token_id = tokenizer.pad_token_id
         if model.config.num_labels > 2:
             model.config.id2label = {k: str(k + 1) for k in range(model.config.num_labels)}
@@ -132,7 +134,7 @@ class RewardModel:
             if ids_agree and prompt.messages is None:
                 rows.append(prompt.ids + completion + [self.tokenizer.eos_token_id] * (self.tokenizer.eos_token_id is not None))
             elif ids_agree and same_template and tokenizer.chat_template:
-                ending = self.tokenizer(answer_ending(self.tokenizer), add_special_tokens=False)["input_ids"]
+                ending = self.tokenizer(answer_frame(self.tokenizer)[1], add_special_tokens=False)["input_ids"]
                 rows.append(prompt.ids + completion + ending)
             elif prompt.messages is not None:
                 rows.append(encode_whole(self.tokenizer, prompt.messages, tokenizer.decode(completion)))
@@ -142,7 +144,11 @@ class RewardModel:
         return rows
 
     def score_rollout(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenizedPrompt], completions: Sequence[list[int]], batch_size: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenizedPrompt],
+        completions: Sequence[list[int]],
+        batch_size: int,
     ) -> Scores:
         """Rewards of a policy's completions, and of an ordinal model the variance of each score."""
         logits = self.logits(self.encode_rollout(tokenizer, prompts, completions), batch_size)  # (B, K)

@@ -39,7 +39,11 @@ class RewardFunction:
             sys.path.pop(0)
 
     def score_rollout(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenizedPrompt], completions: Sequence[list[int]], batch_size: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenizedPrompt],
+        completions: Sequence[list[int]],
+        batch_size: int,
     ) -> Scores:
         """As RewardModel.score_rollout; the texts are those of the rollout, decoded."""
         from .evaluate import decode_parts
@@ -69,7 +73,11 @@ class RewardSum:
         )
 
     def score_rollout(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenizedPrompt], completions: Sequence[list[int]], batch_size: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenizedPrompt],
+        completions: Sequence[list[int]],
+        batch_size: int,
     ) -> Scores:
         """As RewardModel.score_rollout; variances add up as those of independent scores."""
         total, variance, parts = 0.0, 0.0, {}

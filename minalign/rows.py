@@ -57,16 +57,22 @@ def _read_with_datasets(path: Path, dataset: str, split: str, subset: str) -> Se
             return datasets.load_dataset(formats[path.suffix], data_files=str(path), split=split)
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(path))
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            if isinstance(saved, datasets.DatasetDict):
+                return saved[split]
+            if split != "train":
+                raise UserError(
+                    f"{dataset} (split {split}): one saved data set is one split: leave the flag out, or give a folder with splits"
+                )
+            return saved
         return datasets.load_dataset(dataset, subset or None, split=split)
     except ConnectionError as error:
         raise UserError(
             f"{dataset}: no such folder here, and the hub cannot be reached ({type(error).__name__}): download it "
-            "where there is a network and give --dataset the folder or file"
+            "where there is a network and give --dataset the folder or file (HF_HUB_OFFLINE=1 says so at once)"
         ) from error
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error  # datasets says what went wrong only there
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = " ".join(line.strip() for line in (str(cause).strip() or type(cause).__name__).splitlines()[:2])
         raise UserError(f"{dataset} (split {split}): cannot be loaded: {reason}") from error
 
 

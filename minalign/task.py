@@ -45,6 +45,9 @@ def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dty
         chat = wants_chat(tokenizer, config.format)
         train, evaluation, column = load_prompts(data, chat=chat, column=config.prompt_column)
         measures = {}
+        for name, r in parts.items():
+            if isinstance(r, RewardModel) and r.tokenizer.chat_template and isinstance(train[0], str):
+                print(f"  note: {name} was trained on chat, and scores these prompts as plain text")
     else:
         train, evaluation = toy.prompts(seed=config.seed, eval_share=config.eval_share, split_seed=config.split_seed)
         column, measures = "", {"gold": toy.gold_reward, "grammatical": lambda text: float(toy.parse(text) is not None)}
@@ -55,10 +58,14 @@ def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dty
     contexts += [reward.context - 2 for reward in parts.values() if isinstance(reward, RewardModel)]  # an end, a line break
     room = min(context for context in contexts if context) - config.max_new_tokens if any(contexts) else None
     limit = min(limit for limit in (config.max_prompt_tokens, room, 10**9) if limit is not None)
-    require(limit > 0, f"--max-new-tokens {config.max_new_tokens}: leaves no room for a prompt in a context of {limit + config.max_new_tokens}")
+    require(
+        limit > 0,
+        f"--max-new-tokens {config.max_new_tokens}: leaves no room for a prompt in a context of {limit + config.max_new_tokens}",
+    )
     train = tokenize_prompts(tokenizer, train, limit, span, "training")
     evaluation = tokenize_prompts(tokenizer, evaluation[: config.eval_prompts], limit, span, "held-out")
     if span:
+        print(f"  of each the first {span[0]} to {span[1]} tokens, drawn anew each time")
         begin = tokenizer.bos_token_id is not None
         span = (span[0] + begin, span[1] + begin)
         lengths = random.Random("evaluation")
@@ -77,9 +84,13 @@ def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dty
                 start, tokenizer, prompts, temperature=config.temperature, max_new_tokens=config.max_new_tokens,
                 eos_token_ids=eos_token_ids, seed=config.seed, batch_size=config.micro_batch_size,
             )  # fmt: skip
-            reward.fit({n: r.score_rollout(tokenizer, prompts, completions, config.micro_batch_size).rewards for n, r in parts.items()})
+            reward.fit(
+                {n: r.score_rollout(tokenizer, prompts, completions, config.micro_batch_size).rewards for n, r in parts.items()}
+            )
         for name, mean, std in zip(parts, reward.means, reward.stds):
-            print(f"reward {name}: {mean:.3f} +- {std:.3f} on {len(prompts)} samples of the start policy: standardised by these")
+            print(
+                f"reward {name}: {mean:.6g} +- {std:.4g} on {len(prompts)} samples of the start policy: standardised by these"
+            )
     return Task(start, tokenizer, reward, train, evaluation, span, eos_token_ids, measures)
 
 

@@ -1,4 +1,4 @@
-"""Prompts and whole texts become ids in one way: begin and end once, as the chat template says, the same in training and scoring."""
+"""Prompts and whole texts become ids in one way: begin and end once, and what is scored is what was trained on."""
 
 import gzip
 import json
@@ -10,13 +10,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from minalign.chat import (
-    TokenizedPrompt, answer_ending, encode, encode_prompt, encode_whole, first_turn, to_messages, to_text, wants_chat,
+    TokenizedPrompt,
+    answer_frame,
+    encode,
+    encode_prompt,
+    encode_whole,
+    first_turn,
+    to_messages,
+    to_text,
+    wants_chat,
 )  # fmt: skip
 from minalign.common import UserError
-from minalign.reward import RewardModel
+from minalign.reward import RewardModel, same_ids
 
 USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
-SYSTEM = lambda text: {"role": "system", "content": text}  # noqa: E731
+SYSTEM = lambda text: {"role": "system", "content": text}
 QUESTION = [USER("Who wrote Emma?")]
 DIALOGUE = [USER("Who wrote Emma?"), ASSISTANT("Jane Austen."), USER("When?")]
 
@@ -40,13 +48,13 @@ LLAMA = (  # writes the begin token; no text after the end of a turn
     "{% endfor %}{% if add_generation_prompt %}{{ '<turn>assistant\n\n' }}{% endif %}"
 )
 THINK = SMOL.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")  # a cue that the history has not
-OPEN = "{% for m in messages %}{{ '\nQ: ' + m['content'] + '\nA: ' if m['role'] == 'user' else m['content'] }}{% endfor %}"  # no ending
+OPEN = "{% for m in messages %}{{ '\nQ: ' + m['content'] + '\nA:\n' if m['role'] == 'user' else m['content'] }}{% endfor %}"  # no ending
 
 TEXT = "Who wrote Emma? Jane Austen wrote it in 1815, and When she wrote, Human and Assistant were user and assistant. "
 
 
 def make_tokenizer(bos=None, eos=None, adds="$A", template=None, extra=(), shuffled=False):
-    """Byte-level BPE like GPT-2's; `adds` is what it puts around a text by itself, `shuffled` gives the same tokens other ids."""
+    """Byte-level BPE as GPT-2's; `adds`: what it puts around a text by itself; `shuffled`: the same tokens with other ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -63,16 +71,16 @@ def make_tokenizer(bos=None, eos=None, adds="$A", template=None, extra=(), shuff
 
 
 TOKENIZERS = {
-    "smol": dict(bos="<|im_start|>", eos="<|im_end|>", template=SMOL),
-    "gemma": dict(bos="<bos>", eos="<eos>", adds="<bos> $A", template=GEMMA),
-    "llama": dict(bos="<bos>", eos="<turn_end>", adds="<bos> $A", template=LLAMA),
-    "both added": dict(bos="<bos>", eos="<eos>", adds="<bos> $A <eos>", template=LLAMA),
-    "no bos": dict(eos="<|im_end|>", template=SMOL),  # Qwen's
-    "think": dict(bos="<|im_start|>", eos="<|im_end|>", template=THINK),
-    "open": dict(bos="<bos>", eos="<eos>", template=OPEN),
-    "plain": dict(bos="<bos>", eos="<eos>"),
-    "gpt2": dict(bos="<eos>", eos="<eos>"),
-    "gpt2 without bos": dict(eos="<eos>"),
+    "smol": {"bos": "<|im_start|>", "eos": "<|im_end|>", "template": SMOL},
+    "gemma": {"bos": "<bos>", "eos": "<eos>", "adds": "<bos> $A", "template": GEMMA},
+    "llama": {"bos": "<bos>", "eos": "<turn_end>", "adds": "<bos> $A", "template": LLAMA},
+    "both added": {"bos": "<bos>", "eos": "<eos>", "adds": "<bos> $A <eos>", "template": LLAMA},
+    "no bos": {"eos": "<|im_end|>", "template": SMOL},  # Qwen's
+    "think": {"bos": "<|im_start|>", "eos": "<|im_end|>", "template": THINK},
+    "open": {"bos": "<bos>", "eos": "<eos>", "template": OPEN},
+    "plain": {"bos": "<bos>", "eos": "<eos>"},
+    "gpt2": {"bos": "<eos>", "eos": "<eos>"},
+    "gpt2 without bos": {"eos": "<eos>"},
 }
 CHAT = [name for name, options in TOKENIZERS.items() if "template" in options]
 
@@ -118,7 +126,9 @@ def test_an_encoder_keeps_its_own_frame():
     """BERT has neither begin nor end token, but [CLS] and [SEP] around the whole text, once."""
     tokenizer = make_tokenizer(adds="[CLS] $A [SEP]")
     assert tokenizer.decode(encode_whole(tokenizer, "Who", " wrote")) == "[CLS]Who wrote[SEP]"
-    assert tokenizer.decode(encode_whole(tokenizer, QUESTION, "Jane")) == "[CLS]\n\nHuman: Who wrote Emma?\n\nAssistant: Jane[SEP]"
+    assert (
+        tokenizer.decode(encode_whole(tokenizer, QUESTION, "Jane")) == "[CLS]\n\nHuman: Who wrote Emma?\n\nAssistant: Jane[SEP]"
+    )
 
 
 @pytest.mark.parametrize("adds", ["$A", "<bos> $A <eos>"])
@@ -126,7 +136,9 @@ def test_special_tokens_written_in_the_text_are_not_doubled(adds):
     """Text from a chat template holds them already (A2)."""
     tokenizer = make_tokenizer("<bos>", "<eos>", adds)
     assert tokenizer.decode(encode(tokenizer, "<bos>Who wrote<eos>", end=True)) == "<bos>Who wrote<eos>"
-    assert tokenizer.decode(encode(tokenizer, "<bos>Who<eos> wrote<bos>", end=False)) == "<bos>Who<eos> wrote<bos>", "those inside stay"
+    assert tokenizer.decode(encode(tokenizer, "<bos>Who<eos> wrote<bos>", end=False)) == "<bos>Who<eos> wrote<bos>", (
+        "those inside stay"
+    )
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -152,7 +164,7 @@ SMOL_TURN = "<|im_start|>user\nWho wrote Emma?<|im_end|>\n<|im_start|>assistant\
     ("llama", "<bos><turn>user\n\nWho wrote Emma?<turn_end><turn>assistant\n\n", "<turn_end>"),
     ("both added", "<bos><turn>user\n\nWho wrote Emma?<turn_end><turn>assistant\n\n", "<turn_end>"),
     ("think", SMOL_SYSTEM + SMOL_TURN + "<think>\n", "<|im_end|>"),
-    ("open", "<bos>\nQ: Who wrote Emma?\nA: ", "<eos>"),
+    ("open", "<bos>\nQ: Who wrote Emma?\nA:\n", "<eos>"),
     ("plain", "<bos>\n\nHuman: Who wrote Emma?\n\nAssistant:", "<eos>"),
     ("gpt2", "<eos>\n\nHuman: Who wrote Emma?\n\nAssistant:", "<eos>"),
     ("gpt2 without bos", "\n\nHuman: Who wrote Emma?\n\nAssistant:", "<eos>"),
@@ -177,7 +189,9 @@ def test_a_prompt_is_the_beginning_of_its_whole(name, messages, completion):
 
 
 @pytest.mark.parametrize("name", [name for name in CHAT if name not in ("think", "open")])
-@pytest.mark.parametrize("messages", [QUESTION, DIALOGUE, [SYSTEM("Be brief."), *DIALOGUE]], ids=["question", "dialogue", "system"])
+@pytest.mark.parametrize(
+    "messages", [QUESTION, DIALOGUE, [SYSTEM("Be brief."), *DIALOGUE]], ids=["question", "dialogue", "system"]
+)
 def test_a_whole_is_what_the_template_makes_of_the_dialogue(name, messages):
     """The reward model sees what its template writes (A3), and its ids, not those of parts."""
     if name == "gemma" and messages[0]["role"] == "system":
@@ -225,8 +239,8 @@ def test_other_errors_of_a_template_are_no_users_errors():
 
 def test_a_template_without_ending_of_a_tokenizer_without_end_token():
     tokenizer = make_tokenizer("<bos>", None, template=OPEN)
-    assert answer_ending(tokenizer) == ""
-    assert tokenizer.decode(encode_whole(tokenizer, QUESTION, "Jane.")) == "<bos>\nQ: Who wrote Emma?\nA: Jane."
+    assert answer_frame(tokenizer) == ("", "")
+    assert tokenizer.decode(encode_whole(tokenizer, QUESTION, "Jane.")) == "<bos>\nQ: Who wrote Emma?\nA:\nJane."
 
 
 def test_plain_dialogue_takes_one_space_before_the_answer():
@@ -262,10 +276,12 @@ def reward_like(tokenizer):
     (dict(TOKENIZERS["gemma"]), dict(TOKENIZERS["llama"])),  # one vocabulary, two templates
     (dict(TOKENIZERS["gemma"]), dict(TOKENIZERS["plain"])),  # ... and none
     (dict(TOKENIZERS["smol"]), dict(TOKENIZERS["gpt2"], shuffled=True)),
-    (dict(TOKENIZERS["smol"]), dict(adds="[CLS] $A [SEP]")),
+    (dict(TOKENIZERS["smol"]), {"adds": "[CLS] $A [SEP]"}),
     (dict(TOKENIZERS["plain"]), dict(TOKENIZERS["llama"])),  # a policy without a template, asked by messages
 ])  # fmt: skip
-@pytest.mark.parametrize("messages", [QUESTION, DIALOGUE, [SYSTEM("Be brief."), *DIALOGUE]], ids=["question", "dialogue", "system"])
+@pytest.mark.parametrize(
+    "messages", [QUESTION, DIALOGUE, [SYSTEM("Be brief."), *DIALOGUE]], ids=["question", "dialogue", "system"]
+)
 def test_chat_rollouts_are_scored_as_their_texts(policy, reward, messages):
     """Ids that differ, templates that differ or lack: what is scored is what was trained on (A3, A6)."""
     policy, reward = make_tokenizer(**policy), reward_like(make_tokenizer(**reward))
@@ -281,7 +297,7 @@ def test_chat_rollouts_are_scored_as_their_texts(policy, reward, messages):
     (dict(TOKENIZERS["gpt2"]), dict(TOKENIZERS["plain"])),
     (dict(TOKENIZERS["plain"]), dict(TOKENIZERS["gpt2 without bos"])),
     (dict(TOKENIZERS["gpt2 without bos"]), dict(TOKENIZERS["plain"], adds="<bos> $A <eos>")),
-    (dict(TOKENIZERS["plain"]), dict(adds="[CLS] $A [SEP]", shuffled=True)),
+    (dict(TOKENIZERS["plain"]), {"adds": "[CLS] $A [SEP]", "shuffled": True}),
     (dict(TOKENIZERS["smol"]), dict(TOKENIZERS["smol"], template=None)),  # --format plain
     (dict(TOKENIZERS["llama"]), dict(TOKENIZERS["llama"], template=None, shuffled=True)),
     (dict(TOKENIZERS["plain"], extra=["<a>"]), dict(TOKENIZERS["plain"], extra=["<a>", "<b>"])),
@@ -294,6 +310,15 @@ def test_plain_rollouts_are_scored_as_their_texts(policy, reward, prompt):
     ids = policy(completion, add_special_tokens=False)["input_ids"]
     got = reward.encode_rollout(policy, [TokenizedPrompt(encode_prompt(policy, prompt))], [ids])
     assert got == [reward.encode(prompt, completion)] and len(got[0]) > 4
+
+
+def test_a_token_that_the_reward_model_lacks_goes_through_text():
+    """Its id is outside the reward model's embedding, or another token there (A6); the other way round, ids serve."""
+    policy, reward = make_tokenizer("<bos>", "<eos>", extra=["<a>", "<b>"]), make_tokenizer("<bos>", "<eos>", extra=["<a>"])
+    assert same_ids(reward, policy) and not same_ids(policy, reward)
+    ids = policy("<b> wrote")["input_ids"]
+    (got,) = reward_like(reward).encode_rollout(policy, [TokenizedPrompt(encode_prompt(policy, "Who"))], [ids])
+    assert got == reward_like(reward).encode("Who", "<b> wrote") and max(ids) >= len(reward) > max(got)
 
 
 # --- dialogues in text -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pairs and prompts: every source reads alike, bad rows are named, splits hold, and texts become ids in one way."""
+"""Pairs and prompts: every form of data reads alike, bad rows are named, and what one script holds out no other trains on."""
 
 import gzip
 import json
@@ -6,17 +6,13 @@ import random
 import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
+from minalign.chat import first_turn, to_text
 from minalign.common import UserError
-from minalign.data import (
-    Pair, RatedPairs, encode, encode_pairs, held_out, length_grouped_batches, load_pairs, load_prompts, pad, read_rows,
-    shuffled_forever,
-)  # fmt: skip
+from minalign.data import Pair, RatedPairs, Split, held_out, load_pairs, load_prompts
 
 datasets = pytest.importorskip("datasets")  # the one package that a GPU machine may lack
 
@@ -31,114 +27,299 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
+USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
+SYSTEM = lambda text: {"role": "system", "content": text}
 
-ROWS = [{"text": f"film {n}: naïve, \"quoted\"\nand two lines", "rating": n / 2} for n in range(5)]
+# --- forms of pairs --------------------------------------------------------------------------------------------------
+
+HH = "\n\nHuman: Why {n}?\n\nAssistant: How so?\n\nHuman: Just so.\n\nAssistant:"
+HH_TURNS = [USER("Why {n}?"), ASSISTANT("How so?"), USER("Just so.")]
+TAGGED = "Why {n}?\n<extra_id_1>Assistant\nHow so?\n<extra_id_1>User\nJust so."
+ASKED, TALK = [USER("Why {n}?")], "\n\nHuman: Why {n}?\n\nAssistant:"
+
+# row, with {n} for its number -> the pair as text, and as chat
+FORMS = {
+    "no prompt": (
+        {"chosen": "Good {n}.", "rejected": "Bad {n}."},
+        Pair("", "Good {n}.", "Bad {n}."), Pair("", "Good {n}.", "Bad {n}."),
+    ),
+    "text": (
+        {"prompt": "Why {n}?", "chosen": " Good {n}.", "rejected": " Bad {n}."},
+        Pair("Why {n}?", " Good {n}.", " Bad {n}."), Pair(ASKED, "Good {n}.", "Bad {n}."),
+    ),
+    "empty prompt, margin": (
+        {"prompt": "", "chosen": "Good {n}.", "rejected": "Bad {n}.", "margin": 2},
+        Pair("", "Good {n}.", "Bad {n}.", None, None, 2.0), Pair("", "Good {n}.", "Bad {n}.", None, None, 2.0),
+    ),
+    "rated text": (
+        {"prompt": "Why {n}?", "chosen": " Good {n}.", "rejected": " Bad {n}.", "rating_chosen": 5, "rating_rejected": 2.5},
+        Pair("Why {n}?", " Good {n}.", " Bad {n}.", 5.0, 2.5), Pair(ASKED, "Good {n}.", "Bad {n}.", 5.0, 2.5),
+    ),
+    "HelpSteer": (  # one user's turn that holds all turns
+        {"prompt": TAGGED, "chosen": [USER(TAGGED), ASSISTANT("Good {n}.")], "rejected": [USER(TAGGED), ASSISTANT("Bad {n}.")],
+         "chosen_rating": 4, "rejected_rating": 1},
+        Pair(HH, " Good {n}.", " Bad {n}.", 4.0, 1.0), Pair(HH_TURNS, "Good {n}.", "Bad {n}.", 4.0, 1.0),
+    ),
+    "HelpSteer as text": (
+        {"prompt": TAGGED, "chosen": "Good {n}.", "rejected": "Bad {n}."},
+        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+    ),
+    "UltraFeedback": (  # the prompt is in the messages
+        {"chosen": [*ASKED, ASSISTANT("Good {n}.")], "rejected": [*ASKED, ASSISTANT("Bad {n}.")], "score_chosen": 8.5, "score_rejected": 3},
+        Pair(TALK, " Good {n}.", " Bad {n}.", 8.5, 3.0), Pair(ASKED, "Good {n}.", "Bad {n}.", 8.5, 3.0),
+    ),
+    "UltraFeedback, prompt and messages": (
+        {"prompt": "Why {n}?", "prompt_id": "x", "messages": [*ASKED, ASSISTANT("Good {n}.")],
+         "chosen": [*ASKED, ASSISTANT("Good {n}.")], "rejected": [*ASKED, ASSISTANT("Bad {n}.")], "chosen_score": 1, "rejected_score": 2},
+        Pair(TALK, " Good {n}.", " Bad {n}.", 1.0, 2.0), Pair(ASKED, "Good {n}.", "Bad {n}.", 1.0, 2.0),
+    ),
+    "system turn": (
+        {"chosen": [SYSTEM("Short."), *ASKED, ASSISTANT("Good {n}.")], "rejected": [SYSTEM("Short."), *ASKED, ASSISTANT("Bad {n}.")]},
+        Pair("\n\nSystem: Short." + TALK, " Good {n}.", " Bad {n}."), Pair([SYSTEM("Short."), *ASKED], "Good {n}.", "Bad {n}."),
+    ),
+    "prompt as messages": (
+        {"prompt": HH_TURNS, "chosen": [ASSISTANT("Good {n}.")], "rejected": [ASSISTANT("Bad {n}.")]},
+        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+    ),
+    "prompt as messages, answers as text": (
+        {"prompt": HH_TURNS, "chosen": "Good {n}.", "rejected": "Bad {n}."},
+        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+    ),
+    "prompt as text, answers as messages": (
+        {"prompt": "Why {n}?", "chosen": [ASSISTANT("Good {n}.")], "rejected": [ASSISTANT("Bad {n}.")]},
+        Pair(TALK, " Good {n}.", " Bad {n}."), Pair(ASKED, "Good {n}.", "Bad {n}."),
+    ),
+    "hh-rlhf": (
+        {"chosen": HH + " Good {n}.", "rejected": HH + " Bad {n}."},
+        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+    ),
+    "prompt in the text of hh-rlhf": (
+        {"prompt": HH, "chosen": " Good {n}.", "rejected": " Bad {n}."},
+        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+    ),
+}  # fmt: skip
+WITH_MESSAGES = [name for name, (row, *_) in FORMS.items() if any(isinstance(value, list) for value in row.values())]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "saved", "saved-splits"])
-def test_every_source_reads_alike(name, tmp_path):
-    path, table = tmp_path / name, datasets.Dataset.from_list(ROWS)
-    if name == "saved":
-        table.save_to_disk(path)
-    elif name == "saved-splits":
-        datasets.DatasetDict({"train": table.select([0]), "test": table}).save_to_disk(path)
-    elif name == "a.csv":
-        table.to_csv(path)
-    elif name == "a.parquet":
-        table.to_parquet(path)
-    elif name == "a.json":
-        path.write_text(json.dumps(ROWS))
+def filled(value, n):
+    """The same with the number n in every text."""
+    if isinstance(value, str):
+        return value.replace("{n}", str(n))
+    if isinstance(value, dict):
+        return {key: filled(part, n) for key, part in value.items()}
+    if isinstance(value, Pair):
+        return Pair(*(filled(part, n) for part in value))
+    return [filled(part, n) for part in value] if isinstance(value, list) else value
+
+
+def rows_of(form, numbers=range(60)):
+    return [filled(FORMS[form][0], n) for n in numbers]
+
+
+@pytest.mark.parametrize("chat", [True, False, None])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_pairs(form, chat, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", rows_of(form))
+    if chat is None and form in WITH_MESSAGES:
+        with pytest.raises(UserError, match=f"^{path}: row 1: has chat messages, .* --format plain") as error:
+            load_pairs(Split(path), chat=None)
+        assert "\n" not in str(error.value)
+        return
+    train, held = load_pairs(Split(path, eval_share=0.3), chat=chat)
+    assert 5 < len(held) < 30
+    expected = [filled(FORMS[form][2 if chat else 1], n) for n in range(60)]
+    assert sorted([*train, *held], key=str) == sorted(expected, key=str)
+
+
+@pytest.mark.parametrize("form", ["no prompt", "rated text", "UltraFeedback", "HelpSteer", "prompt as messages", "hh-rlhf"])
+@pytest.mark.parametrize("kind", ["a.json", "a.parquet", "a.csv", "saved", "folder"])
+def test_every_source_of_pairs(kind, form, tmp_path):
+    """Columns of messages come as lists of dicts from all of them; .csv has none."""
+    if kind == "a.csv" and form in WITH_MESSAGES:
+        pytest.skip("no messages in .csv")
+    rows, path = rows_of(form, range(30)), tmp_path / kind
+    table = datasets.Dataset.from_list(rows)
+    if kind == "a.json":
+        path.write_text(json.dumps(rows))
+    elif kind == "folder":
+        path.mkdir()
+        write_jsonl(path / "train.jsonl", rows)
     else:
-        lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
-    assert [dict(row) for row in read_rows(str(path), "test")] == ROWS
-
-
-@pytest.mark.parametrize("row, pair", [
-    ({"chosen": "a", "rejected": "b"}, Pair("", "a", "b")),
-    ({"prompt": "p", "chosen": "a", "rejected": "b"}, Pair("p", "a", "b")),
-    ({"prompt": "", "chosen": "a", "rejected": "b", "margin": 2}, Pair("", "a", "b", None, None, 2.0)),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen_rating": 4, "rejected_rating": 1}, Pair("p", "a", "b", 4.0, 1.0)),
-])  # fmt: skip
-def test_columns_of_a_pair(row, pair, tmp_path):
-    others = [{**row, "prompt": f"other {n}", "chosen": f"good {n}"} for n in range(40)]
-    if "prompt" not in row:
-        others = [{k: v for k, v in other.items() if k != "prompt"} for other in others]
-    train, held = load_pairs(write_jsonl(tmp_path / "a.jsonl", [row, *others]), eval_share=0.3)
-    assert pair in [*train, *held] and len(train) + len(held) == 41
+        {"a.parquet": table.to_parquet, "a.csv": table.to_csv, "saved": table.save_to_disk}[kind](str(path))
+    expected = load_pairs(Split(write_jsonl(tmp_path / "b.jsonl", rows), eval_share=0.3), chat=True)
+    assert load_pairs(Split(str(path), eval_share=0.3), chat=True) == expected
 
 
 @pytest.mark.parametrize("column", ["rating", "label"])
-def test_rated_texts_become_pairs_within_each_part(column, tmp_path):
+def test_rated_texts_become_pairs_within_each_part(column, tmp_path, capsys):
     rows = [{"text": f"film {n}", column: n % 5} for n in range(60)]
-    train, held = load_pairs(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3, min_rating_gap=2)
+    data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
+    train, held = load_pairs(data, min_rating_gap=2)
     texts = [{text for pair in part for text in (pair.chosen, pair.rejected)} for part in (train, held)]
     assert texts[0].isdisjoint(texts[1]) and len(texts[0]) + len(texts[1]) == 60
-    assert all(pair.chosen_rating - pair.rejected_rating >= 2 for part in (train, held) for pair in part)
+    for pair in [*train, *held]:
+        assert pair.chosen_rating - pair.rejected_rating >= 2
+        assert [int(text.split()[1]) % 5 for text in (pair.chosen, pair.rejected)] == [pair.chosen_rating, pair.rejected_rating]
+    assert (
+        f"read as text by {column}, gap >= 2: {len(train)} training and {len(held)} held-out pairs" in capsys.readouterr().out
+    )
 
 
-def test_prompts_come_once_each_from_prompt_or_text(tmp_path):
+def test_the_reading_is_printed_with_the_share_of_pairs_rated_rightly(tmp_path, capsys):
+    """An inverted data set shows (A12)."""
+    ratings = [5] * 30 + [2.6] * 5 + [2.5] * 5 + [2.4] * 10  # rejected ones have 2.5; ties are no inversion
+    rows = [{**row, "rating_chosen": rating} for row, rating in zip(rows_of("rated text", range(50)), ratings)]
+    load_pairs(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3), chat=True)
+    reading = "read as chosen / rejected rated by rating_chosen (at least as high as the rejected one in 80.0%), as chat: "
+    assert reading in capsys.readouterr().out
+
+
+def test_pairs_that_are_none_are_dropped_and_counted(tmp_path, capsys):
+    rows = rows_of("hh-rlhf", range(40))
+    rows += [{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}] * 2 + [
+        {"chosen": HH + " ", "rejected": HH + " Bad."}
+    ]
+    train, held = load_pairs(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3))
+    out = capsys.readouterr().out
+    assert len(train) + len(held) == 40
+    assert "2 rows dropped: chosen and rejected answer different prompts" in out and "1 rows dropped: an empty answer" in out
+
+
+# --- forms of prompts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["prompt", "text"])
+def test_prompts_come_once_each_from_prompt_or_text(column, tmp_path):
     texts = [f"film {n}" for n in range(50)]
-    for column in ("prompt", "text"):
-        train, held = load_prompts(write_jsonl(tmp_path / "a.jsonl", [{column: text} for text in texts * 2]), eval_share=0.3)
-        assert sorted(train + held) == sorted(texts)
+    path = write_jsonl(tmp_path / "a.jsonl", [{column: text} for text in texts * 2])
+    for chat in (True, False, None):
+        train, held, name = load_prompts(Split(path, eval_share=0.3), chat=chat)
+        expected = [[USER(text)] for text in texts] if chat and column == "prompt" else texts
+        assert sorted(train + held, key=str) == sorted(expected, key=str) and name == column
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("no prompt", "empty prompt, margin")])
+@pytest.mark.parametrize("chat", [True, False])
+def test_prompts_of_every_form_of_pairs(form, chat, tmp_path):
+    """In training, scoring and sampling a prompt is the same."""
+    data = Split(write_jsonl(tmp_path / "a.jsonl", rows_of(form)), eval_share=0.3)
+    pairs, (train, held, _) = load_pairs(data, chat=chat), load_prompts(data, chat=chat)
+    if form == "prompt as text, answers as messages" or form.startswith("UltraFeedback, "):
+        pairs = [
+            [
+                pair._replace(prompt=pair.prompt if chat else pair.prompt[len("\n\nHuman: ") : -len("\n\nAssistant:")])
+                for pair in part
+            ]
+            for part in pairs
+        ]
+    assert [pair.prompt for pair in pairs[0]] == train and [pair.prompt for pair in pairs[1]] == held
+
+
+def test_the_prompt_of_a_dialogue_is_what_is_asked_last(tmp_path, capsys):
+    rows = [
+        {"messages": [USER(f"Why {n}?"), ASSISTANT("So."), USER("And?"), ASSISTANT("No."), ASSISTANT("Never.")]}
+        for n in range(40)
+    ]
+    rows += [{"messages": [ASSISTANT("Hi!")]}]
+    train, held, column = load_prompts(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3), chat=True)
+    assert column == "messages" and len(train) + len(held) == 40
+    assert all([m["content"] for m in prompt[1:]] == ["So.", "And?"] for prompt in train + held)
+    assert "1 rows dropped: nothing is asked" in capsys.readouterr().out
+
+
+def test_the_column_of_prompts_can_be_named(tmp_path):
+    rows = [{"prompt": f"no {n}", "question": f"yes {n}"} for n in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    train, held, column = load_prompts(Split(path, eval_share=0.3), column="question")
+    assert column == "question" and all(prompt.startswith("yes") for prompt in train + held)
+    with pytest.raises(UserError, match=r"columns \['prompt', 'question'\]: expected answer"):
+        load_prompts(Split(path), column="answer")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+TALKS = {"chosen": [USER("p"), ASSISTANT("a")], "rejected": [USER("p"), ASSISTANT("b")]}
 
 
 @pytest.mark.parametrize("rows, message", [
     ([], "no rows"),
-    ([{"prompt": "p", "chosen": "a"}], r"columns \['chosen', 'prompt'\]: expected chosen and rejected, or text and rating"),
+    ([{"prompt": "p", "chosen": "a"}], r"columns \['chosen', 'prompt'\]: expected chosen and rejected, as .*\"chosen\": .* or text and rating"),
     ([PAIR, PAIR, {**PAIR, "chosen": "  "}], "row 3: column 'chosen': got an empty text"),
     ([PAIR, {**PAIR, "rejected": 7}], "row 2: column 'rejected': got int 7"),
     ([PAIR, {"prompt": "p", "chosen": "a"}], "row 2: column 'rejected': got NoneType"),
     ([PAIR, {**PAIR, "prompt": None}], "row 2: column 'prompt': got NoneType"),
     ([{**PAIR, "margin": 1}, {**PAIR, "margin": "wide"}], "row 2: column 'margin': got 'wide', expected a number"),
+    ([{**PAIR, "chosen_rating": 1}], "row 1: column 'rejected_rating': got None, expected a number"),
     ([{"text": "a", "rating": 1}, {"text": "b", "rating": True}], "row 2: column 'rating': got True, expected a number"),
     (['{"text": "a", "rating": 1}', '{"text": "b", "rating": NaN}'], "row 2: column 'rating': got nan, expected a number"),
+    ([f'{{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": {s}, "score_rejected": 1}}' for s in (2, "NaN")],
+     "row 2: column 'score_chosen': got nan, expected a number"),
+    ([{"text": f"film {n}", "label": 1} for n in range(50)], "column 'label' is always 1: expected several"),
     ([PAIR, '{"prompt": "p", '], "row 2: not JSON"),
     ([PAIR, PAIR, '["p", "a", "b"]'], r'row 3: got \["p", "a", "b"\], expected \{"column": value'),
     ([PAIR], "expected both, so more rows"),
+    ([{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}], "0 training and 0 held-out pairs: expected both"),
+    ([TALKS, {**TALKS, "chosen": [{"content": "a"}]}], r"row 2: column 'chosen': got \[\{'content': 'a'\}\], expected messages: \[\{\"role\""),
+    ([TALKS, {**TALKS, "chosen": [USER("p"), ASSISTANT(None)]}], "row 2: column 'chosen': got .* expected messages"),
+    ([TALKS, {**TALKS, "chosen": [USER("p"), ASSISTANT([{"type": "text"}])]}], "row 2: column 'chosen': got .* expected messages"),
+    ([TALKS, {**TALKS, "rejected": ["p", "b"]}], "row 2: column 'rejected': got .* expected messages"),
+    ([TALKS, {**TALKS, "rejected": []}], r"row 2: column 'rejected': got \[\], expected messages"),
+    ([TALKS, {**TALKS, "rejected": [USER("p")]}], "row 2: column 'rejected': ends with a turn of user, expected assistant"),
+    ([TALKS, {**TALKS, "rejected": [ASSISTANT("b")]}], "row 2: column 'rejected' is an answer alone"),
+    ([TALKS, {**TALKS, "rejected": {"role": "user", "content": "b"}}], "row 2: column 'rejected': got dict"),
+    ([{"prompt": 7, "chosen": [ASSISTANT("a")], "rejected": [ASSISTANT("b")]}], "row 1: column 'prompt': got int 7"),
+    ([{"prompt": USER("p"), "chosen": [ASSISTANT("a")], "rejected": [ASSISTANT("b")]}], "row 1: column 'prompt': got dict"),
+    ([{"prompt": [], "chosen": "a", "rejected": "b"}], r"row 1: column 'prompt': got \[\], expected messages"),
+    ([{"chosen": "\n\nHuman: Why?", "rejected": "\n\nHuman: Why?"}], "row 1: column 'chosen': a dialogue without a turn of the assistant"),
 ])  # fmt: skip
-def test_bad_pairs_are_named(rows, message, tmp_path):
+@pytest.mark.parametrize("chat", [True, False])
+def test_bad_pairs_are_named(rows, message, chat, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError, match=f"^{path}: .*{message}") as error:
-        load_pairs(path)
+        load_pairs(Split(path), chat=chat)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("bad", ['{"prompt": 7}', '{"prompt": ', "[]"])
-def test_blank_lines_are_no_rows(bad, tmp_path):
-    with pytest.raises(UserError, match="row 2"):
-        load_prompts(write_jsonl(tmp_path / "a.jsonl", ['{"prompt": "p"}', "", bad]))
-
-
 @pytest.mark.parametrize("rows, message", [
-    ([{"question": "p"}], r"columns \['question'\]: expected prompt"),
+    ([{"question": "p"}], r"columns \['question'\]: expected prompt.*as \{\"prompt\""),
     ([{"prompt": "p"}, {"prompt": ""}], "row 2: column 'prompt': got an empty text"),
+    ([{"prompt": "p"}, {"prompt": 7}], "row 2: column 'prompt': got int 7"),
+    ([{"prompt": [USER("p")]}, {"prompt": [{"role": "user"}]}], "row 2: column 'prompt': got .* expected messages"),
+    ([{"messages": [USER("p")]}, {"messages": None}], "row 2: column 'messages': got NoneType"),
+    ([{"chosen": "a"}], "row 1: column 'chosen' is no dialogue, and there is no prompt"),
     ([{"prompt": "p"}], "expected both, so more rows"),
 ])  # fmt: skip
-def test_bad_prompts_are_named(rows, message, tmp_path):
+@pytest.mark.parametrize("chat", [True, False])
+def test_bad_prompts_are_named(rows, message, chat, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=f"^{path}: .*{message}"):
-        load_prompts(path)
+    with pytest.raises(UserError, match=f"^{path}: .*{message}") as error:
+        load_prompts(Split(path), chat=chat)
+    assert "\n" not in str(error.value)
 
 
-def test_bad_files_are_named(tmp_path):
-    for name in ("no.gz", "no.jsonl.gz", "no.jsonl", "no.txt", "no.json", "no.parquet"):
-        (tmp_path / name).write_bytes(b"\xff\xfe")
-        with pytest.raises(UserError, match=f"^{tmp_path / name}"):
-            read_rows(str(tmp_path / name))
-    for missing in (f"{tmp_path}/missing.jsonl", "missing.csv", "./missing", "a/b/c"):
-        with pytest.raises(UserError, match=f"^{missing}: no such file"):
-            read_rows(missing)
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(UserError, match="split test"):
-        read_rows(str(tmp_path / "saved"), "test")
+@pytest.mark.parametrize("column", ["prompt", "messages", "chosen"])
+def test_messages_need_a_chat_template_or_the_plain_format(column, tmp_path):
+    talk = [USER("p")] + [ASSISTANT("a")] * (column == "chosen")
+    path = write_jsonl(tmp_path / "a.jsonl", [{column: talk}] * 3)
+    with pytest.raises(UserError, match=f"^{path}: row 1: has chat messages, .* --format plain"):
+        load_prompts(Split(path), chat=None)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv"])
+def test_types_that_differ_in_a_column_are_named(name, tmp_path):
+    path, rows = tmp_path / name, [{"text": "a", "rating": 1}, {"text": "b", "rating": "high"}]
+    path.write_text(json.dumps(rows) if name == "a.json" else "text,rating\na,1\nb,high\n")
+    with pytest.raises(UserError, match=f"^{path}.*(column 'rating': got|cannot be loaded)") as error:
+        load_pairs(Split(str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_is_named_with_its_split(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [PAIR, PAIR])
+    write_jsonl(tmp_path / "test.jsonl", [PAIR, {**PAIR, "chosen": " "}])
+    with pytest.raises(UserError, match="row 2 of test: column 'chosen'"):
+        load_pairs(Split(str(tmp_path), eval_split="test"))
 
 
 # --- rated pairs -----------------------------------------------------------------------------------------------------
@@ -174,7 +355,7 @@ def test_156_million_pairs_cost_one_list():
     assert len({pairs[k][1:3] for k in range(0, len(pairs), 1_000_003)}) == 157
     assert time.monotonic() - began < 2 and tracemalloc.get_traced_memory()[1] < 10e6
     tracemalloc.stop()
-    for beyond in (156_250_000, 10**9):
+    for beyond in (156_250_000, 10**9, -1):
         with pytest.raises(IndexError):
             pairs[beyond]
 
@@ -186,122 +367,154 @@ def test_no_pairs_without_a_gap():
 # --- split -----------------------------------------------------------------------------------------------------------
 
 
+def turns(items):
+    return {first_turn(item.prompt if isinstance(item, Pair) else item) for item in items}
+
+
 def test_pairs_and_prompts_are_split_alike_by_prompt(tmp_path):
     """A prompt that the reward model was trained on is never one that the policy is judged on (A13)."""
     prompts = [f"prompt {n}" for n in range(1000)]
     rows = [{"prompt": p, "chosen": f"good {k}", "rejected": f"bad {k}"} for k in range(3) for p in prompts]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    train_pairs, held_pairs = load_pairs(path, eval_share=0.2, seed=3)
-    train_prompts, held_prompts = load_prompts(path, eval_share=0.2, seed=3)
+    data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.2, seed=3)
+    train_pairs, held_pairs = load_pairs(data)
+    train_prompts, held_prompts, _ = load_prompts(data)
     assert {pair.prompt for pair in train_pairs} == set(train_prompts)
     assert {pair.prompt for pair in held_pairs} == set(held_prompts)
     assert set(train_prompts).isdisjoint(held_prompts)
     assert 150 < len(held_prompts) < 250
-    assert set(load_prompts(path, eval_share=0.2, seed=4)[1]) != set(held_prompts)
+    assert set(load_prompts(data._replace(seed=4))[1]) != set(held_prompts)
 
 
 def test_the_split_is_the_same_on_every_machine():
     """Pinned: were it another in the next process or version, old runs would be judged on their training data."""
     assert [n for n in range(60) if held_out(f"prompt {n}", seed=0, share=0.1)] == [4, 8, 30, 34, 40, 45, 47]
     assert not held_out("prompt", 0, 0.0) and held_out("prompt", 0, 1.0)
+    assert held_out("\ud800", 0, 1.0), "half a character, as broken data have it"
 
 
-# --- texts to ids ----------------------------------------------------------------------------------------------------
+def grown(form, n):
+    """Rows of one form that begin with one user's turn, and go on with others."""
+    first, answer = f"Why {n}?" + " \n" * (n % 3), lambda word: f"{word} {n}."
+    asked = [USER(first)] + [ASSISTANT("How so?"), USER(f"Just so, {n % 7}.")] * (n % 2)
+    good, bad = answer("Good"), answer("Bad")
+    tagged = "\n<extra_id_1>".join([first, *(f"{m['role'].capitalize()}\n{m['content']}" for m in asked[1:])])
+    return {
+        "messages": {"chosen": [*asked, ASSISTANT(good)], "rejected": [*asked, ASSISTANT(bad)]},
+        "system": {
+            "chosen": [SYSTEM("Short."), *asked, ASSISTANT(good)],
+            "rejected": [SYSTEM("Short."), *asked, ASSISTANT(bad)],
+        },
+        "prompt as messages": {"prompt": asked, "chosen": good, "rejected": bad},
+        "prompt with system": {"prompt": [SYSTEM("Short."), *asked], "chosen": [ASSISTANT(good)], "rejected": [ASSISTANT(bad)]},
+        "hh-rlhf": {"chosen": f"{to_text(asked)} {good}", "rejected": f"{to_text(asked)} {bad}"},
+        "text of hh-rlhf": {"prompt": to_text(asked), "chosen": f" {good}", "rejected": f" {bad}"},
+        "HelpSteer": {"prompt": tagged, "chosen": [USER(tagged), ASSISTANT(good)], "rejected": [USER(tagged), ASSISTANT(bad)]},
+        "first turn": {"prompt": first, "chosen": good, "rejected": bad},
+    }[form]
 
 
-def make_tokenizer(template="$A", begin="<s>", end="</s>"):
-    """Words of one letter; `template` is what the tokenizer adds by itself."""
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, **{letter: 2 + i for i, letter in enumerate("abcdef")}}))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end)
+GROWN = [
+    "messages",
+    "system",
+    "prompt as messages",
+    "prompt with system",
+    "hh-rlhf",
+    "text of hh-rlhf",
+    "HelpSteer",
+    "first turn",
+]
 
 
-@pytest.mark.parametrize("template", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
-def test_a_text_begins_once_and_ends_once_or_not_at_all(template):
-    tokenizer = make_tokenizer(template)
-    assert encode(tokenizer, "a b", end=True) == [0, 2, 3, 1]
-    assert encode(tokenizer, "a b", end=False) == [0, 2, 3]
-    assert encode(tokenizer, "", end=True) == [0, 1]
-    assert encode(tokenizer, "", end=False) == [0]
+def test_no_form_trains_on_what_another_holds_out(tmp_path):
+    """One data set in eight forms, as chat and as text: reward model and policy agree on every first turn (A13)."""
+    trained, held = {}, {}
+    for form in GROWN:
+        path = write_jsonl(tmp_path / f"{form}.jsonl", [grown(form, n) for n in range(120)])
+        for chat in (True, False):
+            data = Split(path, eval_share=0.3, seed=1)
+            pairs, prompts = load_pairs(data, chat=chat), load_prompts(data, chat=chat)
+            number = lambda item: int(str(item).split("Why ")[1].split("?")[0])
+            for name, parts in (("pairs", pairs), ("prompts", prompts)):
+                trained[form, chat, name] = {number(item) for item in parts[0]}
+                held[form, chat, name] = {number(item) for item in parts[1]}
+    assert all(len(part) > 20 for part in held.values())
+    for one, part in trained.items():
+        leaks = [(one, other) for other in held if part & held[other]]
+        assert not leaks, leaks[:4]
 
 
-@pytest.mark.parametrize("template", ["$A", "</s> $A"])
-def test_one_token_that_is_begin_and_end(template):
-    tokenizer = make_tokenizer(template, begin="</s>")
-    assert encode(tokenizer, "a", end=True) == [1, 2, 1]
-    assert encode(tokenizer, "a", end=False) == [1, 2]
-    assert encode(tokenizer, "", end=False) == [1]
-
-
-def test_tokens_that_a_tokenizer_lacks_are_left_out():
-    assert encode(make_tokenizer(begin=None), "a", end=True) == [2, 1]
-    assert encode(make_tokenizer(end=None), "a", end=True) == [0, 2]
-
-
-@pytest.mark.parametrize("template", ["$A", "<s> $A </s>"])
-def test_special_tokens_written_in_the_text_are_not_doubled(template):
-    """Text from a chat template holds them already (A2)."""
-    assert encode(make_tokenizer(template), "<s> a b </s>", end=True) == [0, 2, 3, 1]
-    assert encode(make_tokenizer(template), "<s> a </s> b", end=False) == [0, 2, 1, 3], "those inside stay"
-
-
-@pytest.mark.parametrize("side, ids, mask", [
-    ("left", [[2, 3, 4], [0, 0, 5]], [[1, 1, 1], [0, 0, 1]]),
-    ("right", [[2, 3, 4], [5, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
-])  # fmt: skip
-def test_padding_goes_to_the_side_asked_for(side, ids, mask, device):
-    rows = [[2, 3, 4], [5]]
-    got = pad(rows, side, device)
-    assert [tensor.tolist() for tensor in got] == [ids, mask] and got[0].device.type == device.type
-    assert rows == [[2, 3, 4], [5]]
-
-
-def test_identical_and_over_long_pairs_are_dropped_and_counted(capsys):
-    tokenizer = make_tokenizer()
-    pairs = [
-        Pair("a", " b", " c"),
-        Pair("a", " b", " b"),  # identical
-        Pair("a", " b", " b "),  # identical as ids
-        Pair("a b", " c d", " c d"),
-        Pair("a", " b c d e", " b"),  # with begin and end one token too long, on either side
-        Pair("a", " b", " b c d e"),
-        Pair("a", " b c d", " b c e"),  # just fits; cutting would have made it identical
+def test_later_turns_and_white_space_do_not_divide_a_prompt(tmp_path):
+    """Dialogues that begin alike stay together: their beginning was trained on."""
+    rows = [
+        {"messages": [USER(f"Why {n}?" + " " * k), ASSISTANT(f"So {k}."), USER(f"And {k}?")]}
+        for n in range(30)
+        for k in range(5)
     ]
-    encode_text = lambda prompt, completion: encode(tokenizer, prompt + completion, end=True)  # noqa: E731
-    examples = encode_pairs(pairs, encode_text, max_tokens=6, max_pairs=10, seed=0)
-    assert examples == [([0, 2, 3, 1], [0, 2, 4, 1], pairs[0]), ([0, 2, 3, 4, 5, 1], [0, 2, 3, 4, 6, 1], pairs[6])]
-    assert "kept 2 of 7 pairs: 3 identical and 2 longer than 6 tokens dropped" in capsys.readouterr().out
+    train, held, _ = load_prompts(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.4), chat=True)
+    assert len(train) + len(held) == 150 and turns(train).isdisjoint(turns(held)) and len(turns(held)) > 5
 
 
-def test_pairs_beyond_the_maximum_are_drawn_by_the_seed():
-    pairs = RatedPairs([str(n) for n in range(2000)], list(range(2000)), min_gap=1)
-    draw = lambda seed: encode_pairs(pairs, lambda _, text: [int(text)], max_tokens=9, max_pairs=50, seed=seed)  # noqa: E731
-    assert draw(0) == draw(0) != draw(1)
-    assert len({(e.chosen[0], e.rejected[0]) for e in draw(0)}) == 50
+def test_texts_are_split_as_prompts_are(tmp_path):
+    """Reviews train a reward model, their beginnings a policy: white space around them is no difference."""
+    rows = [{"text": f"{' ' * (n % 2)}film {n}{' ' * (n % 3)}", "label": n // 2 % 2} for n in range(200)]
+    data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
+    pairs, (train, held, _) = load_pairs(data), load_prompts(data)
+    texts = [{text.strip() for pair in part for text in (pair.chosen, pair.rejected)} for part in pairs]
+    assert texts[0] == {text.strip() for text in train} and texts[1] == {text.strip() for text in held}
 
 
-def test_batches_cover_each_epoch_once_and_pad_little():
-    lengths = [random.Random(n).randrange(5, 200) for n in range(1003)]
-    batches = length_grouped_batches(lengths, 10, torch.Generator().manual_seed(0))
-    epochs = [[next(batches) for _ in range(101)] for _ in range(2)]
-    for epoch in epochs:
-        assert sorted(i for batch in epoch for i in batch) == list(range(1003))
-        assert sorted(map(len, epoch)) == [3] + [10] * 100
-        columns = sum(len(batch) * max(lengths[i] for i in batch) for batch in epoch)
-        assert sum(lengths) / columns > 0.93  # 0.55 in random order
-        longest = [max(lengths[i] for i in batch) for batch in epoch]
-        assert longest != sorted(longest), "short texts first would be a curriculum"
-    mates = [{frozenset(batch) for batch in epoch} for epoch in epochs]
-    assert len(mates[0] & mates[1]) < 10, "each epoch groups anew"
-    again = length_grouped_batches(lengths, 10, torch.Generator().manual_seed(0))
-    assert [next(again) for _ in range(101)] == epochs[0]
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("form", GROWN)
+def test_rows_of_the_split_held_out_do_not_train(form, chat, tmp_path, capsys):
+    write_jsonl(tmp_path / "train.jsonl", [grown(form, n) for n in range(30)])
+    write_jsonl(tmp_path / "test.jsonl", [grown(form, n) for n in range(20, 40)])
+    data = Split(str(tmp_path), eval_split="test")
+    pairs = load_pairs(data, chat=chat)
+    assert (len(pairs[0]), len(pairs[1])) == (20, 20)
+    train, held, _ = load_prompts(data, chat=chat)
+    assert (len(train), len(held)) == (20, 20)
+    assert capsys.readouterr().out.count("10 rows dropped: in the held-out split, too") == 2
+    assert turns(pairs[0]).isdisjoint(turns(held)) and turns(train).isdisjoint(turns(pairs[1]))
 
 
-def test_prompts_come_once_an_epoch_in_ever_new_orders():
-    items = list(range(50))
-    stream = shuffled_forever(items, seed=0)
-    first, second = ([next(stream) for _ in items] for _ in range(2))
-    assert sorted(first) == sorted(second) == items == list(range(50))
-    other, again = ([next(it) for _ in items] for it in (shuffled_forever(items, seed=1), shuffled_forever(items, seed=0)))
-    assert first == again and len({tuple(order) for order in (items, first, second, other)}) == 4
+def test_texts_of_the_split_held_out_do_not_train(tmp_path, capsys):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": f"film {n}", "label": n % 2} for n in range(30)])
+    write_jsonl(tmp_path / "test.jsonl", [{"text": f"film {n} ", "label": n % 2} for n in range(20, 40)])
+    pairs = load_pairs(Split(str(tmp_path), eval_split="test"))
+    assert (len(pairs[0]), len(pairs[1])) == (100, 100)
+    assert "10 rows dropped: in the held-out split, too" in capsys.readouterr().out
+
+
+def test_a_pair_dropped_from_the_split_held_out_does_not_train_either(tmp_path):
+    """It is no pair, but its prompt is one that the policy is judged on."""
+    dropped = {"chosen": "\n\nHuman: Why 3?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: So."}
+    empty = {"chosen": "\n\nHuman: Why 4?\n\nAssistant: So.", "rejected": "\n\nHuman: Why 4?\n\nAssistant: "}
+    write_jsonl(tmp_path / "train.jsonl", [grown("hh-rlhf", n) for n in range(10)])
+    write_jsonl(tmp_path / "test.jsonl", [dropped, empty, *(grown("hh-rlhf", n) for n in range(20, 30))])
+    data = Split(str(tmp_path), eval_split="test")
+    assert turns(load_pairs(data)[0]).isdisjoint(turns(load_prompts(data)[1]))
+
+
+def test_real_dialogues(capsys):
+    """hh-rlhf: nearly all rows are pairs, and the same ones are held out as chat and as text, as pairs and as prompts."""
+    file = Path(__file__).parents[2] / "shared/data/hh-rlhf/helpful-base-test.jsonl.gz"
+    if not file.exists():
+        pytest.skip("no hh-rlhf here")
+    with gzip.open(file, "rt") as lines:
+        count = sum(1 for _ in lines)
+    parts = {}
+    for chat in (True, False):
+        for load in (load_pairs, load_prompts):
+            parts[chat, load] = [turns(part) for part in load(Split(str(file)), chat=chat)[:2]]
+        train, held = load_pairs(Split(str(file)), chat=chat)
+        assert 0.98 < (len(train) + len(held)) / count < 1
+        for pair in [*train, *held]:
+            if chat:
+                assert pair.prompt[-1]["role"] == "user" and pair.chosen == pair.chosen.strip() and pair.rejected
+            else:
+                assert pair.prompt.endswith("\n\nAssistant:") and "\n\nAssistant:" not in pair.chosen + pair.rejected
+    for load in (load_pairs, load_prompts):
+        for chat, text in zip(parts[True, load], parts[False, load]):
+            assert chat <= text and len(text - chat) <= 2  # as chat, two rows more are dropped: their prompts end with an answer
+    assert parts[True, load_pairs][0].isdisjoint(parts[False, load_prompts][1])
+    assert "rows dropped: chosen and rejected answer different prompts" in capsys.readouterr().out

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-    LlamaForCausalLM,
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig,
+    DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
 )  # fmt: skip
 from transformers.pytorch_utils import Conv1D
 
@@ -19,10 +19,10 @@ import train_policy
 from minalign import rollout, toy
 from minalign.chat import TokenizedPrompt, encode_prompt
 from minalign.checkpoint import load_policy, save_policy
-from minalign.common import UserError
+from minalign.common import UserError, checkpoint_activations_
 from minalign.logprobs import token_logprobs
 from minalign.lora import (
-    AdapterView, LoraLinear, adapter_labels, adapter_parameters, add_lora_, dense_state, lora_layers, merge_lora_, save_adapter,
+    AdapterView, LoraLinear, adapter_labels, adapter_parameters, add_lora_, dense_state, lora_layers, merge_lora_,
 )  # fmt: skip
 from minalign.merge import ema_update_
 from minalign.reward import RewardModel
@@ -32,7 +32,10 @@ from minalign.task import Task
 
 TOKENIZER = toy.make_tokenizer()
 RANK, ALPHA = 3, 5.0  # alpha / r is neither 1 nor 2
-LAYERS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+LAYERS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 PROMPTS = ["overall , the plot is", "again , the music is very dull but the cast is", "frankly , the"]
 COMPLETIONS = [" good .", " utterly superb and the plot is weak but the camera is odd .", " ending"]
 
@@ -136,7 +139,8 @@ def test_dense_state_and_merging_give_the_plain_model(family):
     assert list(state) == list(expected)
     for name, tensor in expected.items():
         assert_near(state[name], tensor, atol=1e-6)
-        assert torch.equal(state[name], plain.state_dict()[name]) != (name.split(".")[-2] in LAYERS[family] and name.endswith("weight"))
+        has_adapter = name.split(".")[-2] in LAYERS[family] and name.endswith("weight")
+        assert torch.equal(state[name], plain.state_dict()[name]) != has_adapter
     assert_same_tensors(model.state_dict(), live)  # looked at, not changed
 
     merge_lora_(model)
@@ -175,10 +179,7 @@ def test_a_model_goes_on_with_new_adapters_after_merging():
 
 
 def loss_of(model, ids):
-    return token_loss(model(input_ids=ids).logits, ids)
-
-
-def token_loss(logits, ids):
+    logits = model(input_ids=ids).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
@@ -205,20 +206,17 @@ def test_gradients_are_those_of_finite_differences(family):
     """Of the dense model, whose weights are worked out with one element of A or B moved."""
     model, ids = make_adapted(family).double(), ids_like()
     loss_of(model, ids).backward()
-    name, layer = list(lora_layers(model).items())[1]
-    for parameter in (layer.lora_A, layer.lora_B):
-        place = divmod(parameter.grad.abs().argmax().item(), parameter.shape[1])
-        losses = []
-        for step in (1e-5, -1e-5):
-            moved = copy.deepcopy(model)
-            with torch.no_grad():
-                {id(layer.lora_A): moved.get_submodule(name).lora_A, id(layer.lora_B): moved.get_submodule(name).lora_B}[
-                    id(parameter)
-                ][place] += step
-            dense = make_model(family).double()
+    layer = list(lora_layers(model))[1]
+    for name in (f"{layer}.lora_A", f"{layer}.lora_B"):
+        gradient = model.get_parameter(name).grad
+        place, losses = divmod(gradient.abs().argmax().item(), gradient.shape[1]), []
+        for step in (1e-3, -1e-3):  # no smaller: parts of Llama compute in float32 whatever the model's dtype
+            moved, dense = copy.deepcopy(model), make_model(family).double()
+            moved.get_parameter(name).data[place] += step
             dense.load_state_dict(dense_state(moved))
             losses.append(loss_of(dense, ids).item())
-        assert parameter.grad[place].item() == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-5)
+        assert gradient[place].abs() > 0.05
+        assert gradient[place].item() == pytest.approx((losses[0] - losses[1]) / 2e-3, abs=5e-4)
 
 
 @both_families
@@ -251,6 +249,30 @@ def test_a_reward_head_is_trained_in_full(family):
     reward_model.forward(rows).square().sum().backward()
     optimizer.step()
     assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} == trained
+
+
+@both_families
+def test_recomputed_activations_change_no_gradient(family):
+    """Also with frozen embeddings, where no input of the first layer has a gradient."""
+    model = make_adapted(family)
+    expected = copy.deepcopy(model)
+    checkpoint_activations_(model)
+    for each in (model, expected):
+        loss_of(each, ids_like()).backward()
+    for got, want in zip(adapter_parameters(model), adapter_parameters(expected)):
+        assert want.grad.any()
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+@both_families
+def test_adapters_under_autocast_have_float32_gradients(family, device):
+    model = make_adapted(family, device)
+    expected = logits_of(model)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert (logits_of(model) - expected).abs().mean() < 0.05 * expected.abs().mean()
+        loss = loss_of(model, ids_like(device))
+    loss.backward()
+    assert {p.grad.dtype for p in adapter_parameters(model)} == {torch.float32}
 
 
 # --- views: adapters off, or others ----------------------------------------------------------------------------------
@@ -369,8 +391,7 @@ def test_an_average_moves_the_view_and_not_the_model():
     assert_near(view(input_ids=ids_like()).logits.detach(), logits_of(expected))
 
 
-def test_a_model_that_learns_through_a_view_learns_nothing():
-    """With its adapters off there is nothing to train."""
+def test_a_view_without_adapters_has_nothing_to_train():
     model = make_adapted("llama")
     assert not AdapterView(model, None)(input_ids=ids_like()).logits.requires_grad
 
@@ -407,7 +428,8 @@ def test_only_the_named_layers_get_adapters(family, targets, expected):
 
 
 @pytest.mark.parametrize(
-    "targets, named", [(["query"], "query"), (["q_proj", "nothing"], "nothing"), (["lm_head"], "lm_head"), (["self_attn"], "self_attn")]
+    "targets, named",
+    [(["query"], "query"), (["q_proj", "nothing"], "nothing"), (["lm_head"], "lm_head"), (["self_attn"], "self_attn")],
 )
 def test_a_name_that_matches_nothing_is_an_error(targets, named):
     model = make_model("llama")
@@ -435,9 +457,10 @@ def test_adapters_on_adapters_are_an_error():
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [torch.nn.Linear(6, 4), Conv1D(4, 6)], ids=["linear", "conv1d"])
-def test_dropout_acts_in_training_mode_before_the_adapter_alone(base):
-    layer, x = LoraLinear(base, 2, 2.0, dropout=0.25), torch.randn(20_000, 6)
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(6, 4), lambda: Conv1D(4, 6)], ids=["linear", "conv1d"])
+def test_dropout_acts_in_training_mode_before_the_adapter_alone(make):
+    base = make()
+    layer, x = LoraLinear(base, 2, 2.0, dropout=0.25).double(), torch.randn(20_000, 6).double()
     layer.train()
     assert torch.equal(layer(x), base(x)), "the base layer's input is dropped"  # B is 0
     torch.nn.init.normal_(layer.lora_B)
@@ -448,7 +471,7 @@ def test_dropout_acts_in_training_mode_before_the_adapter_alone(base):
     assert_near(expected, base(x[:1]) + x[:1] @ layer.lora_A.T @ layer.lora_B.T, atol=1e-6)
     layer.train()
     drawn = layer(x)
-    assert len(drawn.unique(dim=0)) == 2**6  # each input is there or not, on its own
+    assert len(drawn.round(decimals=6).unique(dim=0)) == 2**6  # each input is there or not, on its own
     torch.testing.assert_close(drawn.mean(0, keepdim=True), expected, atol=0.05, rtol=0)  # what stays counts 1 / (1 - p)
     layer.on = False
     assert torch.equal(layer(x), base(x))
@@ -458,6 +481,29 @@ def test_no_dropout_is_no_dropout():
     model = make_adapted("llama")
     expected = logits_of(model)
     assert torch.equal(logits_of(model.train()), expected)
+
+
+def test_adapters_are_put_on_in_the_mode_of_their_model():
+    """On a model in evaluation mode, as all loaded ones are, dropout waits for train()."""
+    for training in (False, True):
+        model = make_model("llama").train(training)
+        add_lora_(model, RANK, dropout=0.5)
+        assert {layer.training for layer in lora_layers(model).values()} == {training}
+
+
+def test_dropout_of_a_reward_model_acts_in_training_alone():
+    """In passes with gradients; scores and evaluations are no random numbers, whatever came before."""
+    reward_model = make_reward_model()
+    add_lora_(reward_model.model, RANK, ALPHA, dropout=0.5)
+    randomize_(reward_model.model)
+    rows = [reward_model.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS)]
+    expected = RewardModel(copy.deepcopy(reward_model.model), reward_model.tokenizer)
+    merge_lora_(expected.model)
+    for _ in range(2):
+        assert not torch.equal(reward_model.forward(rows), reward_model.forward(rows))
+        assert_near(reward_model.logits(rows), expected.logits(rows))
+        reward_model.model.train()
+        assert_near(reward_model.score(PROMPTS, COMPLETIONS), expected.score(PROMPTS, COMPLETIONS))
 
 
 # --- adapters in files -----------------------------------------------------------------------------------------------
@@ -485,6 +531,7 @@ def test_a_policy_is_saved_as_adapters(family, targets, tmp_path):
     config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["task_type"]) == (RANK, pytest.approx(ALPHA), "CAUSAL_LM")
     assert config["base_model_name_or_path"] == base and config["modules_to_save"] is None
+    assert config["target_modules"] == sorted(LAYERS[family][:2] if targets else LAYERS[family])
 
 
 def test_the_base_of_adapters_may_be_a_run(tmp_path):
@@ -505,6 +552,8 @@ def test_a_reward_model_is_saved_as_adapters_and_a_head(family, num_labels, tmp_
     expected = reward_model.score(PROMPTS, COMPLETIONS)
     reward_model.save_pretrained(tmp_path / "run" / "model", adapter_of=base)
     assert adapter_labels(tmp_path / "run" / "model") == num_labels
+    config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["task_type"]) == (["score"], "SEQ_CLS")
     loaded = RewardModel.from_pretrained(str(tmp_path / "run"))
     assert loaded.num_labels == num_labels
     assert_near(loaded.score(PROMPTS, COMPLETIONS), expected)
@@ -518,8 +567,10 @@ def test_a_reward_model_is_saved_as_adapters_and_a_head(family, num_labels, tmp_
 
 def test_an_encoders_head_of_two_layers_is_saved_whole(tmp_path):
     torch.manual_seed(0)
-    config = DistilBertConfig(vocab_size=len(TOKENIZER), dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=64,
-                              num_labels=3, initializer_range=0.2)  # fmt: skip
+    config = DistilBertConfig(
+        vocab_size=len(TOKENIZER), dim=32, hidden_dim=48, n_layers=2, n_heads=2, max_position_embeddings=64, num_labels=3,
+        initializer_range=0.2,
+    )  # fmt: skip
     model = DistilBertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path / "base")
     reward_model = RewardModel(model, toy.make_tokenizer())
@@ -562,13 +613,65 @@ def test_a_head_of_another_shape_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"peft_type": "ADALORA"}]
+    "change",
+    [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"peft_type": "IA3"}, {"peft_type": "ADALORA"}]
+    + [{"alpha_pattern": {"q_proj": 50}}, {"rank_pattern": {"q_proj": 1}}]  # layers with a scaling of their own
+    + [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}],  # the base is not what it was, either
 )
 def test_other_kinds_of_adapters_are_refused(change, tmp_path):
     save_policy(make_adapted("llama"), TOKENIZER, tmp_path / "run", adapter_of=saved_base("llama", tmp_path / "base"))
     path = tmp_path / "run" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert "plain LoRA" in loading_error(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{key: None} for key in ("base_model_name_or_path", "r", "lora_alpha")]
+    + [{"lora_alpha": "absent"}, {"base_model_name_or_path": "absent"}],
+)
+def test_a_config_with_holes_is_refused(change, tmp_path):
+    save_policy(make_adapted("llama"), TOKENIZER, tmp_path / "run", adapter_of=saved_base("llama", tmp_path / "base"))
+    path = tmp_path / "run" / "adapter_config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+    assert "cannot be loaded" in loading_error(tmp_path / "run")
+
+
+@pytest.mark.parametrize("module, name", [("lm_head", "lm_head.weight"), ("wte", "transformer.wte.weight")])
+def test_half_of_a_tied_pair_is_refused(module, name, tmp_path):
+    """PEFT's modules_to_save unties them; copied into the tied weight, one would overwrite the other."""
+    save_policy(make_adapted("gpt2"), TOKENIZER, tmp_path / "run", adapter_of=saved_base("gpt2", tmp_path / "base"))
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    other = torch.randn(len(TOKENIZER), 32)
+    save_file(load_file(path) | {f"base_model.model.{name}": other}, path)
+    assert "tied" in loading_error(tmp_path / "run")
+
+
+def test_adapters_of_a_model_that_was_saved_as_adapters(tmp_path):
+    """A run that starts from the adapters of another."""
+    save_policy(make_adapted("llama"), TOKENIZER, tmp_path / "one" / "model", adapter_of=saved_base("llama", tmp_path / "base"))
+    model, tokenizer = load_policy(str(tmp_path / "one"))
+    add_lora_(model, 2)
+    randomize_(model, seed=5)
+    save_policy(model, tokenizer, tmp_path / "two" / "model", adapter_of=str(tmp_path / "one"))
+    assert_near(logits_of(load_policy(str(tmp_path / "two"))[0]), logits_of(model))
+
+
+def test_a_reward_model_from_adapters_knows_its_pad_token(tmp_path):
+    """Merged and saved again, transformers pools batches of it by that token."""
+    rm = RewardModel.from_base(saved_base("llama", tmp_path / "base"), num_labels=1)
+    add_lora_(rm.model, RANK)
+    randomize_(rm.model)
+    rm.save_pretrained(tmp_path / "run", adapter_of=str(tmp_path / "base"))
+    loaded = RewardModel.from_pretrained(str(tmp_path / "run"))
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
+    loaded.save_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    texts = [tokenizer.bos_token + p + c + tokenizer.eos_token for p, c in zip(PROMPTS, COMPLETIONS)]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    logits = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()(**batch).logits[:, 0]
+    assert_near(logits.detach(), rm.score(PROMPTS, COMPLETIONS))
 
 
 @pytest.mark.parametrize("missing", ["base", "adapter_model.safetensors"])
@@ -622,7 +725,9 @@ def test_we_read_pefts_policies(family, tmp_path):
     peft = pytest.importorskip("peft")
     base = saved_base(family, tmp_path / "base")
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=LAYERS[family][:2], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=LAYERS[family][:2], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     theirs.save_pretrained(tmp_path / "run")
     TOKENIZER.save_pretrained(tmp_path / "run")
@@ -636,7 +741,9 @@ def test_we_read_pefts_reward_models(family, tmp_path):
     reward_model = make_reward_model(family, num_labels=4)
     base = saved_base(family, tmp_path / "base")
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=LAYERS[family][:2], init_lora_weights=False, task_type="SEQ_CLS")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=LAYERS[family][:2], init_lora_weights=False, task_type="SEQ_CLS"
+    )
     theirs = peft.get_peft_model(reward_model.model, config, "default").eval()
     theirs.peft_config["default"].base_model_name_or_path = base
     theirs.save_pretrained(tmp_path / "run")
@@ -652,8 +759,10 @@ def test_we_read_pefts_reward_models(family, tmp_path):
 def run(tmp_path, monkeypatch, family, **flags):
     """Two steps of train_policy.train on a reward that counts good words; what each step drew, and A, B after each."""
     config = train_policy.resolve(
-        train_policy.Config(lora_rank=RANK, lora_alpha=ALPHA, steps=2, batch_size=6, micro_batch_size=4, lr=3e-2, warmup_steps=0,
-                            max_new_tokens=6, eval_every=2, **flags)
+        train_policy.Config(
+            lora_rank=RANK, lora_alpha=ALPHA, steps=2, batch_size=6, micro_batch_size=4, lr=3e-2, warmup_steps=0,
+            max_new_tokens=6, eval_every=2, **flags,
+        )
     )  # fmt: skip
     policy = make_model(family).requires_grad_(False)
     add_lora_(policy, config.lora_rank, config.lora_alpha)
@@ -700,7 +809,8 @@ def test_a_run_with_the_fixed_anchor(family, tmp_path, monkeypatch):
     assert first["kl_sft"] == pytest.approx(0, abs=1e-5) and first["kl_anchor"] == first["kl_sft"]
     start = make_model(family)
     assert abs(second["kl_sft"]) > 0.01
-    assert second["kl_sft"] == pytest.approx(kl_by_hand(start, *rollouts[1]), abs=1e-4) and second["kl_anchor"] == second["kl_sft"]
+    assert second["kl_sft"] == pytest.approx(kl_by_hand(start, *rollouts[1]), abs=1e-4)
+    assert second["kl_anchor"] == second["kl_sft"]
     assert second["eval_kl_sft"] > 0.01
     frozen = {name.replace(".base.", "."): tensor for name, tensor in policy.state_dict().items() if "lora_" not in name}
     assert_same_tensors(frozen, start.state_dict())

@@ -316,7 +316,10 @@ def test_training_and_scoring_feed_the_same_ids(make_tokenizer):
 def test_a_text_begins_and_ends_once(make_tokenizer):
     tokenizer = make_tokenizer()
     reward_model, policy_tokenizer = make_reward_model(tokenizer=tokenizer), toy.make_tokenizer()
-    rollout = [TokenizedPrompt(encode(policy_tokenizer, PROMPTS[0], end=False))], [policy_tokenizer(COMPLETIONS[0])["input_ids"]]
+    rollout = (
+        [TokenizedPrompt(encode(policy_tokenizer, PROMPTS[0], end=False))],
+        [policy_tokenizer(COMPLETIONS[0])["input_ids"]],
+    )
     for ids in (reward_model.encode(PROMPTS[0], COMPLETIONS[0]), *reward_model.encode_rollout(policy_tokenizer, *rollout)):
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
@@ -329,7 +332,11 @@ def test_ids_of_the_same_vocabulary_are_scored_as_sampled():
     reward_model = make_reward_model("gpt2", tokenizer=make_byte_level_tokenizer())
     prompt, spelled = encode(policy_tokenizer, "go", end=False), policy_tokenizer.convert_tokens_to_ids(list("the"))
     sampled = [*prompt, *spelled, policy_tokenizer.eos_token_id]
-    assert reward_model.encode_rollout(policy_tokenizer, [TokenizedPrompt(prompt)], [spelled]) == [sampled] != [reward_model.encode("go", "the")]
+    assert (
+        reward_model.encode_rollout(policy_tokenizer, [TokenizedPrompt(prompt)], [spelled])
+        == [sampled]
+        != [reward_model.encode("go", "the")]
+    )
 
 
 def test_a_policy_with_other_ids_is_scored_by_its_text():

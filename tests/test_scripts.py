@@ -32,7 +32,9 @@ def world(tmp_path_factory):
         train_rm.main(["--out", "rm", "--device", "cpu"])
         train_rm.main(["--out", "rm-again", "--seed", "1", "--steps", "60", "--device", "cpu"])
         train_rm.main(["--out", "ordinal", "--loss", "ordinal", "--rating-coef", "0.5", "--steps", "60", "--device", "cpu"])
-    (folder / "toy_rules.py").write_text("def no_and(prompts, completions):\n    return [-c.count(' and ') for c in completions]\n")
+    (folder / "toy_rules.py").write_text(
+        "def no_and(prompts, completions):\n    return [-c.count(' and ') for c in completions]\n"
+    )
     return folder
 
 

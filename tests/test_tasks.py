@@ -1,0 +1,332 @@
+"""Real models and real data as people have them, on local stand-ins of the same formats: the README's tasks A and B as
+whole runs, several rewards, the tools on their results, and the one line that bad input gets."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from standins import helpsteer_rows, write_all
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import train_policy
+import train_rm
+import warp
+from minalign import generate, score
+from minalign.chat import encode_whole
+from minalign.common import UserError
+from minalign.reward import RewardModel
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"train_rm.py": train_rm, "train_policy.py": train_policy, "warp.py": warp}
+SHORT = {
+    "train_rm.py": "--steps 6 --batch-size 8 --max-pairs 60 --max-eval-pairs 20 --lr 1e-3",
+    "train_policy.py": "--steps 2 --batch-size 4 --max-new-tokens 8 --eval-prompts 4",
+    "warp.py": "--steps 1 --batch-size 4 --max-new-tokens 8 --eval-prompts 4 --iterations 1 --etas 0,1",
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_all(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def run(command: str) -> None:
+    """A command of the README, made short, with its hub ids replaced by local folders."""
+    script, *argv = shlex.split(command.removeprefix("python ").rstrip("&\\ "))
+    argv = [re.sub(r"^(distilbert|stanfordnlp|lvwerra|esfrankel17|HuggingFaceTB)/", "./", word) for word in argv]
+    SCRIPTS[script].main([*argv, *SHORT[script].split(), "--device", "cpu"])
+
+
+def commands(title: str) -> list[str]:
+    """The commands in the README's section on a task."""
+    section = (ROOT / "README.md").read_text().split(f"**{title}")[1].split("\n**")[0]
+    block = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    return [line for line in block.splitlines() if line.startswith("python")]
+
+
+def metrics(folder: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("title", ["Task A", "Task B"])
+def test_the_tasks_run_by_the_commands_of_the_readme(here, title):
+    ran = commands(title)
+    assert [line.split()[1] for line in ran] == ["train_rm.py", "warp.py" if title == "Task A" else "train_policy.py"]
+    for command in ran:
+        run(command)
+        out = re.search(r"--out (\S+)", command)[1]
+        assert (here / out / "config.json").exists()
+        if "warp" not in command:
+            assert (here / out / "model" / "config.json").exists()
+        if "train_policy" in command:
+            assert metrics(out)[0]["kl_sft"] == pytest.approx(0, abs=1e-4)  # the start policy is its own anchor
+
+
+def test_a_task_b_reward_model_reads_what_its_template_makes(here):
+    """transformers alone, with apply_chat_template, gives the scores of RewardModel.score and of a rollout."""
+    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --out chat-rm")
+    model = AutoModelForSequenceClassification.from_pretrained("chat-rm/model")
+    tokenizer = AutoTokenizer.from_pretrained("chat-rm/model")
+    ours = RewardModel.from_pretrained("chat-rm")
+    dialogue = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi!"},
+        {"role": "user", "content": "Plot?"},
+    ]
+    texts = [
+        tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": answer}], tokenize=False)
+        for answer in ("It is good.", "It is bad. It is dull.")
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.no_grad():
+        expected = model(**batch).logits[:, 0]
+    assert torch.allclose(ours.score([dialogue] * 2, ["It is good.", "It is bad. It is dull."]), expected, atol=1e-5)
+    one = ours.score(["Plot?"], ["It is good."])
+    assert torch.equal(one, ours.score([[dialogue[-1]]], ["It is good."]))  # a text is one user's turn
+
+
+def test_a_reward_model_of_plain_text_keeps_no_template(here):
+    """With it, score("text") would be read as a user's turn."""
+    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --format plain --out plain-rm")
+    ours = RewardModel.from_pretrained("plain-rm")
+    assert not ours.tokenizer.chat_template
+    question = [{"role": "user", "content": "Plot?"}]
+    assert ours.encode(question, "Good.") == encode_whole(ours.tokenizer, "\n\nHuman: Plot?\n\nAssistant:", " Good.")
+
+
+def test_several_rewards_are_standardised_and_weighted(here, capsys):
+    """A classifier with another tokenizer, and a rule: the sum is 2 z - 0.5 z' of the start policy's own scores."""
+    (here / "rules.py").write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
+    run("train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm ./distilbert-imdb rules:length --rm-weights 2 -0.5 "
+        "--out two-rewards --missing-eos-penalty 0 --lr 1e-9")  # fmt: skip
+    found = re.findall(r"reward (\S+): (\S+) \+- (\S+) on", capsys.readouterr().out)
+    assert [name for name, _, _ in found] == ["./distilbert-imdb", "rules:length"]
+    (_, m1, s1), (_, m2, s2) = found
+    for row in metrics("two-rewards"):
+        z1 = (row["reward ./distilbert-imdb"] - float(m1)) / float(s1)
+        z2 = (row["reward rules:length"] - float(m2)) / float(s2)
+        assert row["reward"] == pytest.approx(2 * z1 - 0.5 * z2, abs=0.05)
+    assert json.loads((here / "two-rewards" / "config.json").read_text())["rm"] == ["./distilbert-imdb", "rules:length"]
+
+
+def test_averaged_reward_models_are_one_model_between_them(here):
+    """WARM: bodies and heads of one start are averaged; the parts stay as they were on disk."""
+    for seed in (0, 1):
+        run(f"train_rm.py --model ./gpt2-imdb --dataset ./imdb --seed {seed} --out warm-{seed}")
+    from minalign.rewards import load_rewards
+
+    reward = next(iter(load_rewards(["warm-0", "warm-1"], torch.device("cpu"), average=True).values()))
+    parts = [RewardModel.from_pretrained(f"warm-{seed}").model.state_dict() for seed in (0, 1)]
+    for name, weight in reward.model.state_dict().items():
+        assert torch.allclose(weight, (parts[0][name] + parts[1][name]) / 2)
+        assert "score" not in name or not torch.equal(parts[0][name], parts[1][name])
+    run("train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm warm-0 warm-1 --rm-average --out averaged")
+    assert "reward warm-0" not in metrics("averaged")[0]
+
+
+def test_beta_means_the_same_for_a_scaled_reward(here):
+    """--standardize-rewards: 1000 r + 5 trains exactly as r does."""
+    (here / "scaled.py").write_text(
+        "def small(prompts, completions):\n    return [len(set(c)) for c in completions]\n"
+        "def large(prompts, completions):\n    return [1000 * len(set(c)) + 5 for c in completions]\n"
+    )
+    for name in ("small", "large"):
+        run(f"train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm scaled:{name} --standardize-rewards --out scaled-{name} "
+            "--missing-eos-penalty 0")  # fmt: skip
+    for small, large in zip(metrics("scaled-small"), metrics("scaled-large"), strict=True):
+        assert small["reward"] == pytest.approx(large["reward"], abs=1e-4)
+        assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("save", ["merged", "adapter"])
+def test_lora_runs_of_both_scripts_leave_models_that_load(here, save):
+    rm, policy = f"lora-rm-{save}", f"lora-policy-{save}"
+    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --loss ordinal --rating-coef 0.5 --rating-range 0 4 "
+        f"--lora-rank 4 --lora-dropout 0.1 --lora-save {save} --gradient-checkpointing --out {rm}")  # fmt: skip
+    run(f"train_policy.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --rm {rm} --uncertainty inverse_std --anchor ema "
+        f"--mu 0.5 --lora-rank 4 --lora-targets q_proj v_proj --lora-save {save} --lr 0.1 --warmup-steps 0 --out {policy}")  # fmt: skip
+    assert (here / policy / "model" / "adapter_config.json").exists() == (save == "adapter")
+    first, last = metrics(policy)
+    assert first["kl_sft"] == pytest.approx(0, abs=1e-4) and last["eval_kl_sft"] > 1e-4
+    generate.main(["--model", policy, "--rm", rm, "--prompt", "Plot?", "--max-new-tokens", "4", "--device", "cpu"])
+    if save == "merged":
+        AutoModelForCausalLM.from_pretrained(here / policy / "model")
+        AutoModelForSequenceClassification.from_pretrained(here / rm / "model")
+        start = AutoModelForCausalLM.from_pretrained("./SmolLM2-135M-Instruct", dtype=torch.float32).state_dict()
+        moved = {n for n, w in AutoModelForCausalLM.from_pretrained(here / policy / "model").state_dict().items()
+                 if not torch.equal(w, start[n])}  # fmt: skip
+        assert moved == {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qv"}
+
+
+def test_warp_merges_the_products_of_adapters(here):
+    """Its policies are saved dense, so the merge on disk is that of the dense task vectors."""
+    from minalign.checkpoint import load_policy
+    from minalign.merge import merge_policies
+
+    run("warp.py --model ./gpt2-imdb --dataset ./imdb --rm ./distilbert-imdb --lora-rank 2 --lr 1e-2 --out lora-warp")
+    init, *thetas = (
+        dict(load_policy(path)[0].named_parameters())
+        for path in ("./gpt2-imdb", *(f"lora-warp/iteration-1/run-{m}" for m in (1, 2)))
+    )
+    merged, report = merge_policies(init, thetas, "slerp", "layer")
+    saved = dict(load_policy("lora-warp/iteration-1/merged")[0].named_parameters())
+    assert all(torch.allclose(merged[name], saved[name], atol=1e-6) for name in merged)
+    assert any(group["angle"] and group["angle"] > 1 for group in report.values())
+
+
+def test_generate_and_score_agree(here, capsys):
+    """What generate writes beside a completion is what score finds for it, in chat and in text."""
+    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --out tools-rm")
+    for name, flags in (("chat", ["--model", "./SmolLM2-135M-Instruct"]), ("text", ["--model", "./gpt2-imdb"])):
+        rows = [{"prompt": row["prompt"].split("\n")[0]} for row in helpsteer_rows(5)]
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rm = "tools-rm" if name == "chat" else "./distilbert-imdb"
+        generate.main([*flags, "--rm", rm, "--data", f"{name}.jsonl", "--out", f"{name}-answers.jsonl", "--samples", "2",
+                       "--max-new-tokens", "6", "--device", "cpu"])  # fmt: skip
+        score.main(["--rm", rm, "--data", f"{name}-answers.jsonl", "--out", f"{name}-scored.jsonl", "--device", "cpu"])
+        answers, scored = ([json.loads(line) for line in open(f"{name}-{part}.jsonl")] for part in ("answers", "scored"))
+        assert len(answers) == len(scored) == 10
+        assert len({row["completion"] for row in answers}) > 5 and isinstance(answers[0]["prompt"], list) == (name == "chat")
+        if name == "chat":  # byte-level text of a random model does not always survive decoding
+            whole = [i for i, row in enumerate(answers) if "\ufffd" not in row["completion"]]
+            assert len(whole) > 2
+            assert [answers[i]["reward"] for i in whole] == pytest.approx([scored[i]["reward"] for i in whole], abs=0.2)
+    score.main(["--rm", "tools-rm", "--data", "helpsteer.jsonl", "--out", "pairs-scored.jsonl", "--device", "cpu"])
+    assert {"chosen_reward", "rejected_reward"} <= set(json.loads(open("pairs-scored.jsonl").readline()))
+
+
+def test_generate_keeps_a_dialogue_in_the_terminal(here, monkeypatch, capsys):
+    lines = iter(["Hello", "Tell me more", "", "Plot?"])
+    seen = []
+    real = generate.encode_prompt
+
+    def typed(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(generate, "encode_prompt", lambda tokenizer, prompt: seen.append(prompt) or real(tokenizer, prompt))
+    generate.main(["--model", "./SmolLM2-135M-Instruct", "--max-new-tokens", "4", "--device", "cpu"])
+    assert [[m["role"] for m in prompt] for prompt in seen] == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert len(capsys.readouterr().out.strip("\n").splitlines()) >= 3
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+TASK_A = ["--model", "./gpt2-imdb", "--dataset", "./imdb", "--rm", "./distilbert-imdb"]
+RM_B = ["--model", "./SmolLM2-135M-Instruct", "--dataset", "helpsteer.jsonl"]
+BAD = {
+    "--eval-split is not there": (train_rm, [*RM_B[:2], "--dataset", "./imdb", "--eval-split", "dev"], "dev"),
+    "--split of one file": (train_rm, [*RM_B, "--split", "test"], "one file is one split"),
+    "chat without a template": (train_rm, ["--model", "./gpt2-imdb", "--dataset", "helpsteer.jsonl"], "--format plain"),
+    "--format chat without a template": (train_policy, [*TASK_A, "--format", "chat"], "no chat template"),
+    "ratings outside": (
+        train_rm,
+        [*RM_B, "--loss", "ordinal", "--rating-coef", "1", "--rating-range", "1", "4"],
+        "--rating-range",
+    ),
+    "--crop-words": (train_rm, [*RM_B, "--crop-words", "9-5"], "--crop-words 9-5"),
+    "--lora-targets": (train_rm, [*RM_B, "--lora-rank", "2", "--lora-targets", "query"], "q_proj"),
+    "--lora-alpha alone": (train_rm, [*RM_B, "--lora-alpha", "2"], "--lora-rank"),
+    "--lora-dropout of a policy": (train_policy, [*TASK_A, "--lora-rank", "2", "--lora-dropout", "0.1"], "--lora-dropout"),
+    "--lora-save of a merge": (warp, [*TASK_A, "--lora-rank", "2", "--lora-save", "adapter"], "whole weights"),
+    "--prompt-tokens": (train_policy, [*TASK_A, "--prompt-tokens", "five"], "--prompt-tokens five"),
+    "--prompt-tokens of chat": (train_policy, [*RM_B, "--rm", "./distilbert-imdb", "--prompt-tokens", "5"], "chat prompts"),
+    "--max-prompt-tokens": (
+        train_policy,
+        [*RM_B, "--rm", "./distilbert-imdb", "--max-prompt-tokens", "2"],
+        "--max-prompt-tokens",
+    ),
+    "--prompt-column": (train_policy, [*TASK_A, "--prompt-column", "review"], "review"),
+    "--max-new-tokens": (train_policy, [*TASK_A, "--max-new-tokens", "300"], "no room"),
+    "--rm-weights": (train_policy, [*TASK_A, "--rm-weights", "1", "2"], "--rm-weights"),
+    "--rm-average of one": (train_policy, [*TASK_A, "--rm-average"], "several"),
+    "--rm twice": (train_policy, [*TASK_A, "--rm", "./distilbert-imdb"], "given twice"),
+    "a function that is not there": (train_policy, [*TASK_A[:4], "--rm", "math:cosh_of_text"], "module:function"),
+    "a function of another shape": (train_policy, [*TASK_A[:4], "--rm", "wrong:one"], "one number for each"),
+    "a constant reward": (train_policy, [*TASK_A[:4], "--rm", "wrong:constant", "--standardize-rewards"], "standardised"),
+    "--rm is a language model": (train_policy, [*TASK_A[:4], "--rm", "./gpt2-imdb"], "classification head"),
+    "--model is an encoder": (train_policy, ["--model", "./distilbert-imdb", *TASK_A[2:]], "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line(here, case, tmp_path):
+    (here / "wrong.py").write_text("def one(p, c):\n    return [1.0]\ndef constant(p, c):\n    return [1.0] * len(c)\n")
+    script, argv, word = BAD[case]
+    with pytest.raises((UserError, SystemExit)) as error:
+        script.main(
+            [
+                *argv,
+                "--out",
+                str(tmp_path / "out"),
+                "--device",
+                "cpu",
+                "--batch-size",
+                "4",
+                *(["--max-new-tokens", "8"] if script is not train_rm and "--max-new-tokens" not in argv else []),
+            ]
+        )
+    if isinstance(error.value, UserError):
+        assert word in str(error.value) and "\n" not in str(error.value)
+    else:
+        assert error.value.code == 2
+
+
+def test_models_that_must_not_or_cannot_be_loaded(here, tmp_path):
+    """Code of a checkpoint is never run, a pickle is only ever read as weights, and a tokenizer must fit its model."""
+    import pickle
+    import shutil
+
+    from minalign.checkpoint import load_policy
+
+    def copy(name):
+        shutil.copytree(here / "gpt2-imdb", tmp_path / name)
+        return tmp_path / name
+
+    custom = copy("custom")
+    config = json.loads((custom / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (custom / "config.json").write_text(json.dumps(config))
+    (custom / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match="needs code of its own, which is never run"):
+        load_policy(str(custom))
+    assert not (tmp_path / "ran").exists()
+
+    weights = AutoModelForCausalLM.from_pretrained(here / "gpt2-imdb").state_dict()
+    pickled = copy("pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")  # tensors alone: safe to read
+    loaded, _ = load_policy(str(pickled))
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({**weights, "trap": Trap()}, pickled / "pytorch_model.bin", pickle_module=pickle)
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_policy(str(pickled))
+    assert "\n" not in str(error.value) and not (tmp_path / "ran").exists()
+
+    other = copy("other-tokenizer")
+    AutoTokenizer.from_pretrained(here / "SmolLM2-135M-Instruct").save_pretrained(other)
+    with pytest.raises(UserError, match="the tokenizer has .* tokens that the model has no embedding for"):
+        load_policy(str(other))
+
+
+def test_a_hub_id_without_a_network_says_what_to_do(here, monkeypatch):
+    from minalign.checkpoint import load_policy
+
+    with pytest.raises(UserError, match="--model nobody/no-such-model.*local copy") as error:
+        load_policy("nobody/no-such-model")
+    assert "\n" not in str(error.value)
