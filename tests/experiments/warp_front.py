@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_policy
 import warp
 from minalign.evaluate import bootstrap_interval
+from minalign.task import load_task
 
 BETAS = (0.03, 0.1, 0.3)
 KLS = (1.0, 2.0, 4.0)
@@ -45,7 +46,8 @@ def arms(seed: int, betas: tuple[float, ...]) -> dict[str, train_policy.Config]:
 def run(seed: int, betas: tuple[float, ...], folder: Path) -> None:
     """Every arm of one seed; writes <arm>-<seed>.json with its curve, and skips those that are there."""
     plain = train_policy.resolve(train_policy.Config(**EVALUATION))
-    task = train_policy.load_task(plain, torch.device("cpu"), FLOAT32)
+    cpu = torch.device("cpu")
+    task = load_task(plain, train_policy.rewards_of(plain, cpu, FLOAT32), cpu, FLOAT32)
     start, _ = train_policy.evaluate(plain, task, task.start, FLOAT32)
     for name, config in arms(seed, betas).items():
         result, place = folder / f"{name}-{seed}.json", folder / f"run {name}-{seed}"

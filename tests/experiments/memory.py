@@ -1,0 +1,137 @@
+"""Memory of one policy step: computed for any shape and flags, and measured on this machine at the shape of SmolLM2-135M.
+
+    python tests/experiments/memory.py                 the computed table
+    python tests/experiments/memory.py --measure       peak of a fresh process for each set of flags, beside the computed one
+
+Counted, in bytes: weights, gradients and AdamW's two moments of what is trained (4 each: float32); the start policy (4),
+unless adapters switched off are it; an EMA anchor (4); a reward model (4); activations of a micro-batch in the forward
+precision (and autocast's copy of the weights); and four tensors of float32 logits of its completion tokens. Samples and caches are smaller and left out.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+PROMPT, COMPLETION, BATCH = 64, 64, 8
+
+
+class Shape(NamedTuple):
+    """A Llama with tied embeddings: its layers, widths and vocabulary."""
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+    def parameters(self) -> int:
+        kv = self.width * self.kv_heads // self.heads
+        return self.vocabulary * self.width + self.layers * (2 * self.width * (self.width + kv) + 3 * self.width * self.ffn)
+
+    def adapter_parameters(self, rank: int) -> int:
+        kv = self.width * self.kv_heads // self.heads
+        sides = 2 * (self.width + self.width) + 2 * (self.width + kv) + 3 * (self.width + self.ffn)
+        return self.layers * rank * sides
+
+
+SHAPES = {
+    "SmolLM2-135M": Shape(30, 576, 1536, 9, 3, 49152),
+    "SmolLM2-360M": Shape(32, 960, 2560, 15, 5, 49152),
+    "SmolLM2-1.7B": Shape(24, 2048, 8192, 32, 32, 49152),
+}
+FLAGS = {  # name -> micro-batch size, LoRA rank, activation checkpoints, EMA anchor
+    "--micro-batch-size 8": (8, 0, False, False),
+    "--micro-batch-size 2": (2, 0, False, False),
+    "--micro-batch-size 2 --gradient-checkpointing": (2, 0, True, False),
+    "--micro-batch-size 2 --anchor ema": (2, 0, False, True),
+    "--micro-batch-size 2 --lora-rank 16": (2, 16, False, False),
+    "--micro-batch-size 2 --lora-rank 16 --gradient-checkpointing": (2, 16, True, False),
+}
+
+
+def computed(shape: Shape, flags: tuple, prompt: int, completion: int, act_bytes: int, reward_model: bool) -> float:
+    """Bytes, by the docstring's count."""
+    rows, rank, checkpoints, ema = flags
+    n = shape.parameters()
+    trained = shape.adapter_parameters(rank) if rank else n
+    weights = 4 * n + 12 * trained + (0 if rank else 4 * n) + 4 * trained * ema + 4 * n * reward_model
+    kv = shape.width * shape.kv_heads // shape.heads
+    layer = 8 * shape.width + 2 * kv + 4 * shape.ffn  # kept for the backward pass, numbers a token
+    kept = shape.layers * shape.width + layer if checkpoints else shape.layers * layer
+    weights += 2 * n * (act_bytes == 2)  # autocast keeps a bfloat16 copy until the backward pass is over
+    return weights + rows * (prompt + completion) * act_bytes * kept + rows * completion * 16 * shape.vocabulary
+
+
+def run_once(flags: tuple) -> None:
+    """Two steps of train_policy.train at the shape of SmolLM2-135M with random weights; prints peak bytes and seconds a step."""
+    import copy
+    import tempfile
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import train_policy
+    from minalign import toy
+    from minalign.chat import TokenizedPrompt
+    from minalign.common import checkpoint_activations_
+    from minalign.lora import AdapterView, add_lora_
+    from minalign.rewards import RewardFunction
+    from minalign.task import Task
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows, rank, checkpoints, ema = flags
+    shape = SHAPES["SmolLM2-135M"]
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True,
+    ))  # fmt: skip
+    reward = RewardFunction("length", lambda prompts, completions: [float(len(text)) for text in completions])
+    prompts = [TokenizedPrompt(torch.randint(0, 40, (PROMPT,)).tolist()) for _ in range(BATCH)]
+    task = Task(model.requires_grad_(False), toy.make_tokenizer(), reward, prompts, prompts[:1], None, [-1], {})
+    config = train_policy.resolve(train_policy.Config(
+        dataset="-", model="-", rm=["-"], steps=2, batch_size=BATCH, micro_batch_size=rows, max_new_tokens=COMPLETION,
+        lora_rank=rank or None, anchor="ema" if ema else "fixed",
+    ))  # fmt: skip
+    if rank:
+        policy = model
+        add_lora_(policy, rank)
+        task = task._replace(start=AdapterView(policy, None))
+    else:
+        policy = copy.deepcopy(model).requires_grad_(True)
+    if checkpoints:
+        checkpoint_activations_(policy)
+    task.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))
+    train_policy.evaluate = lambda *_: ({}, [])
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        train_policy.train(config, task, policy, Path(folder), torch.float32)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"RESULT {(peak - before) * 1024} {(time.monotonic() - began) / 2}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--once", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.once:
+        run_once(FLAGS[arguments.once])
+    elif arguments.measure:
+        print(f"SmolLM2-135M's shape, batch {BATCH}, {PROMPT} + {COMPLETION} tokens, float32, Python reward: GiB measured, computed, s a step")
+        for name, flags in FLAGS.items():
+            done = subprocess.run([sys.executable, __file__, f"--once={name}"], capture_output=True, text=True)
+            peak, seconds = map(float, done.stdout.split("RESULT")[1].split()) if done.returncode == 0 else (float("nan"),) * 2
+            expected = computed(SHAPES["SmolLM2-135M"], flags, PROMPT, COMPLETION, 4, reward_model=False)
+            print(f"{name:62} {peak / 2**30:6.2f} {expected / 2**30:6.2f} {seconds:6.1f}", flush=True)
+    else:
+        print("bfloat16 autocast, 128 + 128 tokens, a reward model of the policy's size: GiB computed")
+        for shape_name, shape in SHAPES.items():
+            for name, flags in FLAGS.items():
+                print(f"{shape_name:14} {name:62} {computed(shape, flags, 128, 128, 2, reward_model=True) / 2**30:6.1f}")
