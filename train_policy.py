@@ -26,7 +26,7 @@ from minalign.common import (
     JsonLines, MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype,
     require, show_config, warmup_factor, write_config, write_whole,
 )  # fmt: skip
-from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, resolve_lora
+from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, resolve_shared
 from minalign.logprobs import kl_k1, token_entropy, token_logprobs
 from minalign.merge import ema_update_
 from minalign.reinforce import (
@@ -101,7 +101,7 @@ def resolve(config: Config) -> Config:
     require(
         not config.lora_dropout, "--lora-dropout: for reward models alone: with it, sampling and log-probs are of two policies"
     )
-    return resolve_lora(config)
+    return resolve_shared(config)
 
 
 def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch.dtype) -> dict[str, float]:

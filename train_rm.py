@@ -22,7 +22,7 @@ from minalign.common import (
     MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require,
     show_config, warmup_factor, write_config,
 )  # fmt: skip
-from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, parse_span, resolve_lora
+from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, parse_span, resolve_shared
 from minalign.losses import bradley_terry_loss, centering_penalty, ordinal_pairwise_loss, ordinal_rating_loss
 
 
@@ -83,7 +83,7 @@ def resolve(config: Config) -> Config:
     config.lr = (1e-5 if config.dataset else 2e-3) if config.lr is None else config.lr
     config.micro_batch_size = config.micro_batch_size or config.batch_size
     require(bool(config.dataset) or not config.model, f"--model {config.model}: needs --dataset, too")
-    return resolve_lora(config)
+    return resolve_shared(config)
 
 
 def require_ratings(config: Config, *pairs) -> None:

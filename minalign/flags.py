@@ -52,8 +52,11 @@ class MachineFlags:
     dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
 
-def resolve_lora(config: LoraFlags) -> LoraFlags:
-    """Fill in what depends on other flags; UserError for flags that make no sense together."""
+def resolve_shared(config):
+    """Check DataFlags and LoraFlags, and fill in what depends on others; UserError for flags that make no sense together."""
+    for name in ("subset", "eval_split"):
+        require(bool(config.dataset) or not getattr(config, name), f"--{name.replace('_', '-')} needs --dataset")
+    require(bool(config.dataset) or config.format != "chat", "--format chat needs --dataset: the toy world is plain text")
     for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_save"):
         require(bool(config.lora_rank) or getattr(config, name) is None, f"--{name.replace('_', '-')} needs --lora-rank")
     if config.lora_rank:

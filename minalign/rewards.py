@@ -92,7 +92,7 @@ class RewardSum:
     def fit(self, parts: dict[str, torch.Tensor]) -> None:
         """Set mean and standard deviation of each reward from its scores of the start policy; UserError where all are equal."""
         for i, (name, scores) in enumerate(parts.items()):
-            self.means[i], self.stds[i] = scores.mean().item(), scores.std().item()
+            self.means[i], self.stds[i] = scores.mean().item(), scores.std(correction=0).item()
             require(
                 math.isfinite(self.stds[i]) and self.stds[i] > 0,
                 f"--rm {name}: scores of the start policy have mean {self.means[i]:g} and deviation {self.stds[i]:g}: "

@@ -4,6 +4,7 @@ import random
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from . import toy
 from .chat import TokenizedPrompt, encode_prompt, wants_chat
@@ -96,7 +97,8 @@ def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dty
 
 def tokenize_prompts(tokenizer, prompts: list, limit: int, span: tuple[int, int] | None, kind: str) -> list[TokenizedPrompt]:
     """Prompts as token ids; those over `limit` tokens (or, with a span, under its lower end) are dropped and counted."""
-    rows = [TokenizedPrompt(encode_prompt(tokenizer, p), p if isinstance(p, list) else None) for p in prompts]
+    progress = tqdm(prompts, desc=f"{kind} prompts", leave=False)
+    rows = [TokenizedPrompt(encode_prompt(tokenizer, p), p if isinstance(p, list) else None) for p in progress]
     if span is None:
         kept = [row for row in rows if len(row.ids) <= limit]
         reason = f"longer than {limit} tokens"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from minalign.common import UserError
-from minalign.flags import LoraFlags, flag, parse_flags, parse_span, resolve_lora
+from minalign.flags import DataFlags, LoraFlags, flag, parse_flags, parse_span, resolve_shared
 
 
 @dataclass
@@ -111,9 +111,21 @@ def test_a_bad_span_is_one_line(text):
         parse_span("--prompt-tokens", text)
 
 
+@dataclass
+class Shared(DataFlags, LoraFlags):
+    """Both groups."""
+
+
+def test_flags_of_data_need_a_data_set():
+    for other in ({"subset": "small"}, {"eval_split": "test"}, {"format": "chat"}):
+        with pytest.raises(UserError, match="needs --dataset"):
+            resolve_shared(Shared(**other))
+        assert resolve_shared(Shared(dataset="here", **other)) == Shared(dataset="here", **other)
+
+
 def test_flags_of_lora_need_a_rank_and_get_their_defaults():
     for other in ({"lora_alpha": 8.0}, {"lora_dropout": 0.0}, {"lora_targets": ["q_proj"]}, {"lora_save": "adapter"}):
         with pytest.raises(UserError, match="needs --lora-rank"):
-            resolve_lora(LoraFlags(**other))
-    assert resolve_lora(LoraFlags()) == LoraFlags()
-    assert resolve_lora(LoraFlags(lora_rank=4)) == LoraFlags(lora_rank=4, lora_alpha=8.0, lora_save="merged")
+            resolve_shared(Shared(**other))
+    assert resolve_shared(Shared()) == Shared()
+    assert resolve_shared(Shared(lora_rank=4)) == Shared(lora_rank=4, lora_alpha=8.0, lora_save="merged")

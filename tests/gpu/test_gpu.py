@@ -38,3 +38,22 @@ def test_the_loops_learn_on_the_gpu(tmp_path, monkeypatch, dtype):
     assert results["after"]["gold"] > results["before"]["gold"] + 1
     first = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["kl_sft"]) < (1e-3 if dtype == "float32" else 0.5)  # bfloat16: noise of two kernels, summed over tokens
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora-rank", "8", "--lr", "2e-3"],
+        ["--lora-rank", "8", "--anchor", "ema", "--gradient-checkpointing", "--micro-batch-size", "16"],
+        ["--gradient-checkpointing", "--anchor", "ema", "--baseline", "rloo"],
+        ["--rm", "rules:short", "--rm-weights", "1", "0.5"],
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_variant_starts_where_the_start_policy_is(tmp_path, monkeypatch, dtype, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.py").write_text("def short(p, c):\n    return [-len(text) / 10 for text in c]\n")
+    train_rm.main(["--device", "cuda", "--dtype", dtype, "--steps", "20", "--out", "rm"])
+    train_policy.main(["--device", "cuda", "--dtype", dtype, "--rm", "rm", *flags, "--steps", "3", "--out", "policy"])
+    first = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["kl_sft"]) < (1e-3 if dtype == "float32" else 0.5)

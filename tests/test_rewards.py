@@ -1,0 +1,115 @@
+"""Functions, sums and averages as rewards, against the same numbers worked out by hand."""
+
+import pytest
+import torch
+
+from minalign import toy
+from minalign.chat import TokenizedPrompt, encode, encode_prompt
+from minalign.common import UserError
+from minalign.reward import RewardModel, Scores
+from minalign.rewards import RewardFunction, RewardSum, average_weights, load_rewards
+
+TOKENIZER = toy.make_tokenizer()
+TEXTS = [("overall , the plot is", " very good ."), ("again , the music is", " odd and the plot is bad ."), ("tonight ,", " neat .")]
+PROMPTS = [TokenizedPrompt(encode(TOKENIZER, prompt, end=False)) for prompt, _ in TEXTS]
+COMPLETIONS = [TOKENIZER(completion)["input_ids"] for _, completion in TEXTS]
+ROLLOUT = TOKENIZER, PROMPTS, COMPLETIONS, 2
+
+
+def make_reward_model(seed, num_labels=1, tokenizer=None):
+    torch.manual_seed(seed)
+    tokenizer = tokenizer or toy.make_tokenizer()
+    return RewardModel.from_backbone(toy.make_model(tokenizer, seed), tokenizer, num_labels)
+
+
+class Fixed:
+    """A reward with given scores."""
+
+    reading, num_labels = "fixed", 10
+
+    def __init__(self, rewards, variance=None):
+        self.scores = Scores(torch.tensor(rewards), None if variance is None else torch.tensor(variance), {})
+
+    def score_rollout(self, *_):
+        return self.scores
+
+
+def test_a_reward_model_scores_a_rollout_as_it_scores_its_texts():
+    for num_labels in (1, 2, 10):
+        reward_model = make_reward_model(0, num_labels)
+        scores = reward_model.score_rollout(*ROLLOUT)
+        torch.testing.assert_close(scores.rewards, reward_model.score(*map(list, zip(*TEXTS))))
+        assert (scores.variance is None) == (num_labels < 3) and scores.parts == {}
+
+
+def test_a_function_gets_the_texts_that_were_sampled():
+    seen = []
+    reward = RewardFunction("f", lambda prompts, completions: seen.append((prompts, completions)) or [1, 2.5, -3])
+    scores = reward.score_rollout(*ROLLOUT)
+    assert scores.rewards.tolist() == [1.0, 2.5, -3.0] and scores.rewards.dtype == torch.float32
+    assert seen == [([prompt for prompt, _ in TEXTS], [completion for _, completion in TEXTS])]
+
+
+def test_a_function_gets_chat_prompts_as_messages():
+    question = [{"role": "user", "content": "the plot"}]
+    seen = []
+    prompt = TokenizedPrompt(encode_prompt(TOKENIZER, question), question)
+    RewardFunction("f", lambda prompts, completions: seen.append(prompts) or [0.0]).score_rollout(TOKENIZER, [prompt], [[5]], 1)
+    assert seen == [[question]]
+
+
+@pytest.mark.parametrize("wrong", [[1.0], [1.0, 2.0, "3"], [None] * 3, [1.0] * 4])
+def test_a_function_must_give_one_number_each(wrong):
+    with pytest.raises(UserError, match="--rm f: got .* for 3 completions, expected one number for each"):
+        RewardFunction("f", lambda prompts, completions: wrong).score_rollout(*ROLLOUT)
+
+
+def test_a_function_is_found_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text("def zero(p, c):\n    return [0] * len(c)\n")
+    monkeypatch.chdir(tmp_path)
+    rewards = load_rewards(["my_rules:zero"], torch.device("cpu"))
+    assert rewards["my_rules:zero"].score_rollout(*ROLLOUT).rewards.tolist() == [0, 0, 0]
+    for name in ("my_rules:one", "no_rules:zero"):
+        with pytest.raises(UserError, match=f"--rm {name}: cannot be imported .*module:function"):
+            load_rewards([name], torch.device("cpu"))
+
+
+def test_a_sum_standardises_each_part_and_keeps_them():
+    first, second = Fixed([1.0, 2.0, 6.0], [1.0, 4.0, 9.0]), Fixed([10.0, 30.0, 20.0], [25.0, 0.0, 100.0])
+    reward = RewardSum({"a": first, "b": second}, [2.0, -0.5])
+    reward.fit({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([0.0, 10.0])})  # mean 2, deviation 2; mean 5, deviation 5
+    scores = reward.score_rollout(*ROLLOUT)
+    expected = [2 * (a - 2) / 2 - 0.5 * (b - 5) / 5 for a, b in ((1, 10), (2, 30), (6, 20))]
+    assert scores.rewards.tolist() == pytest.approx(expected)
+    assert scores.variance.tolist() == pytest.approx([(2 / 2) ** 2 * a + (0.5 / 5) ** 2 * b for a, b in ((1, 25), (4, 0), (9, 100))])
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {"a": [1.0, 2.0, 6.0], "b": [10.0, 30.0, 20.0]}
+    assert RewardSum({"a": first, "b": Fixed([0.0] * 3)}, [1.0, 1.0]).score_rollout(*ROLLOUT).variance is None
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [3.0]])
+def test_scores_that_are_all_equal_cannot_be_standardised(scores):
+    with pytest.raises(UserError, match="--rm a: .*cannot be standardised"):
+        RewardSum({"a": Fixed([0.0])}, [1.0]).fit({"a": torch.tensor(scores)})
+
+
+def test_an_average_is_the_mean_of_the_weights():
+    models = [make_reward_model(seed) for seed in (0, 1, 2)]
+    weights = [{name: p.clone() for name, p in each.model.named_parameters()} for each in models]
+    average = average_weights(models)
+    for name, parameter in average.model.named_parameters():
+        torch.testing.assert_close(parameter.data, (weights[0][name] + weights[1][name] + weights[2][name]) / 3)
+    for each, kept in zip(models[1:], weights[1:]):
+        assert all(torch.equal(p, kept[name]) for name, p in each.model.named_parameters())
+
+
+def test_models_that_differ_are_not_averaged():
+    other = toy.make_tokenizer()
+    other.add_tokens(["sequel"])
+    for pair in ([make_reward_model(0, 1), make_reward_model(1, 10)], [make_reward_model(0), make_reward_model(1, 1, other)]):
+        with pytest.raises(UserError, match="differ in architecture or vocabulary"):
+            average_weights(pair)
+    swapped = make_reward_model(1)  # the same shapes, but other words for the ids
+    vocabulary = {word: (i + 1) % len(toy.VOCABULARY) for i, word in enumerate(toy.VOCABULARY)}
+    swapped.tokenizer.get_vocab = lambda: vocabulary
+    with pytest.raises(UserError, match="vocabulary"):
+        average_weights([make_reward_model(0), swapped])
