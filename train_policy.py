@@ -11,15 +11,17 @@ Where papers leave a choice: the baseline is a moving average (WARP does not say
 batch of samples, so there is no ratio and nothing to clip; AdamW without weight decay.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import random
 import sys
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from minalign.common import (
@@ -27,11 +29,9 @@ from minalign.common import (
     require, show_config, warmup_factor, write_config, write_whole,
 )  # fmt: skip
 from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, resolve_shared
-from minalign.logprobs import kl_k1, token_entropy, token_logprobs
-from minalign.merge import ema_update_
-from minalign.reinforce import (
-    MovingAverageBaseline, kl_penalized_rewards, leave_one_out_advantages, reinforce_loss, uncertainty_weights,
-)  # fmt: skip
+
+if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
+    import torch
 
 
 @dataclass
@@ -109,9 +109,16 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
 
     Raises UserError on a reward, loss or gradient that is not finite; the policy then is that of the step before.
     """
+    import torch
+
     from minalign.batches import pad, shuffled_forever
     from minalign.evaluate import decode_parts, split_end
+    from minalign.logprobs import kl_k1, token_entropy, token_logprobs
     from minalign.lora import AdapterView, adapter_parameters
+    from minalign.merge import ema_update_
+    from minalign.reinforce import (
+        MovingAverageBaseline, kl_penalized_rewards, leave_one_out_advantages, reinforce_loss, uncertainty_weights,
+    )  # fmt: skip
     from minalign.rollout import completion_logits, completion_logprobs, generate
     from minalign.task import beginning
 
@@ -250,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pick_dtype(config.dtype, device)
     out = new_run(config.out, "policy")
     show_config(config, device, reason, dtype)
+
+    import torch
 
     from minalign import toy
     from minalign.checkpoint import save_policy

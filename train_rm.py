@@ -9,13 +9,14 @@ A data set has the columns chosen and rejected (and prompt, chosen_rating, rejec
 The run's folder holds config.json, metrics.jsonl and model/, a standard sequence classifier (the best by held-out loss).
 """
 
+from __future__ import annotations
+
 import math
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from minalign.common import (
@@ -23,7 +24,9 @@ from minalign.common import (
     show_config, warmup_factor, write_config,
 )  # fmt: skip
 from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, parse_span, resolve_shared
-from minalign.losses import bradley_terry_loss, centering_penalty, ordinal_pairwise_loss, ordinal_rating_loss
+
+if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
+    import torch
 
 
 @dataclass
@@ -98,6 +101,10 @@ def require_ratings(config: Config, *pairs) -> None:
 
 def pair_losses(config: Config, logits: torch.Tensor, examples: list) -> torch.Tensor:
     """The training loss of each pair (B,): logits (2B, K), the chosen texts first."""
+    import torch
+
+    from minalign.losses import bradley_terry_loss, centering_penalty, ordinal_pairwise_loss, ordinal_rating_loss
+
     chosen, rejected = logits.chunk(2)  # (B, K) each
     if config.loss == "bradley-terry":
         chosen, rejected = chosen[:, 0], rejected[:, 0]
@@ -121,10 +128,12 @@ def pair_margin(pair, config: Config) -> float:
     return pair.margin if pair.margin is not None else pair.chosen_rating - pair.rejected_rating
 
 
-@torch.no_grad()
 def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
     """Loss (the pairwise one alone), accuracy, margin, rewards and calibration over all held-out pairs."""
+    import torch
+
     from minalign.evaluate import expected_calibration_error
+    from minalign.losses import bradley_terry_loss, ordinal_pairwise_loss
 
     logits = reward_model.logits([e.chosen for e in examples] + [e.rejected for e in examples])
     chosen_rewards, rejected_rewards = reward_model.read_out(logits).chunk(2)
@@ -132,7 +141,7 @@ def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
     if config.loss == "bradley-terry":
         margin = config.margin * torch.tensor([pair_margin(e.pair, config) for e in examples], device=gap.device)
         losses = bradley_terry_loss(chosen_rewards, rejected_rewards, margin)
-        floor = softplus(margin).mean()  # what a constant reward gets
+        floor = torch.nn.functional.softplus(margin).mean()  # what a constant reward gets
         probabilities = gap.sigmoid()
     else:
         losses = ordinal_pairwise_loss(*logits.chunk(2), config.ties)
@@ -152,6 +161,8 @@ def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
 
 def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Train by `config` into the folder `out`; returns the metrics of the saved model."""
+    import torch
+
     from minalign import toy
     from minalign.batches import encode_pairs, length_grouped_batches
     from minalign.chat import wants_chat

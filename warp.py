@@ -13,21 +13,24 @@ The run's folder: iteration-I/run-M/ (metrics.jsonl, model/), iteration-I/merged
 front.json, front.png, and front/eta-E/model/ for each --keep E.
 """
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import json
 import sys
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import train_policy
 from minalign.common import (
     checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require, resumed_run, show_config, write_config, write_whole,
 )  # fmt: skip
 from minalign.flags import flag, parse_flags
-from minalign.merge import liti, merge_policies
+
+if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
+    import torch
 
 
 @dataclass
@@ -75,17 +78,19 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@torch.no_grad()
 def set_weights_(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Copy `weights` into the parameters of `model`."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+        parameter.data.copy_(weights[name])
 
 
 def run_warp(config: Config, task, out: Path, dtype: torch.dtype) -> dict:
     """Algorithm 1 into the folder `out`; returns what front.json holds."""
+    import torch
+
     from minalign.checkpoint import load_policy, save_policy
     from minalign.lora import add_lora_, merge_lora_
+    from minalign.merge import liti, merge_policies
     from minalign.merge_folders import angle_summary
 
     theta_sft = weights_of(task.start)

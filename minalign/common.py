@@ -1,4 +1,6 @@
-"""What the three scripts share: one-line errors, device, header, metrics log."""
+"""What the three scripts share: one-line errors, device, header, metrics log. torch is imported where it is first needed."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -8,12 +10,14 @@ import math
 import platform
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import torch.utils.checkpoint
 from tqdm import tqdm
+
+if typing.TYPE_CHECKING:
+    import torch
 
 
 class UserError(ValueError):
@@ -41,6 +45,8 @@ def require(condition: bool, message: str) -> None:
 
 def pick_device(name: str) -> tuple[torch.device, str]:
     """The device for "auto", "cpu", "cuda", "cuda:1", "mps", with the reason in words. UserError if it is not there."""
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"auto: {torch.cuda.get_device_name()}"
@@ -57,6 +63,8 @@ def pick_device(name: str) -> tuple[torch.device, str]:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Precision of the forward passes: "auto" is bfloat16 where CUDA has it, else float32. Weights stay float32."""
+    import torch
+
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
@@ -64,6 +72,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to `dtype`; off for float32. Log-probs, losses and scores leave it for float32 by themselves."""
+    import torch
+
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
@@ -81,6 +91,8 @@ def checkpoint_activations_(model: torch.nn.Module) -> None:
 
 
 def _checkpointed(layer: torch.nn.Module, forward, *args, **kwargs):
+    import torch.utils.checkpoint
+
     if not torch.is_grad_enabled():  # sampling and scoring: nothing to save, and a key-value cache must be filled once
         return forward(*args, **kwargs)
     modes = [(module, module.training) for module in layer.modules()]
@@ -137,6 +149,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype) -> None:
     """Write what runs to <folder>/config.json: every flag as resolved, versions, device, command."""
+    import torch
     import transformers
 
     ran = dataclasses.asdict(config) | {
@@ -150,6 +163,8 @@ def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype)
 
 def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -> None:
     """Print the run's header: device and why, precision, and every flag as resolved."""
+    import torch
+
     print(f"device {device} ({reason}), {str(dtype).removeprefix('torch.')}, torch {torch.__version__}")
     given = {
         name: value for name, value in dataclasses.asdict(config).items() if value not in ("", None) and value is not False

@@ -515,6 +515,8 @@ def test_real_dialogues(capsys):
                 assert pair.prompt.endswith("\n\nAssistant:") and "\n\nAssistant:" not in pair.chosen + pair.rejected
     for load in (load_pairs, load_prompts):
         for chat, text in zip(parts[True, load], parts[False, load]):
-            assert chat <= text and len(text - chat) <= 2  # as chat, two rows more are dropped: their prompts end with an answer
+            assert (
+                chat <= text and len(text - chat) <= 2
+            )  # as chat, two rows more are dropped: their prompts end with an answer
     assert parts[True, load_pairs][0].isdisjoint(parts[False, load_prompts][1])
     assert "rows dropped: chosen and rejected answer different prompts" in capsys.readouterr().out

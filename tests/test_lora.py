@@ -16,7 +16,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import train_policy
-from minalign import rollout, toy
+from minalign import merge, rollout, toy
 from minalign.chat import TokenizedPrompt, encode_prompt
 from minalign.checkpoint import load_policy, save_policy
 from minalign.common import UserError, checkpoint_activations_
@@ -770,7 +770,7 @@ def run(tmp_path, monkeypatch, family, **flags):
     reward = RewardFunction("good", lambda _, completions: [float(len(c.split()) + ("good" in c)) for c in completions])
     task = Task(AdapterView(policy, None), TOKENIZER, reward, prompts, prompts[:2], None, [2], {})
     rollouts, steps, anchors = [], [[p.detach().clone() for p in adapter_parameters(policy)]], []
-    real_generate, real_step, real_ema = rollout.generate, torch.optim.AdamW.step, train_policy.ema_update_
+    real_generate, real_step, real_ema = rollout.generate, torch.optim.AdamW.step, merge.ema_update_
 
     def generate(model, ids, mask, **options):
         rollouts.append((ids, mask, real_generate(model, ids, mask, **options)))
@@ -787,7 +787,7 @@ def run(tmp_path, monkeypatch, family, **flags):
 
     monkeypatch.setattr(rollout, "generate", generate)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr(train_policy, "ema_update_", ema_update)
+    monkeypatch.setattr(merge, "ema_update_", ema_update)
     tmp_path.mkdir(exist_ok=True)
     train_policy.train(config, task, policy, tmp_path, torch.float32)
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,11 @@ from minalign.reward import RewardModel, Scores
 from minalign.rewards import RewardFunction, RewardSum, average_weights, load_rewards
 
 TOKENIZER = toy.make_tokenizer()
-TEXTS = [("overall , the plot is", " very good ."), ("again , the music is", " odd and the plot is bad ."), ("tonight ,", " neat .")]
+TEXTS = [
+    ("overall , the plot is", " very good ."),
+    ("again , the music is", " odd and the plot is bad ."),
+    ("tonight ,", " neat ."),
+]
 PROMPTS = [TokenizedPrompt(encode(TOKENIZER, prompt, end=False)) for prompt, _ in TEXTS]
 COMPLETIONS = [TOKENIZER(completion)["input_ids"] for _, completion in TEXTS]
 ROLLOUT = TOKENIZER, PROMPTS, COMPLETIONS, 2
@@ -81,7 +85,9 @@ def test_a_sum_standardises_each_part_and_keeps_them():
     scores = reward.score_rollout(*ROLLOUT)
     expected = [2 * (a - 2) / 2 - 0.5 * (b - 5) / 5 for a, b in ((1, 10), (2, 30), (6, 20))]
     assert scores.rewards.tolist() == pytest.approx(expected)
-    assert scores.variance.tolist() == pytest.approx([(2 / 2) ** 2 * a + (0.5 / 5) ** 2 * b for a, b in ((1, 25), (4, 0), (9, 100))])
+    assert scores.variance.tolist() == pytest.approx(
+        [(2 / 2) ** 2 * a + (0.5 / 5) ** 2 * b for a, b in ((1, 25), (4, 0), (9, 100))]
+    )
     assert {name: part.tolist() for name, part in scores.parts.items()} == {"a": [1.0, 2.0, 6.0], "b": [10.0, 30.0, 20.0]}
     assert RewardSum({"a": first, "b": Fixed([0.0] * 3)}, [1.0, 1.0]).score_rollout(*ROLLOUT).variance is None
 

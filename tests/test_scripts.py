@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_policy
 import train_rm
 import warp
-from minalign import rollout, toy
+from minalign import merge, rollout, toy
 from minalign.checkpoint import load_policy
 from minalign.common import one_line_errors
 from minalign.merge import liti, merge_policies
@@ -165,7 +165,7 @@ def test_a_step_is_the_update_that_the_equations_say(here, monkeypatch):
     recorded_generate.real = rollout.generate
     monkeypatch.setattr(rollout, "generate", recorded_generate)
     monkeypatch.setattr(torch.optim.AdamW, "step", fake_step)
-    monkeypatch.setattr(train_policy, "ema_update_", lambda ema, theta, mu: anchors.append((mu, ema, theta)))
+    monkeypatch.setattr(merge, "ema_update_", lambda ema, theta, mu: anchors.append((mu, ema, theta)))
     out = here / "two-steps"
     out.mkdir()
     train_policy.train(config, task, policy, out, torch.float32)
@@ -401,6 +401,13 @@ def test_bad_models_end_with_one_line(here, tmp_path, capsys):
 
 def test_an_occupied_folder_is_refused(here, capsys):
     assert "holds another run" in fails(train_policy.main, ["--rm", "rm", "--out", "rm"], capsys)
+
+
+def test_flags_are_parsed_before_the_heavy_imports():
+    """--help and a wrong flag answer at once: importing torch and transformers takes seconds."""
+    check = "import sys, train_rm, train_policy, warp; print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):

@@ -76,7 +76,9 @@ def report(folder: Path) -> None:
             if not difference:
                 continue
             low, high = bootstrap_interval(difference)
-            print(f"KL {kl:g}: {name} - all weights {np.mean(difference):+.2f} [{low:+.2f}, {high:+.2f}], {len(difference)} seeds")
+            print(
+                f"KL {kl:g}: {name} - all weights {np.mean(difference):+.2f} [{low:+.2f}, {high:+.2f}], {len(difference)} seeds"
+            )
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ if __name__ == "__main__":
     if arguments.once:
         run_once(FLAGS[arguments.once])
     elif arguments.measure:
-        print(f"SmolLM2-135M's shape, batch {BATCH}, {PROMPT} + {COMPLETION} tokens, float32, Python reward: GiB measured, computed, s a step")
+        print(
+            f"SmolLM2-135M's shape, batch {BATCH}, {PROMPT} + {COMPLETION} tokens, float32, Python reward: GiB measured, computed, s a step"
+        )
         for name, flags in FLAGS.items():
             done = subprocess.run([sys.executable, __file__, f"--once={name}"], capture_output=True, text=True)
             peak, seconds = map(float, done.stdout.split("RESULT")[1].split()) if done.returncode == 0 else (float("nan"),) * 2
