@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config,
+    AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertForMaskedLM, DistilBertForSequenceClassification, GPT2Config,
     GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast,
 )  # fmt: skip
 
@@ -376,3 +376,43 @@ def test_a_sentiment_classifier_with_its_own_tokenizer_is_a_reward_model(tmp_pat
     rows = [TokenizedPrompt(encode(policy_tokenizer, prompt, end=False)) for prompt in PROMPTS]
     completions = [policy_tokenizer(completion)["input_ids"] for completion in COMPLETIONS]
     assert_near(reward_model.logits(reward_model.encode_rollout(policy_tokenizer, rows, completions)), logits)
+
+
+def test_a_new_reward_model_takes_the_body_and_an_earlier_head_along(tmp_path):
+    """From a language model: a new head, the same whatever the seed. From a reward model of as many labels: its own."""
+    tokenizer = toy.make_tokenizer()
+    policy = toy.make_model(tokenizer, seed=3)
+    for part in (policy, tokenizer):
+        part.save_pretrained(tmp_path / "policy")
+    torch.manual_seed(0)
+    fresh = RewardModel.from_base(str(tmp_path / "policy"), num_labels=10)
+    assert torch.equal(fresh.model.base_model.embed_tokens.weight, policy.model.embed_tokens.weight)
+    assert fresh.model.score.weight.std().item() == pytest.approx(65**-0.5, rel=0.2) and fresh.model.config.id2label[9] == "10"
+    fresh.save_pretrained(tmp_path / "rm")
+    again = RewardModel.from_base(str(tmp_path / "rm"), num_labels=10)
+    assert torch.equal(again.model.score.weight, fresh.model.score.weight)
+    with pytest.raises(UserError, match="--model .*rm: cannot be loaded"):
+        RewardModel.from_base(str(tmp_path / "rm"), num_labels=1)
+
+
+def test_an_encoder_gets_a_head_of_its_own_design(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_word_piece_tokenizer()
+    sizes = dict(vocab_size=len(tokenizer), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64)
+    for part in (DistilBertForMaskedLM(DistilBertConfig(**sizes)), tokenizer):
+        part.save_pretrained(tmp_path)
+    reward_model = RewardModel.from_base(str(tmp_path), num_labels=1)
+    losses = []
+    optimizer = torch.optim.AdamW(reward_model.model.parameters(), lr=1e-2)
+    rows = [reward_model.encode(p, c) for p, c in zip(PROMPTS, COMPLETIONS)]
+    for _ in range(20):
+        scores = reward_model.forward(rows)[:, 0]
+        optimizer.zero_grad()
+        losses.append((scores[0] - scores[1] - 1).square())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.2 * losses[0]
+    assert reward_model.context == 64
+    tokenizer.model_max_length = 62  # RoBERTa: 514 positions, of which 512 can be used
+    tokenizer.save_pretrained(tmp_path)
+    assert RewardModel.from_base(str(tmp_path), num_labels=1).context == 62

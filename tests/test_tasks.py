@@ -124,6 +124,8 @@ def test_averaged_reward_models_are_one_model_between_them(here):
 
     reward = next(iter(load_rewards(["warm-0", "warm-1"], torch.device("cpu"), average=True).values()))
     parts = [RewardModel.from_pretrained(f"warm-{seed}").model.state_dict() for seed in (0, 1)]
+    heads = [part["score.weight"] for part in parts]  # both started from one head, whatever the seed
+    assert 0 < (heads[0] - heads[1]).abs().max() < 0.05 < heads[0].abs().max()
     for name, weight in reward.model.state_dict().items():
         assert torch.allclose(weight, (parts[0][name] + parts[1][name]) / 2)
         assert "score" not in name or not torch.equal(parts[0][name], parts[1][name])
