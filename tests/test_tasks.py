@@ -183,6 +183,16 @@ def test_warp_merges_the_products_of_adapters(here):
     assert any(group["angle"] and group["angle"] > 1 for group in report.values())
 
 
+def test_the_fixed_anchor_of_a_lora_run_in_warp_is_theta_init(here):
+    """In the first iteration theta_init is the start policy, a model of its own: both KLs are the same, and not 0."""
+    warp.main(["--model", "./gpt2-imdb", "--dataset", "./imdb", "--rm", "./distilbert-imdb", "--lora-rank", "2", "--lr", "0.1",
+               "--warmup-steps", "0", "--anchor", "fixed", "--steps", "3", "--batch-size", "4", "--max-new-tokens", "8",
+               "--eval-prompts", "4", "--iterations", "1", "--runs", "1", "--etas", "1", "--device", "cpu", "--out", "fixed-warp"])  # fmt: skip
+    rows = metrics("fixed-warp/iteration-1/run-1")
+    assert [row["kl_anchor"] for row in rows] == pytest.approx([row["kl_sft"] for row in rows], abs=1e-4)
+    assert abs(rows[2]["kl_sft"]) > 1e-3
+
+
 def test_generate_and_score_agree(here, capsys):
     """What generate writes beside a completion is what score finds for it, in chat and in text."""
     run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --out tools-rm")
