@@ -111,15 +111,15 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
     """
     import torch
 
-    from minalign.batches import pad, shuffled_forever
+    from minalign.batches import length_parts, pad, shuffled_forever
     from minalign.evaluate import decode_parts, split_end
-    from minalign.logprobs import kl_k1, token_entropy, token_logprobs
+    from minalign.logprobs import kl_k1
     from minalign.lora import AdapterView, adapter_parameters
     from minalign.merge import ema_update_
     from minalign.reinforce import (
         MovingAverageBaseline, kl_penalized_rewards, leave_one_out_advantages, reinforce_loss, uncertainty_weights,
     )  # fmt: skip
-    from minalign.rollout import completion_logits, completion_logprobs, generate
+    from minalign.rollout import completion_logprobs, frozen_logprobs, generate
     from minalign.task import beginning
 
     device, tokenizer = policy.device, task.tokenizer
@@ -158,11 +158,11 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
 
             # log pi(y|x) of the start policy (for the x axis) and of the anchor (for the penalty)
             rollout = (input_ids, attention_mask, tokens, mask)
-            start_logprobs = anchor_logprobs = completion_logprobs(
+            start_logprobs = anchor_logprobs = frozen_logprobs(
                 task.start, *rollout, config.temperature, config.micro_batch_size
             )
             if not shares_start:
-                anchor_logprobs = completion_logprobs(anchor, *rollout, config.temperature, config.micro_batch_size)
+                anchor_logprobs = frozen_logprobs(anchor, *rollout, config.temperature, config.micro_batch_size)
 
         # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed over the sequence, detached
         scores = rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
@@ -184,14 +184,11 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
 
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the whole batch
         optimizer.zero_grad()
-        entropies = []
-        for i in range(0, config.batch_size, config.micro_batch_size):
-            part = slice(i, i + config.micro_batch_size)
+        weights = -advantages[:, None] * mask / config.batch_size  # (B, T): d loss / d logprobs, known before the pass
+        for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), config.micro_batch_size):
             with autocast(device, dtype):
-                logits = completion_logits(policy, *(tensor[part] for tensor in rollout))  # (b, T, V)
-            logprobs = token_logprobs(logits, tokens[part], config.temperature)
+                logprobs = completion_logprobs(policy, *(x[part] for x in rollout), config.temperature, weights[part])
             (reinforce_loss(logprobs, mask[part], advantages[part]).sum() / config.batch_size).backward()
-            entropies.append(token_entropy(logits.detach(), config.temperature))
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not grad_norm.isfinite():
             raise UserError(f"step {step}: a gradient that is not finite: {out} has the policy of step {step - 1}: lower --lr")
@@ -212,7 +209,7 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
             "shaped_reward": shaped.mean().item(),
             "baseline": baseline_before,
             "advantage_std": advantages.std(correction=0).item(),
-            "entropy": per_sequence(torch.cat(entropies)) * len(asked) / tokens_sampled,  # nats a token
+            "entropy": -per_sequence(sampling_logprobs) * len(asked) / tokens_sampled,  # nats a token, from the samples
             "length": tokens_sampled / len(asked),
             "ended": ended.float().mean().item(),
             "repeated": 1 - len({(*p.ids, -1, *c) for p, c in zip(asked, completions)}) / len(asked),

@@ -47,13 +47,16 @@ def token_logprobs_from_hidden(
     tokens: torch.Tensor,
     temperature: float = 1.0,
     chunk_size: int = 1024,
+    known_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`token_logprobs(hidden @ lm_head_weight.T, tokens, temperature)` without ever holding a (B, T, V) tensor.
 
         d log pi(y) / d z = (onehot(y) - softmax(z / tau)) / tau
 
     Forward and backward walk over `chunk_size` tokens at a time; the backward computes the logits once more instead
-    of keeping them, so memory beyond the gradients is a few (chunk_size, V) blocks.
+    of keeping them, so memory beyond the gradients is a few (chunk_size, V) blocks. Where the gradient that will arrive
+    at the result is known beforehand, as in REINFORCE once the advantages are there (-A mask / batch size), pass it as
+    `known_grad`: the backward's products are then made in the forward, from the same logits.
 
     Args:
         hidden: (B, T, D) last hidden states (after the final norm), any floating dtype.
@@ -61,6 +64,7 @@ def token_logprobs_from_hidden(
         tokens: (B, T) long; at masked positions any id inside the vocabulary.
         temperature: tau > 0.
         chunk_size: tokens per block, >= 1.
+        known_grad: (B, T) or None; the backward pass raises ValueError if another gradient arrives.
     Returns:
         (B, T) float32, nats; differentiable once, in hidden and lm_head_weight.
     Raises:
@@ -88,33 +92,49 @@ def token_logprobs_from_hidden(
 
     class ChunkedLogprobs(torch.autograd.Function):  # in here, so that the function can be copied whole
         @staticmethod
-        def forward(ctx, hidden, weight, tokens):
-            ctx.save_for_backward(hidden, weight, tokens)
+        def forward(ctx, hidden, weight, tokens, grad):  # (N, D), (V, D), (N,), (N,) or None
             logprobs = torch.empty(len(tokens), device=hidden.device)
+            grads = start(hidden, weight, *ctx.needs_input_grad[:2]) if grad is not None else (None, None)
             for i in range(0, len(tokens), chunk_size):
-                logits = hidden[i : i + chunk_size].float() @ weight.float().T / temperature  # (chunk, V)
-                logprobs[i : i + chunk_size] = logits.log_softmax(1).gather(1, tokens[i : i + chunk_size, None]).squeeze(1)
+                part = slice(i, i + chunk_size)
+                logits = hidden[part].float() @ weight.float().T / temperature  # (chunk, V)
+                log_softmax = logits.log_softmax(1)
+                logprobs[part] = log_softmax.gather(1, tokens[part, None]).squeeze(1)
+                if grad is not None:
+                    add_chunk(*grads, hidden, weight, tokens, grad, part, log_softmax.exp_())
+            ctx.save_for_backward(hidden, weight, tokens, grad, *grads)
             return logprobs
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):  # grad: (N,)
-            hidden, weight, tokens = ctx.saved_tensors
-            hidden_grad = torch.empty_like(hidden)
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            with torch.autocast(hidden.device.type, enabled=False):
-                for i in range(0, len(tokens), chunk_size):
-                    h = hidden[i : i + chunk_size].float()
-                    chunk_grad = grad[i : i + chunk_size, None] / temperature
-                    logits_grad = (h @ weight.float().T / temperature).softmax(1).mul_(-chunk_grad)  # (chunk, V)
-                    logits_grad.scatter_add_(1, tokens[i : i + chunk_size, None], chunk_grad)
-                    hidden_grad[i : i + chunk_size] = logits_grad @ weight.float()
-                    if weight_grad is not None:
-                        weight_grad += logits_grad.T @ h
-            return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None
+        def backward(ctx, grad):  # (N,)
+            hidden, weight, tokens, known, *grads = ctx.saved_tensors
+            if known is None:
+                grads = start(hidden, weight, *ctx.needs_input_grad[:2])
+                with torch.autocast(hidden.device.type, enabled=False):
+                    for i in range(0, len(tokens), chunk_size):
+                        part = slice(i, i + chunk_size)
+                        softmax = (hidden[part].float() @ weight.float().T / temperature).softmax(1)
+                        add_chunk(*grads, hidden, weight, tokens, grad, part, softmax)
+            elif not torch.allclose(grad, known, rtol=1e-4, atol=1e-6 * known.abs().max().item()):
+                raise ValueError("got another gradient than known_grad, expected d loss / d logprobs: leave known_grad out")
+            return grads[0], None if grads[1] is None else grads[1].to(weight.dtype), None, None
+
+    def start(hidden, weight, hidden_needs, weight_needs):
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
+        return torch.empty_like(hidden) if hidden_needs else None, weight_grad
+
+    def add_chunk(hidden_grad, weight_grad, hidden, weight, tokens, grad, part, softmax):
+        logits_grad = softmax.mul_(-grad[part, None] / temperature)  # (onehot - softmax) grad / tau, (chunk, V)
+        logits_grad.scatter_add_(1, tokens[part, None], grad[part, None] / temperature)
+        if hidden_grad is not None:
+            hidden_grad[part] = logits_grad @ weight.float()
+        if weight_grad is not None:
+            weight_grad.addmm_(logits_grad.T, hidden[part].float())
 
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would take the products to bfloat16
-        return ChunkedLogprobs.apply(hidden.flatten(0, 1), lm_head_weight, tokens.flatten()).view(tokens.shape)
+        flat = None if known_grad is None or not torch.is_grad_enabled() else known_grad.flatten().float()
+        return ChunkedLogprobs.apply(hidden.flatten(0, 1), lm_head_weight, tokens.flatten(), flat).view(tokens.shape)
 
 
 def completion_mask(tokens: torch.Tensor, eos_token_ids: int | list[int]) -> torch.Tensor:

@@ -113,7 +113,7 @@ class AdapterView:
     """
 
     def __init__(self, model: PreTrainedModel, parameters: list[torch.Tensor] | None):
-        self.model, self.weights, self.config = model, parameters, model.config
+        self.model, self.weights, self.config, self.device = model, parameters, model.config, model.device
 
     def parameters(self) -> list[torch.Tensor]:
         """The view's own adapter weights."""
@@ -130,6 +130,15 @@ class AdapterView:
     def __call__(self, **inputs):
         with self._in_place():
             return self.model(**inputs)
+
+    def base_model(self, **inputs):
+        """As the model's own body."""
+        with self._in_place():
+            return self.model.base_model(**inputs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head, which never has an adapter."""
+        return self.model.get_output_embeddings()
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import pad
+from .batches import length_parts, pad
 from .chat import Prompt, TokenizedPrompt, answer_frame, encode, encode_whole, to_messages
 from .checkpoint import load_model, model_folder
 from .common import require
@@ -154,8 +154,16 @@ class RewardModel:
         logits = self.logits(self.encode_rollout(tokenizer, prompts, completions), batch_size)  # (B, K)
         return Scores(self.read_out(logits), score_variance(logits) if self.num_labels > 2 else None, {})
 
-    def forward(self, rows: Sequence[list[int]]) -> torch.Tensor:
-        """Logits (N, K), float32, of token rows, with gradients: what training and scoring both call."""
+    def forward(self, rows: Sequence[list[int]], batch_size: int | None = None) -> torch.Tensor:
+        """Logits (N, K), float32, of token rows, with gradients: what training and scoring both call.
+
+        Rows of like length go through the model together, at most `batch_size` at a time.
+        """
+        parts = length_parts([len(row) for row in rows], batch_size or len(rows))
+        logits = torch.cat([self._forward([rows[i] for i in part]) for part in parts])
+        return logits[torch.tensor([i for part in parts for i in part], device=logits.device).argsort()]
+
+    def _forward(self, rows: Sequence[list[int]]) -> torch.Tensor:
         self.model.eval()  # dropout would make a score a random number
         for adapter in lora_layers(self.model).values():
             adapter.training = torch.is_grad_enabled()  # but --lora-dropout acts in training
@@ -178,11 +186,8 @@ class RewardModel:
 
     @torch.no_grad()
     def logits(self, rows: Sequence[list[int]], batch_size: int = 64) -> torch.Tensor:
-        """Logits (N, K) of token rows without gradients, in batches of like length."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        logits = torch.cat([self.forward([rows[i] for i in batch]) for batch in batches])
-        return logits[torch.tensor(order, device=logits.device).argsort()]
+        """Logits (N, K) of token rows without gradients."""
+        return self.forward(rows, batch_size)
 
     def read_out(self, logits: torch.Tensor) -> torch.Tensor:
         """Rewards (N,) from logits (N, K)."""

@@ -5,13 +5,15 @@ that padding shifts nobody. What is sampled is the full softmax of logits / temp
 """
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from .logprobs import position_ids_from_mask, token_logprobs
+from .batches import length_parts
+from .logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
 
 
 class Rollout(NamedTuple):
@@ -103,10 +105,13 @@ def generate(
     cache = DynamicCache(config=model.config)
     next_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
     next_positions = position_ids_from_mask(attention_mask)
-    running = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    tokens, mask, logprobs = [], [], []
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # of the batch that are still in the cache
+    running = torch.ones_like(rows, dtype=torch.bool)
+    tokens = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    logprobs = torch.zeros_like(tokens, dtype=torch.float32)
     with dropout_off(model):  # with dropout, the samples would be those of another policy
-        for _ in range(max_new_tokens):
+        for t in range(max_new_tokens):
             output = model(
                 input_ids=next_ids,
                 attention_mask=attention_mask.long(),
@@ -119,19 +124,27 @@ def generate(
                 raise ValueError(
                     f"got a {model.config.model_type} model, which fills no key-value cache: expected a transformer"
                 )
-            distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
-            drawn = torch.multinomial(distribution.exp(), 1, generator=generator)  # (B, 1)
-            tokens.append(drawn.squeeze(1).masked_fill(~running, pad_token_id))
-            mask.append(running)
-            logprobs.append(distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0))
+            distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (rows, V)
+            drawn = torch.multinomial(distribution.exp(), 1, generator=generator)  # (rows, 1)
+            tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
+            mask[rows, t] = running
+            logprobs[rows, t] = distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0)
             running = running & ~torch.isin(drawn.squeeze(1), eos)
-            if not running.any():
+            left = int(running.sum())
+            if left == 0:
                 break
-            # Rows that have ended go on as dead weight: what they draw is masked, and their context is theirs alone.
             next_ids = drawn
             next_positions = next_positions[:, -1:] + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-    return Rollout(torch.stack(tokens, 1), torch.stack(mask, 1), torch.stack(logprobs, 1))
+            if left <= 0.75 * len(
+                rows
+            ):  # rows that have ended leave; a few go on as dead weight, since copying the cache costs, too
+                rows, next_ids, next_positions, attention_mask = (
+                    x[running] for x in (rows, next_ids, next_positions, attention_mask)
+                )
+                cache.batch_select_indices(running.nonzero().squeeze(1))
+                running = running[running]
+    return Rollout(tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
 
 
 def completion_logits(
@@ -160,21 +173,60 @@ def completion_logits(
     >>> torch.equal(logits, model(ids).logits[:, 1:3])
     True
     """
-    full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
-    ids = torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0)
     with dropout_off(model):
-        output = model(
-            input_ids=ids,
-            attention_mask=full_mask.long(),
-            position_ids=position_ids_from_mask(full_mask),
-            use_cache=False,
-            logits_to_keep=tokens.shape[1] + 1,
-        )
+        output = model(**_inputs(input_ids, attention_mask, tokens, mask), logits_to_keep=tokens.shape[1] + 1)
     return output.logits[:, :-1]
 
 
-@torch.no_grad()
+def _inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
+    """Prompts and completions side by side, as a model takes them."""
+    full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
+    return {
+        "input_ids": torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0),
+        "attention_mask": full_mask.long(),
+        "position_ids": position_ids_from_mask(full_mask),
+        "use_cache": False,
+    }
+
+
 def completion_logprobs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float,
+    known_grad: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-probs (B, T) of sampled completions in one pass with gradients, 0 outside the mask.
+
+    `token_logprobs(completion_logits(...), tokens, temperature)`, but columns that are padding in every row are left out, and
+    the vocabulary is multiplied out for the tokens inside the mask alone, a chunk at a time (`known_grad` (B, T): see
+    token_logprobs_from_hidden). The arguments are those of `completion_logits`.
+    """
+    prompt, kept = attention_mask.bool().any(0), mask.any(0)
+    width = int(kept.sum())
+    narrow = (
+        input_ids[:, prompt],
+        attention_mask[:, prompt],
+        tokens[:, :width].masked_fill(~mask[:, :width], 0),
+        mask[:, :width],
+    )
+    if not has_plain_head(model):
+        logprobs = token_logprobs(completion_logits(model, *narrow), narrow[2], temperature)
+        return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs[narrow[3]])
+    inputs = _inputs(*narrow)
+    with dropout_off(model):
+        hidden = model.base_model(**inputs).last_hidden_state[:, -width - 1 : -1]  # (B, T, D), one column earlier
+    logprobs = token_logprobs_from_hidden(
+        hidden[narrow[3]][None], model.get_output_embeddings().weight, tokens[mask][None], temperature,
+        known_grad=None if known_grad is None else known_grad[mask][None],
+    )  # fmt: skip
+    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
+
+
+@torch.no_grad()
+def frozen_logprobs(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -183,10 +235,29 @@ def completion_logprobs(
     temperature: float,
     micro_batch_size: int,
 ) -> torch.Tensor:
-    """Log-probs (B, T) of sampled completions under a frozen model: `completion_logits` and `token_logprobs`.
+    """`completion_logprobs` under a frozen model, without a graph, at most `micro_batch_size` rows of like length at a time."""
+    logprobs = torch.zeros_like(mask, dtype=torch.float32)
+    for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), micro_batch_size):
+        rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
+        logprobs[part] = completion_logprobs(model, *rows, temperature)
+    return logprobs
 
-    `micro_batch_size` rows at a time, without a graph; the arguments are those of the two functions.
+
+_PLAIN_HEADS = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the logits are hidden states times the LM head's weight and nothing else; tried out once for each model.
+
+    Some models scale their logits, squash them or add a bias: those take the way over full logits.
     """
-    tokens = tokens.masked_fill(~mask, 0)  # a pad id may lie outside the vocabulary
-    parts = zip(*(tensor.split(micro_batch_size) for tensor in (input_ids, attention_mask, tokens, mask)))
-    return torch.cat([token_logprobs(completion_logits(model, *part), part[2], temperature) for part in parts])
+    if model not in _PLAIN_HEADS:
+        head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 1]], device=model.device)
+        plain = isinstance(head, torch.nn.Linear) and head.bias is None
+        if plain:
+            with dropout_off(model), torch.autocast(model.device.type, enabled=False):
+                hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
+            plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
+        _PLAIN_HEADS[model] = plain
+    return _PLAIN_HEADS[model]

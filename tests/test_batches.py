@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from minalign.batches import encode_pairs, length_grouped_batches, pad, shuffled_forever
+from minalign.batches import encode_pairs, length_grouped_batches, length_parts, pad, shuffled_forever
 from minalign.chat import encode
 from minalign.data import Pair, RatedPairs
 
@@ -142,3 +142,19 @@ def test_prompts_come_once_an_epoch_in_ever_new_orders():
     assert sorted(first) == sorted(second) == items == list(range(50))
     other, again = ([next(it) for _ in items] for it in (shuffled_forever(items, seed=1), shuffled_forever(items, seed=0)))
     assert first == again and len({tuple(order) for order in (items, first, second, other)}) == 4
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 100])
+def test_parts_hold_every_row_once_longest_first(max_rows):
+    lengths = torch.randint(1, 2000, (57,), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = length_parts(lengths, max_rows)
+    assert sorted(i for part in parts for i in part) == list(range(57)) and max(map(len, parts)) <= max_rows
+    in_order = [lengths[i] for part in parts for i in part]
+    assert in_order == sorted(lengths, reverse=True)
+    real, padded = sum(lengths), sum(len(part) * lengths[part[0]] for part in parts)
+    assert padded < 1.25 * real + 1024 * (max_rows > 1)
+
+
+def test_few_tokens_are_not_split():
+    assert length_parts([40, 3, 1, 9], 8) == [[0, 3, 1, 2]]
+    assert length_parts([], 8) == []

@@ -334,3 +334,27 @@ HIDDEN, HEAD = torch.zeros(2, 3, 5), torch.zeros(4, 5)
 def test_errors_say_what_was_got_and_expected(function, arguments, got):
     with pytest.raises(ValueError, match=f"got .*{got}.*expected"):
         function(*arguments)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_a_gradient_known_beforehand_gives_the_same_gradients(chunk_size, needs, device):
+    hidden, weight, tokens = torch.randn(3, 5, 6), torch.randn(11, 6), torch.randint(0, 11, (3, 5))
+    known = torch.randn(3, 5).to(device)
+    results = []
+    for given in (None, known):
+        inputs = [x.clone().to(device).requires_grad_(need) for x, need in zip((hidden, weight), needs)]
+        logprobs = token_logprobs_from_hidden(*inputs, tokens.to(device), 0.7, chunk_size, known_grad=given)
+        (logprobs * known).sum().backward()
+        results.append([logprobs.detach(), *(x.grad for x, need in zip(inputs, needs) if need)])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_another_gradient_than_the_known_one_is_an_error():
+    hidden, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4)
+    logprobs = token_logprobs_from_hidden(hidden, weight, torch.tensor([[0, 1, 2]]), known_grad=torch.ones(1, 3))
+    with pytest.raises(ValueError, match="another gradient than known_grad"):
+        logprobs.mean().backward()
+    with torch.no_grad():  # no gradient will come
+        assert not token_logprobs_from_hidden(hidden, weight, torch.tensor([[0, 1, 2]]), known_grad=torch.ones(1, 3)).requires_grad

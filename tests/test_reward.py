@@ -416,3 +416,29 @@ def test_an_encoder_gets_a_head_of_its_own_design(tmp_path):
     tokenizer.model_max_length = 62  # RoBERTa: 514 positions, of which 512 can be used
     tokenizer.save_pretrained(tmp_path)
     assert RewardModel.from_base(str(tmp_path), num_labels=1).context == 62
+
+
+def test_rows_split_by_length_change_neither_scores_nor_gradients():
+    """Long and short rows go through the model in parts; the twin takes one row at a time."""
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3)  # fmt: skip
+    reward_model = RewardModel.from_backbone(LlamaForCausalLM(config), tokenizer, num_labels=3)
+    rows = [torch.randint(4, 43, (length,)).tolist() for length in (5, 700, 9, 650, 300, 2)]
+
+    def run(forward):
+        reward_model.model.zero_grad()
+        logits = forward(rows)
+        (logits * torch.arange(18.0).view(6, 3)).sum().backward()
+        return logits.detach(), [p.grad.clone() for p in reward_model.model.parameters()]
+
+    calls = []
+    hook = reward_model.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    fast, fast_grads = run(reward_model.forward)
+    hook.remove()
+    slow, slow_grads = run(lambda rows: torch.cat([reward_model.forward([row]) for row in rows]))
+    assert len(calls) == 2
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    for got, want in zip(fast_grads, slow_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())

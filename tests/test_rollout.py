@@ -8,10 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM,
+    GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM,
+)  # fmt: skip
 
 from minalign.logprobs import exact_kl, kl_k1, token_logprobs
-from minalign.rollout import completion_logits, completion_logprobs, generate
+from minalign.rollout import completion_logits, completion_logprobs, frozen_logprobs, generate, has_plain_head
 
 VOCABULARY, CONTEXT, EOS = 24, 32, 2
 PAD = VOCABULARY + 7  # outside the embedding on purpose
@@ -77,7 +80,7 @@ def test_sampling_logprobs_are_those_of_the_scoring_pass(family, device):
 def test_frozen_logprobs_do_not_depend_on_the_micro_batch(micro_batch_size, device):
     model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9, 1, 6] * 4, device)
     rollout = sample(model, ids, mask, pad_token_id=0)
-    logprobs = completion_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, micro_batch_size)
+    logprobs = frozen_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, micro_batch_size)
     torch.testing.assert_close(logprobs.masked_fill(~rollout.mask, 0.0), rollout.logprobs, atol=1e-5, rtol=0)
     assert not logprobs.requires_grad
 
@@ -85,7 +88,7 @@ def test_frozen_logprobs_do_not_depend_on_the_micro_batch(micro_batch_size, devi
 def test_frozen_logprobs_with_a_pad_id_outside_the_vocabulary():
     model, (ids, mask) = make_model("gpt2"), left_padded([3, 9, 1, 6] * 4)
     rollout = sample(model, ids, mask)
-    completion_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, 16)
+    frozen_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, 16)
 
 
 @families
@@ -296,3 +299,62 @@ def test_an_error_leaves_each_module_in_its_mode():
     with pytest.raises(IndexError):
         sample(model, torch.tensor([[10_000]]), torch.ones(1, 1))
     assert model.training and not model.transformer.drop.training
+
+
+# --- the fast way and its slow twin ----------------------------------------------------------------------------------
+
+
+@families
+@pytest.mark.parametrize("known", [False, True])
+def test_logprobs_of_real_tokens_alone_are_those_of_full_logits(family, known, device):
+    """Values and all gradients; columns of padding on both sides, which the fast way leaves out."""
+    model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 4, device, extra=2)
+    drawn = sample(model, ids, mask, pad_token_id=0)
+    tokens, kept = (torch.cat([x, torch.zeros_like(x[:, :2])], 1) for x in (drawn.tokens, drawn.mask))  # and two columns more
+    weights = torch.randn(kept.shape, generator=torch.Generator().manual_seed(5)).to(device)
+
+    def run(logprobs):
+        model.zero_grad()
+        (logprobs.masked_fill(~kept, 0.0) * weights).sum().backward()
+        return logprobs.detach().masked_fill(~kept, 0.0), [p.grad.clone() for p in model.parameters()]
+
+    slow, slow_grads = run(token_logprobs(completion_logits(model, ids, mask, tokens, kept), tokens, 0.7))
+    fast, fast_grads = run(completion_logprobs(model, ids, mask, tokens, kept, 0.7, weights if known else None))
+    assert has_plain_head(model)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+    for got, want in zip(fast_grads, slow_grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: GPTJForCausalLM(GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, rotary_dim=4)),  # a bias
+    lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16, final_logit_softcapping=2.0, pad_token_id=0)),
+    lambda: GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0, pad_token_id=0)),
+])  # fmt: skip
+def test_models_that_do_more_to_their_logits_take_the_slow_way(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    ids, mask = left_padded([3, 5])
+    drawn = sample(model, ids, mask, pad_token_id=0, max_new_tokens=6)
+    assert not has_plain_head(model)
+    again = completion_logprobs(model, ids, mask, drawn.tokens, drawn.mask, 0.7)
+    torch.testing.assert_close(again, drawn.logprobs, atol=1e-4, rtol=0)
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    model, (ids, mask) = make_model("gpt2"), left_padded([3, 9, 1, 6] * 8)
+    rows = []
+    hook = model.register_forward_pre_hook(lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    ends = [EOS, 5, 9, 11]
+    drawn = sample(model, ids, mask, max_new_tokens=20, eos_token_ids=ends)
+    hook.remove()
+    running = [32] + drawn.mask[:, :-1].logical_and(~torch.isin(drawn.tokens[:, :-1], torch.tensor(ends))).sum(0).tolist()
+    assert rows == sorted(rows, reverse=True) and rows[0] == 32 and rows[-1] < 16
+    assert all(run <= row and (row == run or run > 0.75 * row) for row, run in zip(rows, running, strict=True))
+    torch.testing.assert_close(rescored(model, ids, mask, drawn), drawn.logprobs, atol=1e-5, rtol=0)
+    assert (drawn.tokens[~drawn.mask] == PAD).all()

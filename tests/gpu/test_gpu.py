@@ -10,7 +10,7 @@ import train_rm
 from minalign import toy
 from minalign.batches import pad
 from minalign.chat import encode
-from minalign.rollout import completion_logprobs, generate
+from minalign.rollout import frozen_logprobs, generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -24,7 +24,7 @@ def test_sampling_logprobs_are_scored_again_on_the_gpu():
     tokens, kept, logprobs = generate(
         model, ids, mask, max_new_tokens=20, temperature=0.7, eos_token_ids=[2], pad_token_id=0, generator=generator
     )
-    again = completion_logprobs(model, ids, mask, tokens, kept, temperature=0.7, micro_batch_size=16)
+    again = frozen_logprobs(model, ids, mask, tokens, kept, temperature=0.7, micro_batch_size=16)
     torch.testing.assert_close(again.masked_fill(~kept, 0.0), logprobs, atol=1e-4, rtol=0)
 
 
