@@ -211,7 +211,37 @@ def test_generate_and_score_agree(here, capsys):
             assert len(whole) > 2
             assert [answers[i]["reward"] for i in whole] == pytest.approx([scored[i]["reward"] for i in whole], abs=0.2)
     score.main(["--rm", "tools-rm", "--data", "helpsteer.jsonl", "--out", "pairs-scored.jsonl", "--device", "cpu"])
-    assert {"chosen_reward", "rejected_reward"} <= set(json.loads(open("pairs-scored.jsonl").readline()))
+    rows, reward_model = [json.loads(line) for line in open("pairs-scored.jsonl")], RewardModel.from_pretrained("tools-rm")
+    for name in ("chosen", "rejected"):  # each row has its own, in the order of the file
+        expected = reward_model.score([row["prompt"] for row in rows], [row[name][1]["content"] for row in rows])
+        assert [row[f"{name}_reward"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_generate_draws_fresh_samples_for_each_batch_and_the_same_for_a_seed(here, capsys):
+    answers = []
+    for seed in ("0", "0", "1"):
+        generate.main(["--model", "./gpt2-imdb", *["--prompt", "The plot"] * 4, "--batch-size", "2", "--max-new-tokens", "8",
+                       "--seed", seed, "--out", f"seed-{len(answers)}.jsonl", "--device", "cpu"])  # fmt: skip
+        answers.append([json.loads(line)["completion"] for line in open(f"seed-{len(answers)}.jsonl")])
+    assert answers[0] == answers[1] != answers[2] and len(set(answers[0])) == 4
+
+
+def test_gradient_checkpointing_reaches_all_three_scripts_and_changes_no_step(here, monkeypatch):
+    from minalign import common
+
+    calls, real = [], common._checkpointed
+    monkeypatch.setattr(common, "_checkpointed", lambda *args, **keywords: calls.append(1) or real(*args, **keywords))
+    for name, flags in (("plain", ""), ("recomputed", " --gradient-checkpointing")):
+        run(f"train_rm.py --model ./gpt2-imdb --dataset ./imdb{flags} --out {name}-rm")
+        counts = [len(calls)]
+        run(f"train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm plain-rm{flags} --out {name}-policy")
+        counts.append(len(calls))
+        run(f"warp.py --model ./gpt2-imdb --dataset ./imdb --rm plain-rm{flags} --out {name}-warp")
+        counts.append(len(calls))
+        assert counts == [0, 0, 0] if not flags else 0 < counts[0] < counts[1] < counts[2]
+    for kind in ("rm", "policy", "warp/iteration-1/run-2"):
+        for a, b in zip(metrics(f"plain-{kind}"), metrics(f"recomputed-{kind}"), strict=True):
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_generate_keeps_a_dialogue_in_the_terminal(here, monkeypatch, capsys):
