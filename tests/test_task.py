@@ -195,10 +195,10 @@ def test_rewards_are_standardised_by_the_start_policy(rows, world):
     assert isinstance(task.reward, RewardSum)
     for k, value in enumerate(values):
         assert task.reward.means[k] == pytest.approx(value.mean().item(), rel=1e-5)
-        assert task.reward.stds[k] == pytest.approx(value.std().item(), rel=1e-4)
+        assert task.reward.stds[k] == pytest.approx(value.std(correction=0).item(), rel=1e-4)
     tokens = [task.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("abc", "xyz ", "")]
     got = task.reward.score_rollout(task.tokenizer, [TokenizedPrompt([0])] * 3, tokens, 8)
-    z = [(torch.tensor(x) - v.mean()) / v.std() for x, v in zip(([103.0, 104.0, 100.0], [0.003, 0.0, 0.0]), values)]
+    z = [(torch.tensor(x) - v.mean()) / v.std(correction=0) for x, v in zip(([103.0, 104.0, 100.0], [0.003, 0.0, 0.0]), values)]
     torch.testing.assert_close(got.rewards, 2 * z[0] - z[1], rtol=1e-3, atol=1e-3)
     assert [got.parts[name].tolist() for name in names] == [[103.0, 104.0, 100.0], pytest.approx([0.003, 0.0, 0.0])]
 

@@ -1,0 +1,83 @@
+"""One policy step, 16 completions of 64 tokens with KL to a reference and a Python reward: train_policy.py against TRL's RLOO trainer.
+
+    pip install trl && python tests/benchmarks/policy_step.py --shape S
+
+"TRL" is the trainer at its defaults; "TRL, no checkpointing" is its best setting here.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from side_by_side import compare, make_model, peak, report
+
+ROWS, PROMPT, NEW, STEPS = 16, 32, 64, 4
+
+
+def prompts(tokenizer, count: int) -> list[str]:
+    """Random words."""
+    import random
+
+    rng = random.Random(0)
+    return [" ".join(f"w{rng.randrange(4, len(tokenizer))}" for _ in range(PROMPT)) for _ in range(count)]
+
+
+def reward(prompts=None, completions=None, **_) -> list[float]:
+    """Cheap, and different for different texts."""
+    return [(len(completion) % 7) / 7 for completion in completions]
+
+
+def ours(shape: str) -> None:
+    """Four steps of train_policy.train."""
+    import copy
+
+    import torch
+
+    import train_policy
+    from minalign.chat import TokenizedPrompt
+    from minalign.rewards import RewardFunction
+    from minalign.task import Task
+
+    model, tokenizer = make_model(shape)
+    rows = [TokenizedPrompt(tokenizer(text)["input_ids"]) for text in prompts(tokenizer, 256)]
+    before = peak()
+    task = Task(model.eval().requires_grad_(False), tokenizer, RewardFunction("r", reward), rows, rows[:1], None, [2], {})
+    config = train_policy.resolve(train_policy.Config(
+        dataset="-", model="-", rm=["-"], steps=STEPS, batch_size=ROWS, group_size=2, baseline="rloo", beta=0.05, lr=1e-6,
+        max_new_tokens=NEW, eval_prompts=1,
+    ))  # fmt: skip
+    train_policy.evaluate = lambda *_: ({}, [])
+    policy = copy.deepcopy(model).requires_grad_(True)
+    with tempfile.TemporaryDirectory() as folder:
+        train_policy.train(config, task, policy, Path(folder), torch.float32)
+        rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+    seconds = [b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0}, *rows], rows)]
+    report(seconds, peak() - before, tokens_a_row=rows[-1]["length"])
+
+
+def trl(shape: str, **settings) -> None:
+    """Four steps of trl.RLOOTrainer."""
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    model, tokenizer = make_model(shape)
+    data = Dataset.from_dict({"prompt": prompts(tokenizer, 256)})
+    before = peak()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")
+        tokenizer.save_pretrained(f"{folder}/model")
+        config = RLOOConfig(
+            output_dir=folder, per_device_train_batch_size=ROWS, num_generations=2, max_completion_length=NEW, beta=0.05,
+            learning_rate=1e-6, max_steps=STEPS, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
+            steps_per_generation=1, disable_tqdm=True, **settings,
+        )  # fmt: skip
+        trainer = RLOOTrainer(f"{folder}/model", reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "step_time" in row]
+    report([row["step_time"] for row in rows], peak() - before, tokens_a_row=rows[-1]["completions/mean_length"])
+
+
+if __name__ == "__main__":
+    compare(__file__, __doc__, {
+        "ours": ours, "TRL": trl, "TRL, no checkpointing": lambda shape: trl(shape, gradient_checkpointing=False),
+    })  # fmt: skip
