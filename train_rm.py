@@ -166,7 +166,7 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
     from minalign import toy
     from minalign.batches import encode_pairs, length_grouped_batches
     from minalign.chat import wants_chat
-    from minalign.checkpoint import whole_folder
+    from minalign.folders import whole_folder
     from minalign.data import Split, load_pairs
     from minalign.lora import add_lora_
     from minalign.reward import RewardModel
@@ -265,7 +265,7 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
 def toy_reward_model(device: torch.device, dtype: torch.dtype) -> str:
     """The toy world's reward model, trained with the default flags on first use: what a run without --rm gets."""
     from minalign import toy
-    from minalign.checkpoint import whole_folder
+    from minalign.folders import whole_folder
 
     folder = toy.folder() / "reward-model"
     if not folder.exists():

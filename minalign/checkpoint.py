@@ -1,48 +1,18 @@
-"""Folders that are whole or not there, and models loaded from them in float32."""
+"""Policies loaded in float32 and saved, and what both kinds of models share in loading."""
 
-import contextlib
 import json
-import pickle
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .common import UserError, require
+from .folders import LOADING_ERRORS, first_line, model_folder, whole_folder
 from .lora import dense_state, load_adapter_, save_adapter
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
-
-# What broken checkpoints raise.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, renamed to `folder` at the end: a reader sees the old one or the new one."""
-    folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        old.rename(folder)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def model_folder(path: str) -> str:
-    """Where a model lies: a run's folder stands for the `model` folder in it; hub ids and model folders for themselves."""
-    inner = Path(path) / "model"
-    return str(inner) if inner.is_dir() else path
 
 
 def load_model(kind: type, path: str, flag: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
@@ -120,11 +90,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     named = [] if named is None else [named] if isinstance(named, int) else list(named)
     return sorted({tokenizer.eos_token_id, *named})
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _reason(error: Exception) -> str:

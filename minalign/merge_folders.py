@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import LOADING_ERRORS, first_line, model_folder, whole_folder
+from .folders import LOADING_ERRORS, first_line, model_folder, whole_folder
 from .common import UserError, require
 from .flags import flag, parse_flags
 from .merge import merge_policies

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from .batches import length_parts, pad
 from .chat import Prompt, TokenizedPrompt, answer_frame, encode, encode_whole, to_messages
-from .checkpoint import load_model, model_folder
+from .checkpoint import load_model
+from .folders import model_folder
 from .common import require
 from .logprobs import position_ids_from_mask
 from .lora import adapter_labels, dense_state, lora_layers, save_adapter

@@ -64,7 +64,9 @@ def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dty
         f"--max-new-tokens {config.max_new_tokens}: leaves no room for a prompt in a context of {limit + config.max_new_tokens}",
     )
     train = tokenize_prompts(tokenizer, train, limit, span, "training")
-    evaluation = tokenize_prompts(tokenizer, evaluation[: 4 * config.eval_prompts], limit, span, "held-out")[: config.eval_prompts]
+    evaluation = tokenize_prompts(tokenizer, evaluation[: 4 * config.eval_prompts], limit, span, "held-out")[
+        : config.eval_prompts
+    ]
     if span:
         print(f"  of each the first {span[0]} to {span[1]} tokens, drawn anew each time")
         begin = tokenizer.bos_token_id is not None

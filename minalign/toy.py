@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .batches import pad
 from .chat import encode
-from .checkpoint import whole_folder
+from .folders import whole_folder
 from .data import Pair, held_out
 from .logprobs import token_logprobs
 

@@ -357,4 +357,6 @@ def test_another_gradient_than_the_known_one_is_an_error():
     with pytest.raises(ValueError, match="another gradient than known_grad"):
         logprobs.mean().backward()
     with torch.no_grad():  # no gradient will come
-        assert not token_logprobs_from_hidden(hidden, weight, torch.tensor([[0, 1, 2]]), known_grad=torch.ones(1, 3)).requires_grad
+        assert not token_logprobs_from_hidden(
+            hidden, weight, torch.tensor([[0, 1, 2]]), known_grad=torch.ones(1, 3)
+        ).requires_grad

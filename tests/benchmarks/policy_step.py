@@ -71,7 +71,9 @@ def trl(shape: str, **settings) -> None:
             learning_rate=1e-6, max_steps=STEPS, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
             steps_per_generation=1, disable_tqdm=True, **settings,
         )  # fmt: skip
-        trainer = RLOOTrainer(f"{folder}/model", reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer = RLOOTrainer(
+            f"{folder}/model", reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer
+        )
         trainer.train()
     rows = [row for row in trainer.state.log_history if "step_time" in row]
     report([row["step_time"] for row in rows], peak() - before, tokens_a_row=rows[-1]["completions/mean_length"])

@@ -31,9 +31,13 @@ def make_model(shape: str):
     words = {f"w{i}": i for i in range(SHAPES[shape]["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3", padding_side="left"
+    )
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], **ids, tie_word_embeddings=True, max_position_embeddings=2048)), tokenizer
+    return LlamaForCausalLM(
+        LlamaConfig(**SHAPES[shape], **ids, tie_word_embeddings=True, max_position_embeddings=2048)
+    ), tokenizer
 
 
 def peak() -> int:
@@ -75,4 +79,6 @@ def compare(file: str, description: str, once: dict, first: str = "ours") -> Non
         middle = statistics.median(r["seconds"] for r in results)
         memory = statistics.median(r["peak"] for r in results)
         facts = {key: value for key, value in results[0].items() if key not in ("seconds", "peak")}
-        print(f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}")
+        print(
+            f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}"
+        )
