@@ -254,11 +254,11 @@ def merge_policies(
         return ".".join(parts[: number + 1] if number is not None else parts[:-1]) or name
 
     def blocks(name):
-        """theta_init (n,) and the task vectors (M, n) of a tensor in float64, a million elements at a time."""
-        flat = [state[name].reshape(-1).split(2**20) for state in (init_state, *states)]
+        """theta_init (n,) and the task vectors (M, n) of a tensor in float64, few enough elements to stay in the cache."""
+        flat = [state[name].reshape(-1).split(2**17) for state in (init_state, *states)]
         for parts in zip(*flat):
             theta_init = parts[0].double()
-            yield theta_init, torch.stack([theta.to(theta_init) - theta_init for theta in parts[1:]])
+            yield theta_init, torch.stack([theta.to(theta_init) for theta in parts[1:]]).sub_(theta_init)
 
     def coefficients(gram):
         """c (M,) from the dot products of the task vectors (M, M)."""
@@ -306,8 +306,10 @@ def merge_policies(
         gram = sum(deltas @ deltas.T for name in floating for _, deltas in blocks(name))  # (M, M)
         weights = coefficients(gram)
         for name in floating:
-            merged = [(theta_init + weights @ deltas).to(init_state[name].dtype) for theta_init, deltas in blocks(name)]
-            out[name] = torch.cat(merged).view(init_state[name].shape)
+            merged = torch.empty(init_state[name].shape, dtype=init_state[name].dtype, device=gram.device)
+            for part, (theta_init, deltas) in zip(merged.view(-1).split(2**17), blocks(name)):
+                part.copy_(torch.addmv(theta_init, deltas.T, weights))
+            out[name] = merged
         norms = gram.diagonal().sqrt()
         cosines = (gram / (norms[:, None] * norms)).clamp(-1, 1)[tuple(torch.triu_indices(len(states), len(states), 1))]
         report[group] = {

@@ -80,5 +80,5 @@ def compare(file: str, description: str, once: dict, first: str = "ours") -> Non
         memory = statistics.median(r["peak"] for r in results)
         facts = {key: value for key, value in results[0].items() if key not in ("seconds", "peak")}
         print(
-            f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x ours [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}"
+            f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x {first} [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}"
         )

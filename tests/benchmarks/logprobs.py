@@ -1,0 +1,69 @@
+"""Token log-probs with backward, 8 x 512 tokens: full logits against token_logprobs_from_hidden, and the products alone.
+
+    python tests/benchmarks/logprobs.py --shape M           width 576, vocabulary 49152
+
+"floor" is what no way can avoid: hidden @ weight.T once, and the two products of the backward pass.
+"""
+
+import time
+
+from side_by_side import SHAPES, compare, peak, report
+
+ROWS, TOKENS, REPEATS = 8, 512, 3
+
+
+def run(shape: str, method) -> None:
+    """Time `method(hidden, weight, tokens, grad)`, which returns the log-probs after their backward pass."""
+    import torch
+
+    torch.manual_seed(0)
+    width, vocabulary = SHAPES[shape]["hidden_size"], SHAPES[shape]["vocab_size"]
+    hidden = torch.randn(ROWS, TOKENS, width, requires_grad=True)
+    weight = (0.05 * torch.randn(vocabulary, width)).requires_grad_()
+    tokens, grad = torch.randint(0, vocabulary, (ROWS, TOKENS)), torch.randn(ROWS, TOKENS)
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    before, seconds = peak(), []
+    for _ in range(REPEATS):
+        began = time.monotonic()
+        logprobs = method(hidden, weight, tokens, grad)
+        seconds.append(time.monotonic() - began)
+    facts = {} if logprobs is None else {"loss": round((logprobs.detach() * grad).sum().item(), 2), "gradient": round(weight.grad.norm().item() / REPEATS, 2)}
+    report(seconds, peak() - before, **facts)
+
+
+def full(hidden, weight, tokens, grad):
+    """token_logprobs of all logits."""
+    from minalign.logprobs import token_logprobs
+
+    logprobs = token_logprobs(hidden @ weight.T, tokens)
+    logprobs.backward(grad)
+    return logprobs
+
+
+def chunked(hidden, weight, tokens, grad, known=False):
+    """token_logprobs_from_hidden."""
+    from minalign.logprobs import token_logprobs_from_hidden
+
+    logprobs = token_logprobs_from_hidden(hidden, weight, tokens, known_grad=grad if known else None)
+    logprobs.backward(grad)
+    return logprobs
+
+
+def floor(hidden, weight, tokens, grad):
+    """Three products, in chunks, and nothing else."""
+    import torch
+
+    with torch.no_grad():
+        for h in hidden.flatten(0, 1).split(1024):
+            logits = h @ weight.T
+            logits @ weight
+            logits.T @ h
+
+
+if __name__ == "__main__":
+    compare(__file__, __doc__, {
+        "full logits": lambda shape: run(shape, full),
+        "from hidden": lambda shape: run(shape, chunked),
+        "from hidden, gradient known": lambda shape: run(shape, lambda *a: chunked(*a, known=True)),
+        "floor": lambda shape: run(shape, floor),
+    }, first="full logits")  # fmt: skip

@@ -1,0 +1,71 @@
+"""Merging two and three saved models of 135 million float32 parameters with their init: ours, and reading and writing alone.
+
+    python tests/benchmarks/merge.py --shape M
+
+"read and write" loads the inputs through safetensors and saves one of them: what no merge can avoid.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from side_by_side import compare, make_model, peak, report
+
+FOLDER = Path(tempfile.gettempdir()) / "minalign-merge-benchmark"
+
+
+def inputs(shape: str, count: int) -> list[str]:
+    """The init and `count` models with other weights, made once."""
+    import torch
+
+    paths = [FOLDER / f"{shape}-{i}" for i in range(count + 1)]
+    for i, path in enumerate(paths):
+        if not path.exists():
+            model, tokenizer = make_model(shape)
+            torch.manual_seed(i)
+            for parameter in model.parameters() if i else []:
+                parameter.data += 1e-3 * torch.randn_like(parameter)
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+    for path in paths:
+        (path / "model.safetensors").read_bytes()  # into the page cache
+    os.sync()
+    return list(map(str, paths))
+
+
+def ours(shape: str, count: int) -> None:
+    """python -m minalign.merge, without its start-up."""
+    import torch  # noqa: F401
+
+    from minalign import merge_folders
+
+    init, *models = inputs(shape, count)
+    with tempfile.TemporaryDirectory() as folder:
+        before, began = peak(), time.monotonic()
+        with contextlib.redirect_stdout(io.StringIO()):
+            merge_folders.main(["--init", init, "--models", *models, "--out", f"{folder}/merged"])
+        report([time.monotonic() - began], peak() - before)
+
+
+def read_and_write(shape: str, count: int) -> None:
+    """safetensors' load_file of all inputs, save_file of one."""
+    from safetensors.torch import load_file, save_file
+
+    paths = inputs(shape, count)
+    with tempfile.TemporaryDirectory() as folder:
+        before, began = peak(), time.monotonic()
+        for path in paths:
+            state = load_file(f"{path}/model.safetensors")
+            sum(float(tensor.sum()) for tensor in state.values())  # mapped until it is looked at
+        save_file(state, f"{folder}/out.safetensors")
+        report([time.monotonic() - began], peak() - before)
+
+
+if __name__ == "__main__":
+    compare(__file__, __doc__, {
+        "ours": lambda shape: ours(shape, 2), "read and write": lambda shape: read_and_write(shape, 2),
+        "ours, three": lambda shape: ours(shape, 3), "read and write, three": lambda shape: read_and_write(shape, 3),
+    })  # fmt: skip
