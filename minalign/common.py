@@ -92,9 +92,12 @@ def checkpoint_activations_(model: torch.nn.Module) -> None:
 
 def _checkpointed(layer: torch.nn.Module, forward, *args, **kwargs):
     import torch.utils.checkpoint
+    from transformers import Cache
 
     if not torch.is_grad_enabled():  # sampling and scoring: nothing to save, and a key-value cache must be filled once
         return forward(*args, **kwargs)
+    args = [None if isinstance(value, Cache) else value for value in args]  # the second pass would fill it twice
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     modes = [(module, module.training) for module in layer.modules()]
 
     def in_the_same_mode(*args, **kwargs):  # the backward pass may find the model in another mode, with dropout on

@@ -231,16 +231,16 @@ def test_gradient_checkpointing_reaches_all_three_scripts_and_changes_no_step(he
 
     calls, real = [], common._checkpointed
     monkeypatch.setattr(common, "_checkpointed", lambda *args, **keywords: calls.append(1) or real(*args, **keywords))
-    for name, flags in (("plain", ""), ("recomputed", " --gradient-checkpointing")):
+    for name, flags in (("kept", ""), ("recomputed", " --gradient-checkpointing")):
         run(f"train_rm.py --model ./gpt2-imdb --dataset ./imdb{flags} --out {name}-rm")
         counts = [len(calls)]
-        run(f"train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm plain-rm{flags} --out {name}-policy")
+        run(f"train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm kept-rm{flags} --out {name}-policy")
         counts.append(len(calls))
-        run(f"warp.py --model ./gpt2-imdb --dataset ./imdb --rm plain-rm{flags} --out {name}-warp")
+        run(f"warp.py --model ./gpt2-imdb --dataset ./imdb --rm kept-rm{flags} --out {name}-warp")
         counts.append(len(calls))
         assert counts == [0, 0, 0] if not flags else 0 < counts[0] < counts[1] < counts[2]
     for kind in ("rm", "policy", "warp/iteration-1/run-2"):
-        for a, b in zip(metrics(f"plain-{kind}"), metrics(f"recomputed-{kind}"), strict=True):
+        for a, b in zip(metrics(f"kept-{kind}"), metrics(f"recomputed-{kind}"), strict=True):
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
