@@ -46,7 +46,7 @@ def token_logprobs_from_hidden(
     lm_head_weight: torch.Tensor,
     tokens: torch.Tensor,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
     known_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`token_logprobs(hidden @ lm_head_weight.T, tokens, temperature)` without ever holding a (B, T, V) tensor.

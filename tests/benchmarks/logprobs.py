@@ -27,7 +27,14 @@ def run(shape: str, method) -> None:
         began = time.monotonic()
         logprobs = method(hidden, weight, tokens, grad)
         seconds.append(time.monotonic() - began)
-    facts = {} if logprobs is None else {"loss": round((logprobs.detach() * grad).sum().item(), 2), "gradient": round(weight.grad.norm().item() / REPEATS, 2)}
+    facts = (
+        {}
+        if logprobs is None
+        else {
+            "loss": round((logprobs.detach() * grad).sum().item(), 2),
+            "gradient": round(weight.grad.norm().item() / REPEATS, 2),
+        }
+    )
     report(seconds, peak() - before, **facts)
 
 

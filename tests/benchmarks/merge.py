@@ -1,4 +1,4 @@
-"""Merging two and three saved models of 135 million float32 parameters with their init: ours, and reading and writing alone.
+"""Merging two saved models of 135 million float32 parameters with their init: ours, and reading and writing alone.
 
     python tests/benchmarks/merge.py --shape M
 
@@ -67,5 +67,4 @@ def read_and_write(shape: str, count: int) -> None:
 if __name__ == "__main__":
     compare(__file__, __doc__, {
         "ours": lambda shape: ours(shape, 2), "read and write": lambda shape: read_and_write(shape, 2),
-        "ours, three": lambda shape: ours(shape, 3), "read and write, three": lambda shape: read_and_write(shape, 3),
     })  # fmt: skip

@@ -75,7 +75,9 @@ def trl(shape: str, **settings) -> None:
             report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **settings,
         )  # fmt: skip
         data = Dataset.from_list(pairs(256, len(tokenizer)))
-        trainer = RewardTrainer(f"{folder}/model", args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+        trainer = RewardTrainer(
+            f"{folder}/model", args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]
+        )
         before = peak()
         trainer.train()
     tokens = next((row["num_tokens"] for row in reversed(trainer.state.log_history) if "num_tokens" in row), None)
