@@ -53,10 +53,9 @@ def token_logprobs_from_hidden(
 
         d log pi(y) / d z = (onehot(y) - softmax(z / tau)) / tau
 
-    Forward and backward walk over `chunk_size` tokens at a time; the backward computes the logits once more instead
-    of keeping them, so memory beyond the gradients is a few (chunk_size, V) blocks. Where the gradient that will arrive
-    at the result is known beforehand, as in REINFORCE once the advantages are there (-A mask / batch size), pass it as
-    `known_grad`: the backward's products are then made in the forward, from the same logits.
+    Forward and backward walk over `chunk_size` tokens at a time; the backward computes the logits once more, so memory
+    beyond the gradients is a few (chunk_size, V) blocks. Where the gradient that will arrive is known beforehand, as in
+    REINFORCE once the advantages are there (-A mask / batch size), the forward makes the backward's products, too.
 
     Args:
         hidden: (B, T, D) last hidden states (after the final norm), any floating dtype.

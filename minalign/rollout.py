@@ -136,9 +136,8 @@ def generate(
             next_ids = drawn
             next_positions = next_positions[:, -1:] + 1
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            if left <= 0.75 * len(
-                rows
-            ):  # rows that have ended leave; a few go on as dead weight, since copying the cache costs, too
+            # Rows that have ended leave. A few go on as dead weight: copying the cache costs, too.
+            if left <= 0.75 * len(rows):
                 rows, next_ids, next_positions, attention_mask = (
                     x[running] for x in (rows, next_ids, next_positions, attention_mask)
                 )
