@@ -200,16 +200,17 @@ def test_generate_and_score_agree(here, capsys):
         rows = [{"prompt": row["prompt"].split("\n")[0]} for row in helpsteer_rows(5)]
         (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rm = "tools-rm" if name == "chat" else "./distilbert-imdb"
-        generate.main([*flags, "--rm", rm, "--data", f"{name}.jsonl", "--out", f"{name}-answers.jsonl", "--samples", "2",
+        generate.main([*flags, "--rm", rm, "--data", f"{name}.jsonl", "--out", f"{name}-answers.jsonl", "--samples", "6",
                        "--max-new-tokens", "6", "--device", "cpu"])  # fmt: skip
         score.main(["--rm", rm, "--data", f"{name}-answers.jsonl", "--out", f"{name}-scored.jsonl", "--device", "cpu"])
         answers, scored = ([json.loads(line) for line in open(f"{name}-{part}.jsonl")] for part in ("answers", "scored"))
-        assert len(answers) == len(scored) == 10
+        assert len(answers) == len(scored) == 30
         assert len({row["completion"] for row in answers}) > 5 and isinstance(answers[0]["prompt"], list) == (name == "chat")
         if name == "chat":  # byte-level text of a random model does not always survive decoding
             whole = [i for i, row in enumerate(answers) if "\ufffd" not in row["completion"]]
             assert len(whole) > 2
-            assert [answers[i]["reward"] for i in whole] == pytest.approx([scored[i]["reward"] for i in whole], abs=0.2)
+            gaps = [abs(answers[i]["reward"] - scored[i]["reward"]) for i in whole]
+            assert sum(gap < 1e-4 for gap in gaps) > 1 and max(gaps) < 0.2  # some are spelled with other tokens than sampled
     score.main(["--rm", "tools-rm", "--data", "helpsteer.jsonl", "--out", "pairs-scored.jsonl", "--device", "cpu"])
     rows, reward_model = [json.loads(line) for line in open("pairs-scored.jsonl")], RewardModel.from_pretrained("tools-rm")
     for name in ("chosen", "rejected"):  # each row has its own, in the order of the file
