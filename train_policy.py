@@ -184,10 +184,10 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
 
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the whole batch
         optimizer.zero_grad()
-        weights = -advantages[:, None] * mask / config.batch_size  # (B, T): d loss / d logprobs, known before the pass
+        known_grad = -advantages[:, None] * mask / config.batch_size  # (B, T): d loss / d logprobs, before the pass
         for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), config.micro_batch_size):
             with autocast(device, dtype):
-                logprobs = completion_logprobs(policy, *(x[part] for x in rollout), config.temperature, weights[part])
+                logprobs = completion_logprobs(policy, *(x[part] for x in rollout), config.temperature, known_grad[part])
             (reinforce_loss(logprobs, mask[part], advantages[part]).sum() / config.batch_size).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         if not grad_norm.isfinite():

@@ -214,24 +214,18 @@ def completion_logprobs(
     the vocabulary is multiplied out for the tokens inside the mask alone, a chunk at a time (`known_grad` (B, T): see
     token_logprobs_from_hidden). The arguments are those of `completion_logits`.
     """
-    prompt, kept = attention_mask.bool().any(0), mask.any(0)
-    width = int(kept.sum())
-    narrow = (
-        input_ids[:, prompt],
-        attention_mask[:, prompt],
-        tokens[:, :width].masked_fill(~mask[:, :width], 0),
-        mask[:, :width],
-    )
-    if not has_plain_head(model):
-        logprobs = token_logprobs(completion_logits(model, *narrow), narrow[2], temperature)
-        return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs[narrow[3]])
-    inputs = _inputs(*narrow)
-    with dropout_off(model):
-        hidden = model.base_model(**inputs).last_hidden_state[:, -width - 1 : -1]  # (B, T, D), one column earlier
-    logprobs = token_logprobs_from_hidden(
-        hidden[narrow[3]][None], model.get_output_embeddings().weight, tokens[mask][None], temperature,
-        known_grad=None if known_grad is None else known_grad[mask][None],
-    )  # fmt: skip
+    prompt_columns, width = attention_mask.bool().any(0), int(mask.any(0).sum())
+    real = mask[:, :width]
+    narrow = (input_ids[:, prompt_columns], attention_mask[:, prompt_columns], tokens[:, :width].masked_fill(~real, 0), real)
+    if has_plain_head(model):
+        with dropout_off(model):
+            hidden = model.base_model(**_inputs(*narrow)).last_hidden_state[:, -width - 1 : -1]  # (B, T, D), one column earlier
+        logprobs = token_logprobs_from_hidden(
+            hidden[real][None], model.get_output_embeddings().weight, tokens[mask][None], temperature,
+            known_grad=None if known_grad is None else known_grad[mask][None],
+        )  # fmt: skip
+    else:
+        logprobs = token_logprobs(completion_logits(model, *narrow), narrow[2], temperature)[real]
     return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
 
 
