@@ -1,6 +1,7 @@
 """Token ids -> batches: padding, pairs drawn and checked, batches of like length."""
 
 import functools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .chat import Prompt
 from .data import Pair
@@ -30,22 +32,31 @@ def pad(rows: Sequence[list[int]], side: str, device: torch.device | str = "cpu"
     return ids.to(device), mask.to(device)
 
 
-def length_parts(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
-    """Indices in parts of at most `max_rows`, longest first, cut where padding would cost more than another pass.
+def length_parts(lengths: Sequence[int], max_rows: int, max_tokens: float = math.inf) -> list[list[int]]:
+    """Indices in parts of at most `max_rows` and `max_tokens` (padded; a longer row goes alone), longest first.
 
-    A row under 3/4 of its part's longest opens a new part once the part holds 1,024 tokens.
+    Cut, too, where padding would cost more than another pass: a row under 3/4 of its part's longest opens a new part once
+    the part holds 1,024 tokens.
 
     >>> length_parts([300, 10, 1100, 280, 20], max_rows=8)
     [[2], [0, 3, 4, 1]]
+    >>> length_parts([300, 10, 1100, 280, 20], max_rows=8, max_tokens=600)
+    [[2], [0, 3], [4, 1]]
     """
     parts = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         part = parts[-1] if parts else []
         longest = lengths[part[0]] if part else 0
-        if not part or len(part) == max_rows or (len(part) * longest >= 1024 and lengths[i] < 0.75 * longest):
+        full = len(part) == max_rows or (len(part) + 1) * longest > max_tokens
+        if not part or full or (len(part) * longest >= 1024 and lengths[i] < 0.75 * longest):
             parts.append([])
         parts[-1].append(i)
     return parts
+
+
+def tokens_a_pass(model: PreTrainedModel) -> float:
+    """`max_tokens` of a pass. On a CPU, hidden states of 1 MiB: more of them leave its cache, cost memory, and are no faster."""
+    return 2**18 // model.config.hidden_size if model.device.type == "cpu" else math.inf
 
 
 class Example(NamedTuple):

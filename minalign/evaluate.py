@@ -1,6 +1,17 @@
-"""What a policy is worth: reward, KL, length and collapse measures on held-out prompts; calibration of a reward model."""
+"""What a policy is worth: reward, KL, length and collapse measures on held-out prompts; calibration of a reward model.
 
-from collections.abc import Callable, Sequence
+python -m minalign.evaluate compares policies: see evaluate_cli.py.
+"""
+
+if __name__ == "__main__":  # before the heavy imports: --help and a wrong flag answer at once
+    from minalign.common import one_line_errors
+    from minalign.evaluate_cli import main
+
+    with one_line_errors():
+        main()
+    raise SystemExit
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,9 +21,10 @@ from .batches import pad
 from .chat import TokenizedPrompt
 from .logprobs import exact_kl
 from .lora import AdapterView
+from .measures import bootstrap_interval, distinct_n  # noqa: F401 (the interval is also known from here)
 from .reward import RewardModel
 from .rewards import RewardFunction, RewardSum
-from .rollout import completion_logits, generate
+from .rollout import completion_logits, draw_uniforms, generate
 
 
 class Sample(NamedTuple):
@@ -40,18 +52,28 @@ def sample_completions(
     completions as ids without their end token, and which of them ended by themselves.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
+    uniforms = draw_uniforms(len(prompts), max_new_tokens, policy.device, generator)  # the same whatever the batch size
     batches, completions, ended = [], [], []
     for i in range(0, len(prompts), batch_size):
         input_ids, attention_mask = pad([prompt.ids for prompt in prompts[i : i + batch_size]], "left", policy.device)
         tokens, mask, _ = generate(
             policy, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature,
-            eos_token_ids=eos_token_ids, pad_token_id=0, generator=generator,
+            eos_token_ids=eos_token_ids, pad_token_id=0, uniforms=uniforms[i : i + batch_size],
         )  # fmt: skip
         batches.append((input_ids, attention_mask, tokens, mask))
         ids, ends = split_end(tokens, mask, eos_token_ids)
         completions += ids
         ended += ends.tolist()
     return batches, completions, ended
+
+
+@torch.no_grad()
+def both_logits(
+    policy: PreTrainedModel, start: PreTrainedModel | AdapterView, batches: list[tuple[torch.Tensor, ...]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each batch of `sample_completions`: logits of both models (B, T, V) for its tokens (B, T), and their mask (B, T)."""
+    for batch in batches:
+        yield completion_logits(policy, *batch), completion_logits(start, *batch), *batch[2:]
 
 
 @torch.no_grad()
@@ -82,26 +104,20 @@ def evaluate_policy(
         seed=seed, batch_size=batch_size,
     )  # fmt: skip
     kls, lengths = [], []
-    for input_ids, attention_mask, tokens, mask in batches:
-        kl = exact_kl(
-            completion_logits(policy, input_ids, attention_mask, tokens, mask),
-            completion_logits(start, input_ids, attention_mask, tokens, mask),
-            temperature,
-        )
-        kls += kl.masked_fill(~mask, 0.0).sum(1).tolist()
+    for logits, start_logits, _, mask in both_logits(policy, start, batches):
+        kls += exact_kl(logits, start_logits, temperature).masked_fill(~mask, 0.0).sum(1).tolist()
         lengths += mask.sum(1).tolist()
     scores = reward.score_rollout(tokenizer, prompts, completions, batch_size)
     samples = [
         Sample(*decode_parts(tokenizer, prompt.ids, completion), r, kl)
         for prompt, completion, r, kl in zip(prompts, completions, scores.rewards.tolist(), kls)
     ]
-    bigrams = [bigram for completion in completions for bigram in zip(completion, completion[1:])]
     metrics = {
         "reward": _mean([sample.reward for sample in samples]),
         "kl_sft": _mean([sample.kl for sample in samples]),
         "length": _mean(lengths),
         "ended": _mean(ended),
-        "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+        "distinct_2": distinct_n(completions, 2),
     }
     metrics |= {f"reward {name}": values.mean().item() for name, values in scores.parts.items()}
     for name, measure in (measures or {}).items():
@@ -170,17 +186,3 @@ def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> f
     gaps = torch.zeros(bins, dtype=torch.double, device=probabilities.device)
     gaps.index_add_(0, bin_of, correct - confidence)  # n_b (accuracy_b - confidence_b)
     return gaps.abs().sum().item() / len(probabilities)
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95% percentile bootstrap interval of a mean.
-
-    >>> low, high = bootstrap_interval([0.0, 1.0] * 50)
-    >>> 0.35 < low < 0.5 < high < 0.65
-    True
-    """
-    values = torch.tensor(values, dtype=torch.double)
-    generator = torch.Generator().manual_seed(seed)
-    means = [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
-    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return low, high

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from .chat import Prompt, TokenizedPrompt, encode_prompt, wants_chat
 from .checkpoint import end_token_ids, load_policy
-from .common import autocast, one_line_errors, pick_device, pick_dtype, require
-from .data import read_prompt
+from .common import UserError, autocast, one_line_errors, pick_device, pick_dtype, require
+from .data import Dropped, read_prompt
 from .evaluate import decode_parts, sample_completions
 from .flags import flag, parse_flags
 from .rewards import load_rewards
@@ -115,6 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         prompts = [read_prompt(row, f"{config.data}: row {number}", config.column, chat) for number, row in source]
     else:
         prompts = [read_prompt({"prompt": p}, "--prompt", "prompt", chat) for p in config.prompt]
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, Dropped):
+            raise UserError(f"{config.data or '--prompt'}: row {number}: {prompt.reason}: leave that row out")
     file = open(config.out, "w") if config.out else None
     for i in tqdm(range(0, len(prompts), config.batch_size), desc="completions", unit="batch", disable=not file):
         for row in complete(prompts[i : i + config.batch_size]):

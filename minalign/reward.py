@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import length_parts, pad
+from .batches import length_parts, pad, tokens_a_pass
 from .chat import Prompt, TokenizedPrompt, answer_frame, encode, encode_whole, to_messages
 from .checkpoint import load_model
 from .folders import model_folder
@@ -160,7 +160,7 @@ class RewardModel:
 
         Rows of like length go through the model together, at most `batch_size` at a time.
         """
-        parts = length_parts([len(row) for row in rows], batch_size or len(rows))
+        parts = length_parts([len(row) for row in rows], batch_size or len(rows), tokens_a_pass(self.model))
         logits = torch.cat([self._forward([rows[i] for i in part]) for part in parts])
         return logits[torch.tensor([i for part in parts for i in part], device=logits.device).argsort()]
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .batches import length_parts
+from .batches import length_parts, tokens_a_pass
+from .decode import packed_linears, preallocated_cache
 from .logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
 
 
@@ -51,6 +52,7 @@ def generate(
     eos_token_ids: int | list[int],
     pad_token_id: int,
     generator: torch.Generator | None = None,
+    uniforms: torch.Tensor | None = None,
 ) -> Rollout:
     """Sample one completion per row: y_t ~ softmax(z_t / temperature), the whole vocabulary, until an end token.
 
@@ -66,6 +68,8 @@ def generate(
         eos_token_ids: the end token, or all of them; the one drawn stays in the completion.
         pad_token_id: fills the columns after the end.
         generator: source of the draws, on the model's device; None is torch's own.
+        uniforms: (B, max_new_tokens) float64 in [0, 1), the draws themselves, instead of a generator: what a row samples then
+            depends on its own numbers alone, not on the rows beside it.
     Returns:
         Rollout(tokens, mask, logprobs), each (B, T), without a graph.
     Raises:
@@ -100,9 +104,15 @@ def generate(
             f"got a prompt of {longest} tokens and max_new_tokens={max_new_tokens}, expected at most {context} together "
             "(the model's context): shorten one of them"
         )
+    if uniforms is None:
+        uniforms = draw_uniforms(len(input_ids), max_new_tokens, input_ids.device, generator)
+    if uniforms.shape != (len(input_ids), max_new_tokens):
+        raise ValueError(
+            f"got uniforms {tuple(uniforms.shape)}, expected {(len(input_ids), max_new_tokens)}: one a row and token"
+        )
     eos = torch.tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=input_ids.device)
 
-    cache = DynamicCache(config=model.config)
+    cache = preallocated_cache(model.config, input_ids.shape[1] + max_new_tokens)
     next_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
     next_positions = position_ids_from_mask(attention_mask)
     rows = torch.arange(len(input_ids), device=input_ids.device)  # of the batch that are still in the cache
@@ -110,7 +120,7 @@ def generate(
     tokens = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logprobs = torch.zeros_like(tokens, dtype=torch.float32)
-    with dropout_off(model):  # with dropout, the samples would be those of another policy
+    with dropout_off(model), packed_linears(model):  # with dropout, the samples would be those of another policy
         for t in range(max_new_tokens):
             output = model(
                 input_ids=next_ids,
@@ -125,7 +135,7 @@ def generate(
                     f"got a {model.config.model_type} model, which fills no key-value cache: expected a transformer"
                 )
             distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (rows, V)
-            drawn = _draw(distribution, generator)  # (rows, 1)
+            drawn = _draw(distribution, uniforms[rows, t, None])  # (rows, 1)
             tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
             mask[rows, t] = running
             logprobs[rows, t] = distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0)
@@ -146,14 +156,18 @@ def generate(
     return Rollout(tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
 
 
-def _draw(logprobs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One id a row (N, 1) from log-probs (N, V), by one uniform number a row and the distribution function.
+def draw_uniforms(rows: int, columns: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    """(rows, columns) float64 in [0, 1): all the chance that `generate` needs."""
+    return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
+
+
+def _draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One id a row (N, 1) from log-probs (N, V), by one uniform number a row (N, 1) and the distribution function.
 
     Not torch.multinomial, which draws a number for every word of the vocabulary: a sixth of a CPU step. In float64, since
     rounding would otherwise move the probability of rare words.
     """
     cdf = logprobs.double().exp().cumsum(1)
-    uniform = torch.rand(len(logprobs), 1, dtype=torch.double, device=logprobs.device, generator=generator)
     return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp(max=logprobs.shape[1] - 1)
 
 
@@ -241,7 +255,7 @@ def frozen_logprobs(
 ) -> torch.Tensor:
     """`completion_logprobs` under a frozen model, without a graph, at most `micro_batch_size` rows of like length at a time."""
     logprobs = torch.zeros_like(mask, dtype=torch.float32)
-    for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), micro_batch_size):
+    for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), micro_batch_size, tokens_a_pass(model)):
         rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
         logprobs[part] = completion_logprobs(model, *rows, temperature)
     return logprobs
@@ -263,5 +277,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
             with dropout_off(model), torch.autocast(model.device.type, enabled=False):
                 hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
             plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
+        if not plain:
+            print(f"  note: {model.config.model_type} does more to its logits than the LM head's product: log-probs take the way over "
+                  "full logits, which needs more memory")  # fmt: skip
         _PLAIN_HEADS[model] = plain
     return _PLAIN_HEADS[model]

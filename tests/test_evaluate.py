@@ -1,20 +1,26 @@
 """Metrics of a policy equal those recomputed by hand, and calibration and intervals equal their definitions."""
 
 import copy
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from minalign import toy
+from minalign import evaluate_cli, toy
 from minalign.batches import pad
 from minalign.chat import TokenizedPrompt, encode
-from minalign.evaluate import bootstrap_interval, decode_parts, evaluate_policy, expected_calibration_error, split_end
-from minalign.logprobs import exact_kl
+from minalign.common import one_line_errors
+from minalign.evaluate import decode_parts, evaluate_policy, expected_calibration_error, sample_completions, split_end
+from minalign.logprobs import exact_kl, kl_k1, token_entropy, token_logprobs
+from minalign.measures import distinct_n, repetition, self_similarity
 from minalign.reward import RewardModel
 from minalign.rollout import generate
+from minalign.task import Task
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 SETTINGS = dict(temperature=0.7, max_new_tokens=12, eos_token_ids=[2, 5])
@@ -150,15 +156,163 @@ def test_calibration_error_of_known_predictions(device):
     assert expected_calibration_error(torch.full((4,), 0.8, device=device)) == pytest.approx(0.2, abs=1e-6)  # too modest
 
 
-def test_the_bootstrap_interval_covers_the_mean_in_about_95_of_100():
-    generator = torch.Generator().manual_seed(0)
-    covered, widths = 0, []
-    for seed in range(200):
-        low, high = bootstrap_interval((3 + torch.randn(50, generator=generator)).tolist(), seed, resamples=200)
-        covered += low < 3 < high
-        widths.append(high - low)
-    assert 0.88 < covered / 200 < 0.985
-    assert sum(widths) / 200 == pytest.approx(2 * 1.96 / 50**0.5, rel=0.1)
-    values = torch.randn(50, generator=generator).tolist()
-    intervals = [bootstrap_interval(values, seed, resamples=50) for seed in (1, 1, 2)]
-    assert intervals[0] == intervals[1] != intervals[2]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder with the toy world (its start policy unfitted), a reward function, and two policies, of which one loops."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tokenizer = toy.make_tokenizer()
+        loop, other = toy.make_model(tokenizer, seed=0), toy.make_model(tokenizer, seed=0)
+        with torch.no_grad():
+            for layer in loop.model.layers:  # no layer does anything, and every token is followed by one of its likes
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            loop.model.embed_tokens.weight.zero_()[:, 0] = 0.1
+            loop.model.embed_tokens.weight[10, 0] = 10.0
+            for parameter in other.parameters():
+                parameter += 0.03 * torch.randn_like(parameter)
+        start = toy.make_model(tokenizer, seed=0)
+        for model, path in ((start, Path(toy.folder()) / "start-policy"), (other, Path("other")), (loop, Path("loop"))):
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+    (folder / "rules_of_evaluate.py").write_text(
+        "def words(prompts, completions):\n"
+        "    return [len(p.split()) + 0.1 * len(c.split()) for p, c in zip(prompts, completions)]\n"
+    )
+    return folder
+
+
+FLAGS = ["--rm", "rules_of_evaluate:words", "--device", "cpu", "--eval-prompts", "24", "--max-new-tokens", "12"]
+
+
+def run_cli(folder, monkeypatch, *flags):
+    monkeypatch.chdir(folder)
+    evaluate_cli.main([*FLAGS, *flags])
+
+
+def test_the_command_line_compares_policies(folders, monkeypatch, capsys):
+    run_cli(folders, monkeypatch, "--model", "other", "loop", "--out", "both")
+    output = capsys.readouterr().out
+    results = json.loads(Path("both/results.json").read_text())
+    rows = [json.loads(line) for line in Path("both/samples.jsonl").read_text().splitlines()]
+    of = {name: [row for row in rows if row["model"] == name] for name in ("start", "other", "loop")}
+    assert [len(samples) for samples in of.values()] == [24] * 3 and list(results["models"]) == list(of)
+    for name, samples in of.items():
+        metrics = results["models"][name]
+        assert [row["prompt"] for row in samples] == [row["prompt"] for row in of["start"]]
+        assert metrics["reward"] == pytest.approx(sum(row["reward"] for row in samples) / 24, abs=1e-6)
+        assert metrics["kl_sft"] == pytest.approx(sum(row["kl"] for row in samples) / 24, abs=1e-6)
+        assert abs(metrics["kl_k1"] - metrics["kl_sft"]) <= 5 * metrics["kl_k1_se"] + 1e-6
+    start, loop = results["models"]["start"], results["models"]["loop"]
+    assert start["kl_sft"] == 0 and start["kl_k1"] == 0 and results["models"]["other"]["kl_sft"] > 0.1
+    assert start["verdict"] == "no sign of collapse" and loop["distinct_1"] < 0.1 and start["distinct_1"] > 0.1
+    assert "100% of the completions are the same text" in loop["verdict"] and loop["verdict"] in output
+    assert "the most frequent token makes 100% of all tokens" in loop["verdict"] and loop["length"] == 12
+
+    assert [(c["model"], c["against"]) for c in results["comparisons"]] == [
+        ("other", "start"), ("loop", "start"), ("loop", "other")
+    ]  # fmt: skip
+    for comparison in results["comparisons"]:
+        differences = [b["reward"] - a["reward"] for a, b in zip(of[comparison["against"]], of[comparison["model"]])]
+        difference, wins = comparison["reward_difference"], comparison["win_rate"]
+        assert difference["mean"] == pytest.approx(sum(differences) / 24, abs=1e-6)
+        assert wins["mean"] == pytest.approx(sum((d > 1e-6) + 0.5 * (abs(d) < 1e-6) for d in differences) / 24)
+        assert difference["low"] <= difference["mean"] <= difference["high"] and wins["low"] <= wins["mean"] <= wins["high"]
+        # Rewards of prompts of 4 to 20 words differ far more than those of two completions of one prompt.
+        spread = torch.tensor([row["reward"] for row in of["start"]]).std().item()
+        assert difference["high"] - difference["low"] < 2 * 1.96 * spread * (2 / 24) ** 0.5 / 2
+    control = results["control"]["reward_difference"]
+    assert control["low"] < 0 < control["high"] and control["mean"] != 0 and results["control"]["covers_zero"]
+    assert "control: start minus start" in output and "covers 0" in output
+    config = json.loads(Path("both/config.json").read_text())
+    assert config["model"] == ["other", "loop"] and config["max_new_tokens"] == 12
+
+
+def test_policies_meet_the_same_random_numbers_whatever_is_beside_them(folders, monkeypatch):
+    """The start policy under another name samples what it samples as start; batches and other policies change nothing."""
+    run_cli(folders, monkeypatch, "--model", str(toy.folder() / "start-policy"), "--out", "alone", "--batch-size", "5")
+    run_cli(folders, monkeypatch, "--model", "loop", str(toy.folder() / "start-policy"), "--out", "beside")
+    run_cli(folders, monkeypatch, "--model", "loop", "--out", "other-seed", "--seed", "1")
+    texts = {}
+    for out in ("alone", "beside", "other-seed"):
+        for line in Path(f"{out}/samples.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            texts.setdefault((out, row["model"]), []).append(row["completion"])
+    same = str(toy.folder() / "start-policy")
+    assert texts["alone", same] == texts["beside", same] == texts["alone", "start"] != texts["other-seed", "start"]
+    comparison = json.loads(Path("alone/results.json").read_text())["comparisons"][0]
+    assert comparison["reward_difference"] == {"mean": 0, "low": 0, "high": 0} and comparison["win_rate"]["mean"] == 0.5
+
+
+def test_measured_kls_and_entropy_are_those_of_each_row_alone(world):
+    """Without padding: k1 and its standard error over prompts, exact KL over prompts, entropy over tokens."""
+    policy, start, reward_model, tokenizer = world
+    task = Task(start, tokenizer, reward_model, [], ROWS, None, SETTINGS["eos_token_ids"], {})
+    config = evaluate_cli.Config(temperature=0.7, max_new_tokens=12, batch_size=4)
+    measured = evaluate_cli.measure(policy, task, config, seed=3)
+    sampling = SETTINGS | {"seed": 3, "batch_size": 4}
+    batches, completions, ended = sample_completions(policy, tokenizer, ROWS, **sampling)
+    drawn = [tokens[mask].tolist() for _, _, *batch in batches for tokens, mask in zip(*batch)]
+    k1s, kls, entropies = [], [], []
+    for row, tokens in zip(ROWS, drawn, strict=True):
+        with torch.no_grad():
+            logits = [model(torch.tensor([row.ids + tokens])).logits[:, len(row.ids) - 1 : -1] for model in (policy, start)]
+        k1s.append(kl_k1(*(token_logprobs(z, torch.tensor([tokens]), 0.7) for z in logits)).sum().item())
+        kls.append(exact_kl(*logits, 0.7).sum().item())
+        entropies += token_entropy(logits[0], 0.7)[0].tolist()
+    expected = {
+        "kl_k1": sum(k1s) / 9, "kl_k1_se": torch.tensor(k1s).std().item() / 3,
+        "kl_sft": sum(kls) / 9, "kl_sft_se": torch.tensor(kls).std().item() / 3,
+        "entropy": sum(entropies) / len(entropies), "length": sum(map(len, drawn)) / 9, "ended": sum(ended) / 9,
+        "repetition": repetition(completions), "self_similarity": self_similarity(completions),
+        "distinct_1": distinct_n(completions, 1), "distinct_2": distinct_n(completions, 2),
+        "reward": sum(measured.rewards) / 9,
+    }  # fmt: skip
+    assert measured.metrics == pytest.approx(expected, abs=1e-4) and 0 < sum(ended) < 9
+    evaluated, samples = evaluate_policy(*world, ROWS, seed=3, **SETTINGS)
+    assert [s[:2] for s in samples] == [s[:2] for s in measured.samples]  # what a training run reports
+    assert {name: measured.metrics[name] for name in evaluated} == pytest.approx(evaluated, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "--model is missing"),
+        (["--model", "a", "a"], "--model a: given twice"),
+        (["--model", "nowhere"], "--model nowhere: cannot be loaded"),
+        (["--model", "other", "--start", "x"], "--start x: needs --dataset"),
+        (["--model", "other", "--dataset", "x.jsonl"], "needs --start and --rm"),
+        (["--model", "other", "--eval-split", "test"], "--eval-split needs --dataset"),
+        (["--model", "other", "--rm", "rules_of_evaluate:nothing"], "cannot be imported"),
+        (["--model", "other", "--eval-prompts", "1"], "--eval-prompts 1: expected a number in [2, inf)"),
+        (["--model", "foreign"], "--model foreign: its vocabulary is not that of --start"),
+        (["--model", "brief"], "--model brief: a context of 16 tokens"),
+    ],
+)
+def test_errors_are_one_line(flags, expected, folders, monkeypatch, capsys):
+    monkeypatch.chdir(folders)
+    if flags[-1:] in (["foreign"], ["brief"]):
+        tokenizer = toy.make_tokenizer()
+        if flags[-1] == "foreign":
+            tokenizer.add_tokens(["new"])
+        model = toy.make_model(tokenizer, seed=0)
+        model.config.max_position_embeddings = 16 if flags[-1] == "brief" else 64
+        model.save_pretrained(flags[-1])
+        tokenizer.save_pretrained(flags[-1])
+    with pytest.raises(SystemExit) as error, one_line_errors():
+        evaluate_cli.main([*FLAGS, *flags] if "--dataset" not in flags else flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert error.value.code == 2 and len(lines) == 1 and expected in lines[0]
+
+
+def test_help_imports_nothing_heavy():
+    """In a fresh interpreter: torch takes seconds."""
+    probe = "import runpy, sys; sys.argv = ['evaluate', '--help']; runpy.run_module('minalign.evaluate', run_name='__main__')"
+    code = f"try:\n    exec({probe!r})\nexcept SystemExit:\n    assert 'torch' not in sys.modules"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    assert "--start" in ran.stdout
+    ran = subprocess.run([sys.executable, "-m", "minalign.evaluate", "--model", "a", "a"], capture_output=True, text=True,
+                         cwd=Path(__file__).parents[1])  # fmt: skip
+    assert ran.returncode == 2 and ran.stderr == "error: --model a: given twice\n"
