@@ -11,13 +11,14 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .common import UserError
+from .folders import first_line
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "Who wrote Emma?"}, ...]
 Prompt = str | Messages
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 DIALOGUE = re.compile(r"\n\n(Human|Assistant|System):")  # hh-rlhf, and to_text()
-TURN = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")  # HelpSteer
+TURN = re.compile(r"<extra_id_1>(User|Assistant)\n")  # HelpSteer
 
 
 class TokenizedPrompt(NamedTuple):
@@ -40,7 +41,7 @@ def to_messages(prompt: Prompt) -> Messages:
     if DIALOGUE.match(prompt):
         parts = DIALOGUE.split(prompt)
     elif TURN.search(prompt):
-        parts = TURN.split(prompt if TURN.match(prompt) else f"<extra_id_1>User\n{prompt}")
+        parts = TURN.split(prompt if TURN.match(prompt.lstrip()) else f"<extra_id_1>User\n{prompt}")
     else:
         return [{"role": "user", "content": prompt}]
     roles = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
@@ -50,7 +51,8 @@ def to_messages(prompt: Prompt) -> Messages:
             turns[-1]["content"] += f"\n\n{text}"
         else:
             turns.append({"role": role, "content": text})
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns  # the cue of an answer to come
+    is_cue = len(turns) > 1 and turns[-1] == {"role": "assistant", "content": ""}  # of an answer to come
+    return turns[:-1] if is_cue else turns
 
 
 def to_text(messages: Messages) -> str:
@@ -122,8 +124,11 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
         if len(messages) > 1 and messages[0]["role"] == "system":  # no system turn: its text goes before the user's
             system, user, *rest = messages
             return _render(tokenizer, [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"the chat template refuses turns of {roles} ({error}): expected user and assistant in turn") from error
+        roles = ", ".join(repr(message["role"]) for message in messages)
+        raise UserError(
+            f"the chat template refuses turns of {roles:.60} ({first_line(error)}): expected user and assistant in turn "
+            "(--format plain takes any)"
+        ) from error
 
 
 def _one_begin(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

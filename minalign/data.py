@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .chat import DIALOGUE, TURN, Messages, Prompt, first_turn, to_messages, to_text
 from .common import UserError, require
-from .rows import number_cell, read_rows, text_cell
+from .rows import number_cell, read_rows, require_characters, text_cell
 
 UNDERSTOOD = {
     "pairs": 'chosen and rejected, as {"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", "rejected": " No idea."}, '
@@ -166,8 +166,6 @@ def _divide(data: Split, rows: list[Sequence[dict]], read, key) -> tuple[list, l
                 dropped[item.reason] += 1
                 if item.prompt and split == data.eval_split:
                     held.add(first_turn(item.prompt))
-                if item.prompt and split == data.eval_split:
-                    held.add(first_turn(item.prompt))
             else:
                 parts[-1].append(item)
     if len(parts) == 1:
@@ -241,7 +239,7 @@ def _dialogue(row: dict, column: str, where: str) -> tuple[Prompt, str]:
         *before, answer = _messages(value, column, where)
         require(
             answer["role"] == "assistant",
-            f"{where}: column {column!r}: ends with a turn of {answer['role']}, expected assistant",
+            f"{where}: column {column!r}: ends with a turn of {answer['role']!r:.40}, expected assistant",
         )
         if before:  # HelpSteer's holds a whole dialogue in one user's turn
             return (to_messages(before[0]["content"]) if len(before) == 1 else before), answer["content"]
@@ -265,9 +263,11 @@ def _messages(value: list, column: str, where: str) -> Messages:
     fits = bool(value) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
     )
-    require(
-        fits, f'{where}: column {column!r}: got {value!r:.60}, expected messages: [{{"role": "user", "content": "..."}}, ...]'
-    )
+    if not fits:
+        expected = '[{"role": "user", "content": "..."}, ...]'
+        raise UserError(f"{where}: column {column!r}: got {value!r:.60}, expected messages: {expected}")
+    for message in value:
+        require_characters(message["role"] + message["content"], f"{where}: column {column!r}")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
