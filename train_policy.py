@@ -5,7 +5,8 @@
     python train_policy.py --rm path --model path-or-id --dataset prompts.jsonl
 
 One step: sample completions, score them, subtract beta times the KL to the anchor, subtract a baseline, follow
-advantage x grad log pi. The run's folder holds config.json, metrics.jsonl, samples.jsonl, results.json and model/.
+advantage x grad log pi. The run's folder holds config.json, metrics.jsonl, samples.jsonl, results.json, model/ and
+checkpoints/, from which `--out that-folder --resume` goes on as if nothing had happened.
 
 Where papers leave a choice: the baseline is a moving average (WARP does not say which it uses); one gradient step per
 batch of samples, so there is no ratio and nothing to clip; AdamW without weight decay.
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import sys
+import threading
 import time
 import typing
 from dataclasses import dataclass
@@ -25,17 +28,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minalign.common import (
-    JsonLines, MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype,
-    require, show_config, warmup_factor, write_config, write_whole,
+    UserError, autocast, checkpoint_activations_, halving, one_line_errors, pick_device, pick_dtype, require, show_config,
+    stop_after_step, warmup_factor,
 )  # fmt: skip
-from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, resolve_shared
+from minalign.flags import DataFlags, LoraFlags, MachineFlags, RunFlags, flag, parse_flags, resolve_shared
+from minalign.ranks import Ranks, process_group
+from minalign.runs import JsonLines, MetricsLog, open_run, write_config, write_whole
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
 
 
 @dataclass
-class Config(DataFlags, LoraFlags, MachineFlags):
+class Config(DataFlags, LoraFlags, RunFlags, MachineFlags):
     """Policy training."""
 
     model: str = flag("", "start policy: a run, a folder or a hub id (default: the toy world's)")
@@ -104,14 +109,20 @@ def resolve(config: Config) -> Config:
     return resolve_shared(config)
 
 
-def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch.dtype) -> dict[str, float]:
+def train(
+    config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch.dtype, stop: threading.Event | None = None,
+    ranks: Ranks = Ranks(),
+) -> dict[str, float]:  # fmt: skip
     """Train `policy` in place by `config` on a minalign.task.Task, log into `out`; returns the last step's metrics.
 
-    Raises UserError on a reward, loss or gradient that is not finite; the policy then is that of the step before.
+    With config.resume, goes on from the newest checkpoint in `out`, if there is one: `policy` must be as it was at the start.
+    Raises UserError on a reward or gradient that is not finite (the policy then is that of the step before), and
+    KeyboardInterrupt after the step in which `stop` was set, with a checkpoint of it.
     """
     import torch
 
-    from minalign.batches import length_parts, pad, shuffled_forever
+    from minalign.batches import length_parts, pad, shuffled_forever, tokens_a_pass
+    from minalign.checkpoint import load_checkpoint, save_checkpoint
     from minalign.evaluate import decode_parts, split_end
     from minalign.logprobs import kl_k1
     from minalign.lora import AdapterView, adapter_parameters
@@ -119,7 +130,7 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
     from minalign.reinforce import (
         MovingAverageBaseline, kl_penalized_rewards, leave_one_out_advantages, reinforce_loss, uncertainty_weights,
     )  # fmt: skip
-    from minalign.rollout import completion_logprobs, frozen_logprobs, generate
+    from minalign.rollout import completion_logprobs, draw_uniforms, frozen_logprobs, generate
     from minalign.task import beginning
 
     device, tokenizer = policy.device, task.tokenizer
@@ -132,24 +143,50 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
         at_start = all(torch.equal(a, b) for a, b in zip(trained, task.start.parameters()))
         shares_start = config.anchor == "fixed" and at_start  # then no second copy is needed
         anchor = task.start if shares_start else copy.deepcopy(policy).requires_grad_(False)
+    moving_anchor = list(anchor.parameters()) if config.anchor == "ema" else []
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
     baseline = MovingAverageBaseline(config.baseline_decay)
     sampling = torch.Generator(device).manual_seed(config.seed)
     prompts, lengths = shuffled_forever(task.train_prompts, config.seed), random.Random(config.seed)
-    log, samples_log = MetricsLog(out), JsonLines(out / "samples.jsonl")
+    done, best_step, best, skipped = 0, None, -math.inf, 0
+    if config.resume and (found := load_checkpoint(out)):
+        done, saved = found
+        with torch.no_grad():
+            for tensor, value in zip([*trained, *moving_anchor], saved["policy"] + saved["anchor"], strict=True):
+                tensor.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        baseline.load_state_dict(saved["baseline"])
+        if saved["sampling"].numel() == sampling.get_state().numel():
+            sampling.set_state(saved["sampling"])
+        else:  # another --device has another kind of generator
+            sampling.manual_seed(config.seed + done)
+        best_step, best, skipped = saved["best_step"], saved["best"], saved["skipped"]
+    if ranks.first:
+        log, samples_log = MetricsLog(out, done, config.tensorboard), JsonLines(out / "samples.jsonl", done)
+    metrics = log.lines.last if ranks.first else None
+    mine = ranks.share(config.batch_size)  # this process's rows of the batch; all of them without torchrun
 
-    for step in tqdm(range(1, config.steps + 1), desc="policy", unit="step"):
+    def next_prompts():
+        count = config.batch_size // config.group_size
+        return [beginning(next(prompts), task.prompt_tokens, lengths) for _ in range(count)]
+
+    for _ in range(done):
+        next_prompts()
+
+    for step in tqdm(
+        range(done + 1, config.steps + 1), desc="policy", unit="step", initial=done, total=config.steps, disable=not ranks.first
+    ):
         began = time.monotonic()
         optimizer.param_groups[0]["lr"] = config.lr * warmup_factor(step, config.warmup_steps)
 
         # x: prompts, each group_size times in a row; y ~ pi_theta(.|x)
-        drawn = [beginning(next(prompts), task.prompt_tokens, lengths) for _ in range(config.batch_size // config.group_size)]
-        asked = [prompt for prompt in drawn for _ in range(config.group_size)]
+        asked = [prompt for prompt in next_prompts() for _ in range(config.group_size)][mine]
+        uniforms = draw_uniforms(config.batch_size, config.max_new_tokens, device, sampling)[mine]
         input_ids, attention_mask = pad([prompt.ids for prompt in asked], "left", device)  # (B, P)
         with torch.no_grad(), autocast(device, dtype):
             tokens, mask, sampling_logprobs = generate(
                 policy, input_ids, attention_mask, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                eos_token_ids=task.eos_token_ids, pad_token_id=0, generator=sampling,
+                eos_token_ids=task.eos_token_ids, pad_token_id=0, uniforms=uniforms,
             )  # fmt: skip
 
             # r(x, y), in the text format that the reward model was trained on
@@ -167,64 +204,102 @@ def train(config: Config, task, policy: torch.nn.Module, out: Path, dtype: torch
         # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed over the sequence, detached
         scores = rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
         scores = scores - config.missing_eos_penalty * ~ended
-        shaped = kl_penalized_rewards(scores, sampling_logprobs, anchor_logprobs, mask, config.beta)
-        if not shaped.isfinite().all():
-            raise UserError(f"step {step}: a reward or KL that is not finite: {out} has the policy of step {step - 1}")
+        shaped = ranks.gather(kl_penalized_rewards(scores, sampling_logprobs, anchor_logprobs, mask, config.beta))  # all ranks'
+        finite = bool(shaped.isfinite().all())
+        if not finite and config.on_nonfinite == "stop":
+            raise UserError(
+                f"step {step}: a reward or KL that is not finite: the policy of step {step - 1} is the last good one"
+            )
 
         # A = r_beta - b, with b from rewards other than the sample's own
         baseline_before = baseline.value
-        if config.baseline == "rloo":
+        if not finite:
+            advantages = torch.zeros_like(shaped)
+        elif config.baseline == "rloo":
             advantages = leave_one_out_advantages(shaped, config.group_size)
         elif config.baseline == "none":
             advantages = shaped
         else:
             advantages = baseline.advantages(shaped)
-        if config.uncertainty != "none":
-            advantages = advantages * uncertainty_weights(score_variance, config.uncertainty)
+        if finite and config.uncertainty != "none":
+            advantages = advantages * uncertainty_weights(ranks.gather(score_variance), config.uncertainty)
+        own_advantages = advantages[mine]
 
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the whole batch
-        optimizer.zero_grad()
-        known_grad = -advantages[:, None] * mask / config.batch_size  # (B, T): d loss / d logprobs, before the pass
-        for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), config.micro_batch_size):
-            with autocast(device, dtype):
-                logprobs = completion_logprobs(policy, *(x[part] for x in rollout), config.temperature, known_grad[part])
-            (reinforce_loss(logprobs, mask[part], advantages[part]).sum() / config.batch_size).backward()
+        known_grad = -own_advantages[:, None] * mask / config.batch_size  # (B, T): d loss / d logprobs, before the pass
+        row_lengths = (attention_mask.sum(1) + mask.sum(1)).tolist()
+
+        def gradient_pass(micro_batch_size):
+            optimizer.zero_grad()
+            for part in length_parts(row_lengths, micro_batch_size, tokens_a_pass(policy)):
+                with autocast(device, dtype):
+                    logprobs = completion_logprobs(policy, *(x[part] for x in rollout), config.temperature, known_grad[part])
+                (reinforce_loss(logprobs, mask[part], own_advantages[part]).sum() / config.batch_size).backward()
+
+        config.micro_batch_size = halving(config.micro_batch_size, gradient_pass)
+        ranks.sum_([parameter.grad for parameter in trained if parameter.grad is not None])
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        if not grad_norm.isfinite():
-            raise UserError(f"step {step}: a gradient that is not finite: {out} has the policy of step {step - 1}: lower --lr")
-        optimizer.step()
+        finite = finite and bool(grad_norm.isfinite())
+        if finite:
+            optimizer.step()
+            if config.anchor == "ema":  # ema <- (1 - mu) ema + mu theta, after the policy's own update
+                ema_update_(moving_anchor, trained, config.mu)
+        elif config.on_nonfinite == "stop":
+            raise UserError(
+                f"step {step}: a gradient that is not finite: the policy of step {step - 1} is the last good one: lower --lr"
+            )
+        else:
+            skipped += 1
+            tqdm.write(f"step {step}: a reward, KL or gradient that is not finite: the step is skipped, {skipped} so far")
+        optimizer.zero_grad()  # now, so that no gradients lie about while the next completions are sampled
 
-        # ema <- (1 - mu) ema + mu theta, after the policy's own update
-        if config.anchor == "ema":
-            ema_update_(list(anchor.parameters()), trained, config.mu)
+        def over_tokens(values):
+            return values.masked_fill(~mask, 0.0).sum(1)  # (b,)
 
-        def per_sequence(values):  # mean over sequences of the sum over tokens
-            return values.masked_fill(~mask, 0.0).sum(1).mean().item()
-
-        tokens_sampled = mask.sum().item()
-        metrics = {
-            "reward": rewards.mean().item(),
-            "kl_sft": per_sequence(kl_k1(sampling_logprobs, start_logprobs)),  # nats a sequence; one noisy k1 each
-            "kl_anchor": per_sequence(kl_k1(sampling_logprobs, anchor_logprobs)),
+        rows = {
+            "reward": rewards,
+            "kl_sft": over_tokens(kl_k1(sampling_logprobs, start_logprobs)),  # nats a sequence; one noisy k1 each
+            "kl_anchor": over_tokens(kl_k1(sampling_logprobs, anchor_logprobs)),
+            "entropy": over_tokens(-sampling_logprobs),
+            "length": mask.sum(1),
+            "ended": ended,
+        } | {f"reward {name}": scores for name, scores in parts.items()}
+        means = dict(zip(rows, ranks.gather(torch.stack([row.float() for row in rows.values()], 1)).mean(0).tolist()))
+        texts = torch.tensor([hash((*prompt.ids, -1, *ids)) for prompt, ids in zip(asked, completions)])
+        metrics = means | {
+            "entropy": means["entropy"] / means["length"],  # nats a token, from the samples
             "shaped_reward": shaped.mean().item(),
             "baseline": baseline_before,
             "advantage_std": advantages.std(correction=0).item(),
-            "entropy": -per_sequence(sampling_logprobs) * len(asked) / tokens_sampled,  # nats a token, from the samples
-            "length": tokens_sampled / len(asked),
-            "ended": ended.float().mean().item(),
-            "repeated": 1 - len({(*p.ids, -1, *c) for p, c in zip(asked, completions)}) / len(asked),
+            "repeated": 1 - len(ranks.gather(texts.to(device)).unique()) / config.batch_size,
             "grad_norm": grad_norm.item(),
             "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_second": tokens_sampled / (time.monotonic() - began),
-        } | {f"reward {name}": scores.mean().item() for name, scores in parts.items()}
-        if step % config.eval_every == 0 or step == config.steps:
-            held_out, _ = evaluate(config, task, policy, dtype)
-            metrics |= {f"eval_{name}": value for name, value in held_out.items()}
-        log.write(step, metrics, COLUMNS)
-        if "eval_reward" in metrics:
-            tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
-        texts = dict(zip(("prompt", "completion"), decode_parts(tokenizer, asked[0].ids, completions[0])))
-        samples_log.append({"step": step, **texts, "reward": rewards[0].item()})
+            "skipped": skipped,
+            "tokens_per_second": means["length"] * config.batch_size / (time.monotonic() - began),
+        }
+        if ranks.first:
+            if step % config.eval_every == 0 or step == config.steps:
+                held_out, _ = evaluate(config, task, policy, dtype)
+                metrics |= {f"eval_{name}": value for name, value in held_out.items()}
+                objective = held_out["reward"] - config.beta * held_out["kl_sft"]
+                best_step, best = max((best_step, best), (step, objective), key=lambda pair: pair[1])
+            log.write(step, metrics, COLUMNS)
+            if "eval_reward" in metrics:
+                tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
+            prompt, completion = decode_parts(tokenizer, asked[0].ids, completions[0])
+            sample = {"reward": rewards[0].item(), "kl": rows["kl_sft"][0].item()}
+            samples_log.append({"step": step, "prompt": prompt, "completion": completion} | sample)
+
+        stopping = stop is not None and ranks.any(stop.is_set(), device)
+        if ranks.first and (step % config.save_every == 0 or step in (config.steps, best_step) or stopping):
+            state = {
+                "policy": [tensor.detach() for tensor in trained], "anchor": moving_anchor, "optimizer": optimizer.state_dict(),
+                "baseline": baseline.state_dict(), "sampling": sampling.get_state(), "best_step": best_step, "best": best,
+                "skipped": skipped,
+            }  # fmt: skip
+            save_checkpoint(out, step, state, config.keep, best_step)
+        if stopping and step < config.steps:
+            raise KeyboardInterrupt(f"after step {step} of {config.steps}")
     return metrics
 
 
@@ -248,13 +323,16 @@ def rewards_of(config: Config, device: torch.device, dtype: torch.dtype) -> list
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags, load what is asked for, train, show before and after, save."""
+    """Parse the flags and run, as one process or as one of torchrun's."""
     config = resolve(parse_flags(Config, __doc__, argv))
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    out = new_run(config.out, "policy")
-    show_config(config, device, reason, dtype)
+    with process_group(device) as (ranks, device):
+        run(config, device, reason, dtype, ranks)
 
+
+def run(config: Config, device: torch.device, reason: str, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Load what is asked for, train, show before and after, save."""
     import torch
 
     from minalign import toy
@@ -263,8 +341,14 @@ def main(argv: list[str] | None = None) -> None:
     from minalign.lora import AdapterView, add_lora_
     from minalign.task import load_task
 
-    task = load_task(config, rewards_of(config, device, dtype), device, dtype)
-    write_config(out, config, device, dtype)
+    require(config.batch_size % (config.group_size * ranks.count) == 0,
+            f"--batch-size {config.batch_size}: expected a multiple of {ranks.count} processes x --group-size {config.group_size}")  # fmt: skip
+    out = Path(ranks.from_first(lambda: str(open_run(config, "policy"))))
+    show_config(config, device, reason, dtype)
+    with ranks.first_before_others():
+        task = load_task(config, rewards_of(config, device, dtype), device, dtype)
+    if ranks.first:
+        write_config(out, config, device, dtype)
     if config.lora_rank:  # one model in memory: the start policy is what it is with its adapters off
         policy = task.start
         torch.manual_seed(config.seed)
@@ -274,14 +358,19 @@ def main(argv: list[str] | None = None) -> None:
         policy = copy.deepcopy(task.start).requires_grad_(True)
     if config.gradient_checkpointing:
         checkpoint_activations_(policy)
-    before, samples_before = evaluate(config, task, policy, dtype)
-    show_samples("before", samples_before)
-    print()
+    if ranks.first:
+        before, samples_before = evaluate(config, task, policy, dtype)
+        show_samples("before", samples_before)
+        print()
     try:
-        train(config, task, policy, out, dtype)
+        with stop_after_step(out) as stop:
+            train(config, task, policy, out, dtype, stop, ranks)
     finally:  # also after Ctrl-C or a reward that is not finite: what was learned is kept
-        base = config.model or toy.start_policy_folder()
-        save_policy(policy, task.tokenizer, out / "model", adapter_of=base if config.lora_save == "adapter" else "")
+        if ranks.first:
+            base = config.model or toy.start_policy_folder()
+            save_policy(policy, task.tokenizer, out / "model", adapter_of=base if config.lora_save == "adapter" else "")
+    if not ranks.first:
+        return
     after, samples_after = evaluate(config, task, policy, dtype)
     show_samples("after", samples_after)
     print("\n" + before_after_table(before, after))

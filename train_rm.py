@@ -6,13 +6,15 @@
 
 A data set has the columns chosen and rejected (and prompt, chosen_rating, rejected_rating, margin), or text and rating
 (or label). Prompts and answers may be chat messages.
-The run's folder holds config.json, metrics.jsonl and model/, a standard sequence classifier (the best by held-out loss).
+The run's folder holds config.json, metrics.jsonl, model/, a standard sequence classifier (the best by held-out loss), and
+checkpoints/, from which `--out that-folder --resume` goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+import threading
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minalign.common import (
-    MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require,
-    show_config, warmup_factor, write_config,
+    UserError, autocast, checkpoint_activations_, halving, one_line_errors, pick_device, pick_dtype, require, show_config,
+    stop_after_step, warmup_factor,
 )  # fmt: skip
-from minalign.flags import DataFlags, LoraFlags, MachineFlags, flag, parse_flags, parse_span, resolve_shared
+from minalign.flags import DataFlags, LoraFlags, MachineFlags, RunFlags, flag, parse_flags, parse_span, resolve_shared
+from minalign.ranks import Ranks, process_group
+from minalign.runs import MetricsLog, open_run, write_config
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
 
 
 @dataclass
-class Config(DataFlags, LoraFlags, MachineFlags):
+class Config(DataFlags, LoraFlags, RunFlags, MachineFlags):
     """Reward-model training."""
 
     model: str = flag("", "language model to start from: a run, a folder or a hub id (default: the toy world's)")
@@ -159,15 +163,23 @@ def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
     }
 
 
-def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Train by `config` into the folder `out`; returns the metrics of the saved model."""
+def train(
+    config: Config, out: Path, device: torch.device, dtype: torch.dtype, stop: threading.Event | None = None,
+    ranks: Ranks = Ranks(),
+) -> dict[str, float]:  # fmt: skip
+    """Train by `config` into the folder `out`; returns the metrics of the saved model.
+
+    With config.resume, goes on from the newest checkpoint in `out`, if there is one. KeyboardInterrupt after the step in which
+    `stop` was set, with a checkpoint of it.
+    """
     import torch
 
     from minalign import toy
-    from minalign.batches import encode_pairs, length_grouped_batches
+    from minalign.batches import encode_pairs, length_grouped_batches, length_parts, tokens_a_pass
     from minalign.chat import wants_chat
-    from minalign.folders import whole_folder
+    from minalign.checkpoint import load_checkpoint, save_checkpoint
     from minalign.data import Split, load_pairs
+    from minalign.folders import whole_folder
     from minalign.lora import add_lora_
     from minalign.reward import RewardModel
 
@@ -215,36 +227,68 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
         checkpoint_activations_(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    write_config(out, config, device, dtype)
-    log, best = MetricsLog(out), None
+    if ranks.first:
+        write_config(out, config, device, dtype)
+    done, best, skipped = 0, None, 0
+    if config.resume and (found := load_checkpoint(out)):
+        done, saved = found
+        with torch.no_grad():
+            for parameter, value in zip(trained, saved["trained"], strict=True):
+                parameter.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["dropout"])  # of --lora-dropout: the only chance but the order of the pairs
+        if device.type == "cuda" and "dropout_cuda" in saved:  # not after a change of --device
+            torch.cuda.set_rng_state(saved["dropout_cuda"])
+        best, skipped = saved["best"], saved["skipped"]
+    if ranks.first:
+        log = MetricsLog(out, done, config.tensorboard)
 
     def save():
         with whole_folder(out / "model") as folder:
             reward_model.save_pretrained(folder, adapter_of=base if config.lora_save == "adapter" else "")
 
-    for step in tqdm(range(1, steps + 1), desc="reward model", unit="step"):
-        batch = [examples[i] for i in next(batches)]
+    for _ in range(done):
+        next(batches)
+
+    for step in tqdm(
+        range(done + 1, steps + 1), desc="reward model", unit="step", initial=done, total=steps, disable=not ranks.first
+    ):
+        whole_batch = next(batches)
+        share = whole_batch[ranks.index :: ranks.count]  # this process's rows; all of them without torchrun
+        batch = [examples[i] for i in share or whole_batch[:1]]  # an epoch's last batch may have fewer than there are processes
+        weight = bool(share) / len(whole_batch)  # the whole batch divides, whatever the split
         rise, fall = warmup_factor(step, round(config.warmup * steps)), (steps - step + 1) / steps
         optimizer.param_groups[0]["lr"] = config.lr * min(rise, fall / (1 - config.warmup) if config.warmup < 1 else 1)
 
-        loss = 0.0
-        optimizer.zero_grad()
-        for i in range(0, len(batch), config.micro_batch_size):
-            micro = batch[i : i + config.micro_batch_size]
-            with autocast(device, dtype):  # both members of a pair in one forward
-                logits = reward_model.forward([e.chosen for e in micro] + [e.rejected for e in micro])
-            micro_loss = pair_losses(config, logits, micro).sum() / len(batch)  # the whole batch divides, whatever the split
-            micro_loss.backward()
-            loss += micro_loss.item()
+        lengths, losses = [len(e.chosen) + len(e.rejected) for e in batch], torch.zeros(len(batch), device=device)
+
+        def gradient_pass(micro_batch_size):
+            optimizer.zero_grad()
+            for part in length_parts(lengths, micro_batch_size, tokens_a_pass(model)):
+                micro = [batch[i] for i in part]
+                with autocast(device, dtype):  # both members of a pair in one forward
+                    logits = reward_model.forward([e.chosen for e in micro] + [e.rejected for e in micro])
+                micro_losses = pair_losses(config, logits, micro)
+                (micro_losses.sum() * weight).backward()
+                losses[part] = micro_losses.detach()
+
+        config.micro_batch_size = halving(config.micro_batch_size, gradient_pass)
+        mean_loss = losses.sum() * weight
+        ranks.sum_([mean_loss, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+        loss = mean_loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        if not math.isfinite(loss + grad_norm):
-            if best is None:
+        if math.isfinite(loss + grad_norm):
+            optimizer.step()
+        elif config.on_nonfinite == "stop":
+            if best is None and ranks.first:
                 save()
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: {out} keeps the last good model: lower --lr")
-        optimizer.step()
+        else:
+            skipped += 1
+            tqdm.write(f"step {step}: loss {loss}, gradient norm {grad_norm}: the step is skipped, {skipped} so far")
 
-        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]}
-        if step % config.eval_every == 0 or step == steps:
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "skipped": skipped}
+        if ranks.first and (step % config.eval_every == 0 or step == steps):
             metrics |= evaluate(config, reward_model, held_out)
             tqdm.write(
                 f"step {step:4d}/{steps}  loss {loss:.4f}  held out: loss {metrics['eval_loss']:.4f} (constant "
@@ -254,7 +298,22 @@ def train(config: Config, out: Path, device: torch.device, dtype: torch.dtype) -
             if best is None or metrics["eval_loss"] < best["eval_loss"]:
                 best = {"step": step} | metrics
                 save()
-        log.write(step, metrics)
+        if ranks.first:
+            log.write(step, metrics)
+
+        stopping = stop is not None and ranks.any(stop.is_set(), device)
+        if ranks.first and (step % config.save_every == 0 or step == steps or stopping):
+            state = {
+                "trained": [parameter.detach() for parameter in trained], "optimizer": optimizer.state_dict(), "best": best,
+                "dropout": torch.get_rng_state(), "skipped": skipped,
+            }  # fmt: skip
+            if device.type == "cuda":
+                state["dropout_cuda"] = torch.cuda.get_rng_state()
+            save_checkpoint(out, step, state, config.keep)
+        if stopping and step < steps:
+            raise KeyboardInterrupt(f"after step {step} of {steps}")
+    if not ranks.first:
+        return {}
     print(
         f"kept the model of step {best['step']} ({reward_model.reading}): accuracy {best['eval_accuracy']:.3f} on "
         f"{len(held_out)} held-out pairs"
@@ -280,10 +339,12 @@ def main(argv: list[str] | None = None) -> None:
     config = resolve(parse_flags(Config, __doc__, argv))
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    out = new_run(config.out, "rm")
-    show_config(config, device, reason, dtype)
-    train(config, out, device, dtype)
-    print(f"saved {out}/model")
+    with process_group(device) as (ranks, device):
+        out = Path(ranks.from_first(lambda: str(open_run(config, "rm"))))
+        show_config(config, device, reason, dtype)
+        with stop_after_step(out) as stop:
+            train(config, out, device, dtype, stop, ranks)
+        print(f"saved {out}/model")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Policies loaded in float32 and saved, and what both kinds of models share in loading."""
+"""Policies loaded in float32 and saved, what both kinds of models share in loading, and checkpoints to resume from."""
 
 import json
+import shutil
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -81,8 +85,43 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         if adapter_of:
             save_adapter(policy, new, model_folder(adapter_of))
         else:
+            # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks have runs of their own.
+            policy.should_save_on_this_rank = lambda is_main_process: True
             policy.save_pretrained(new, state_dict=dense_state(policy))
         tokenizer.save_pretrained(new)
+
+
+def save_checkpoint(out: Path, step: int, state: dict, keep: int, best_step: int | None = None) -> None:
+    """Everything that a run needs to go on after `step`, as <out>/checkpoints/step-N, whole or not there.
+
+    state: nested dicts and lists of tensors, numbers and strings. Afterwards the last `keep` checkpoints are there, and the
+    one of `best_step`. Raises UserError where it cannot be written; the earlier ones are untouched then.
+    """
+    folder, name = out / "checkpoints", f"step-{step:07d}"
+    with whole_folder(folder / name) as new:
+        torch.save(state, new / "state.pt")
+    last = sorted(path.name for path in folder.glob("step-???????") if path.name <= name)[-keep:]
+    for path in folder.glob("step-*"):  # later ones could not be read when the run went on before them; .new is half a one
+        if path.name not in (*last, f"step-{best_step or 0:07d}"):
+            shutil.rmtree(path)
+
+
+def load_checkpoint(out: Path) -> tuple[int, dict] | None:
+    """(step, state) of the newest checkpoint in `out` that can be read, on the CPU; None where there is none.
+
+    One that cannot be read is passed over with a line that says so.
+    """
+    paths = sorted((out / "checkpoints").glob("step-???????"), reverse=True)
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path / "state.pt") as archive:  # torch checks no checksums
+                if archive.testzip():
+                    raise ValueError("wrong checksum")
+            return int(path.name.removeprefix("step-")), torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except (*LOADING_ERRORS, EOFError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+            instead = "beginning from the start" if path == paths[-1] else "taking the one before"
+            print(f"{path}: cannot be read ({first_line(error)}): {instead}")
+    return None
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
-import math
-import platform
+import signal
 import sys
-import time
+import threading
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,12 +27,64 @@ def one_line_errors() -> Iterator[None]:
     """End the program with exit status 2 and one line on a UserError; everything else keeps its traceback."""
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stopped{f': {stop}' if stop.args else ''}", file=sys.stderr)
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0]}): lower --batch-size or --max-new-tokens", file=sys.stderr)
+        raise SystemExit(2) from None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no memory, on a GPU or a CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def halving(micro_batch_size: int, gradient_pass: Callable[[int], None]) -> int:
+    """gradient_pass(micro_batch_size), again with half as many rows where memory runs out: the gradient is the same.
+
+    `gradient_pass` begins with empty gradients. Returns the size that fitted; UserError where a single row does not fit.
+    """
+    while True:
+        try:
+            gradient_pass(micro_batch_size)
+            return micro_batch_size
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            require(micro_batch_size > 1, f"out of memory with one sequence a pass ({str(error).splitlines()[0]}): "
+                    "shorten prompts or completions, or try --gradient-checkpointing, --lora-rank")  # fmt: skip
+        micro_batch_size //= 2
+        tqdm.write(f"out of memory: going on with --micro-batch-size {micro_batch_size}, which gives the same gradient")
+
+
+@contextlib.contextmanager
+def stop_after_step(out: Path) -> Iterator[threading.Event]:
+    """Inside, SIGINT (Ctrl-C) or SIGTERM sets the event, and the loop ends after the step that runs; a second one ends it at once.
+
+    Either way it leaves by a KeyboardInterrupt that says how to go on.
+    """
+    asked = threading.Event()
+
+    def ask(*_):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"{str(stopped) or 'at once'}: go on with the same flags and --out {out} --resume") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def require(condition: bool, message: str) -> None:
@@ -113,57 +163,6 @@ def _checkpointed(layer: torch.nn.Module, forward, *args, **kwargs):
     return torch.utils.checkpoint.checkpoint(in_the_same_mode, *args, use_reentrant=False, **kwargs)
 
 
-def new_run(out: str, kind: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/<kind>-<number>. UserError if it holds another run."""
-    if not out:
-        taken = (int(p.name.rpartition("-")[2]) for p in Path("runs").glob(f"{kind}-*") if p.name.rpartition("-")[2].isdigit())
-        out = f"runs/{kind}-{max(taken, default=0) + 1}"
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be used ({error.strerror}): choose another folder") from error
-    require(not occupied, f"--out {out}: holds another run: choose another folder or remove that one")
-    return folder
-
-
-def resumed_run(out: str, config) -> Path:
-    """The folder of a run to go on with. UserError if there is none, or it ran with other flags (they are named)."""
-    path = Path(out) / "config.json"
-    require(path.is_file(), f"--resume: no run at --out {out!r} (no config.json there): give the folder of the run")
-    ran = json.loads(path.read_text())
-    given = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name, value in given.items():
-        if name not in ("out", "resume", "device", "dtype") and ran.get(name) != value:
-            flag_name = "--" + name.replace("_", "-")
-            raise UserError(
-                f"--resume: {out} ran with {flag_name} {ran.get(name)}, now {value}: give the same, or another --out"
-            )
-    return Path(out)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under another name and rename it: killed in between, the old file or none is there."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
-
-
-def write_config(folder: Path, config, device: torch.device, dtype: torch.dtype) -> None:
-    """Write what runs to <folder>/config.json: every flag as resolved, versions, device, command."""
-    import torch
-    import transformers
-
-    ran = dataclasses.asdict(config) | {
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "argv": sys.argv,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    write_whole(folder / "config.json", json.dumps(ran, indent=2) + "\n")
-
-
 def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -> None:
     """Print the run's header: device and why, precision, and every flag as resolved."""
     import torch
@@ -173,41 +172,6 @@ def show_config(config, device: torch.device, reason: str, dtype: torch.dtype) -
         name: value for name, value in dataclasses.asdict(config).items() if value not in ("", None) and value is not False
     }
     print("  " + "  ".join(f"{name} {value}" for name, value in given.items()))
-
-
-class JsonLines:
-    """A file of one JSON object a line, flushed line by line: a killed run keeps what it had."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "w")
-
-    def append(self, row: dict) -> None:
-        """Write one line; a number that is not finite becomes null, since JSON has none."""
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-
-class MetricsLog:
-    """<folder>/metrics.jsonl, and a printed table of some of it."""
-
-    def __init__(self, folder: Path):
-        self.lines = JsonLines(folder / "metrics.jsonl")
-        self.start = time.monotonic()
-        self.printed = 0
-
-    def write(self, step: int, metrics: dict[str, float], columns: dict[str, str] | None = None) -> None:
-        """Append {"step": step, "seconds": since the start, **metrics}; print `columns` of it (metric -> heading)."""
-        self.lines.append({"step": step, "seconds": round(time.monotonic() - self.start, 3), **metrics})
-        if columns:
-            if self.printed % 25 == 0:
-                tqdm.write(" step" + "".join(f"{heading:>8}" for heading in columns.values()))
-            tqdm.write(f"{step:5d}" + "".join(f"{_short(metrics[name]):>8}" for name in columns))
-            self.printed += 1
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{round(value, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:

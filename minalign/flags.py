@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from .common import require
 
 
-def flag(default, help: str, choices: tuple[str, ...] | None = None, within: str = ""):
+def flag(default, help: str, choices: tuple[str, ...] | None = None, within: str = "", positional: bool = False):
     """A dataclass field that is a command-line flag: `batch_size: int = flag(64, "completions a step", within="[1, inf)")`.
 
-    `within` is an interval that the value must lie in: a bracket includes its end, a parenthesis leaves it out.
+    `within` is an interval that the value must lie in: a bracket includes its end, a parenthesis leaves it out. A list that
+    is `positional` is given without the name of a flag before it, and must be given.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "within": within})
+    metadata = {"help": help, "choices": choices, "within": within, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -41,6 +43,18 @@ class LoraFlags:
     lora_targets: list[str] | None = flag(None, "names of layers that get adapters (default: every linear one in the body)")
     lora_save: str | None = flag(None, "weights with the adapters added, or PEFT's files (default: merged)",
                                  ("merged", "adapter"))  # fmt: skip
+
+
+@dataclass
+class RunFlags:
+    """Nothing lost: checkpoints, --resume, and what happens to a step that goes wrong."""
+
+    save_every: int = flag(50, "steps between checkpoints in <out>/checkpoints", within="[1, inf)")
+    keep: int = flag(1, "checkpoints to keep: so many of the last, and the best", within="[1, inf)")
+    resume: bool = flag(False, "go on with the run in --out where its last checkpoint was saved, to the same end")
+    tensorboard: bool = flag(False, "write the metrics for TensorBoard, too (pip install tensorboard)")
+    on_nonfinite: str = flag("stop", "at a reward, loss or gradient that is no number: end, or go on without that step",
+                             ("stop", "skip"))  # fmt: skip
 
 
 @dataclass
@@ -138,4 +152,5 @@ def _add_flag(group, field: dataclasses.Field, kinds: dict) -> None:
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
         options |= {"type": kind, "default": field.default, "choices": choices, "metavar": metavar}
-    group.add_argument("--" + field.name.replace("_", "-"), **options)
+    positional = field.metadata["positional"]
+    group.add_argument(field.name if positional else "--" + field.name.replace("_", "-"), **options)

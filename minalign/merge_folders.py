@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .folders import LOADING_ERRORS, first_line, model_folder, whole_folder
 from .common import UserError, require
 from .flags import flag, parse_flags
+from .folders import LOADING_ERRORS, first_line, model_folder, whole_folder
 from .merge import merge_policies
 
 SHARD_BYTES = 128 * 2**20

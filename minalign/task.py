@@ -102,8 +102,8 @@ def tokenize_prompts(tokenizer, prompts: list, limit: int, span: tuple[int, int]
     progress = tqdm(prompts, desc=f"{kind} prompts", leave=False)
     rows = [TokenizedPrompt(encode_prompt(tokenizer, p), p if isinstance(p, list) else None) for p in progress]
     if span is None:
-        kept = [row for row in rows if len(row.ids) <= limit]
-        reason = f"longer than {limit} tokens"
+        kept = [row for row in rows if 0 < len(row.ids) <= limit]
+        reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)
     else:
         kept = [row for row in rows if len(row.ids) - (row.ids[:1] == [tokenizer.bos_token_id]) >= span[0]]
         reason = f"shorter than {span[0]} tokens"

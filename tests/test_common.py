@@ -2,22 +2,24 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import train_policy
 from minalign import toy
 from minalign.common import (
-    MetricsLog, UserError, autocast, checkpoint_activations_, new_run, one_line_errors, pick_device, pick_dtype, require,
-    resumed_run, warmup_factor, write_config,
+    UserError, autocast, checkpoint_activations_, one_line_errors, pick_device, pick_dtype, require, warmup_factor,
 )  # fmt: skip
-
 from minalign.logprobs import token_logprobs
 from minalign.rollout import completion_logits, generate
+from minalign.runs import MetricsLog, new_run, open_run, resumed_run, write_config
 
 
 @dataclass
@@ -81,14 +83,16 @@ def test_the_config_file_tells_what_ran(tmp_path):
     assert ran["versions"]["torch"] == torch.__version__ and ran["argv"]
 
 
-def test_a_run_is_resumed_with_its_own_flags(tmp_path):
+def test_a_run_is_resumed_with_its_own_flags(tmp_path, capsys):
     config = Config(out=str(tmp_path), lr=0.5, ends=(1.0, 2.0))
     write_config(tmp_path, config, torch.device("cpu"), torch.float32)
     assert resumed_run(str(tmp_path), dataclasses.replace(config, resume=True)) == tmp_path
     with pytest.raises(UserError, match="ran with --batch-size 64, now 8"):
         resumed_run(str(tmp_path), dataclasses.replace(config, batch_size=8))
-    with pytest.raises(UserError, match="no run at --out"):
-        resumed_run(f"{tmp_path}/other", config)
+    assert resumed_run(f"{tmp_path}/other", config) == tmp_path / "other", "a job script's first try: nothing to go on with"
+    assert "no run in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resume needs --out"):
+        resumed_run("", config)
 
 
 def test_each_metrics_line_is_on_disk_at_once(tmp_path):
@@ -179,3 +183,26 @@ def test_recomputed_activations_change_no_gradient_and_no_sample(kind):
         parameter.data.zero_()
     assert completion_logits(twin, *inputs).abs().max() == 0 and twin is not model
     assert completion_logits(model, *inputs).abs().max() > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_tensorboard_that_is_not_there_is_a_line():
+    with pytest.raises(UserError, match="--tensorboard: it is not installed"):
+        open_run(train_policy.Config(tensorboard=True), "policy")
+
+
+def test_tensorboard_gets_every_metric(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = MetricsLog(tmp_path, tensorboard=True)
+    log.write(1, {"reward": 0.5})
+    log.write(2, {"reward": 0.75})
+    log.board.close()
+    read = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("reward")] == [(1, 0.5), (2, 0.75)]
+
+
+def test_the_commit_that_ran_is_written_down(tmp_path):
+    write_config(tmp_path, Config(), torch.device("cpu"), torch.float32)
+    revision = json.loads((tmp_path / "config.json").read_text())["git"]
+    assert revision is None or re.fullmatch("[0-9a-f]{40}", revision)

@@ -116,7 +116,7 @@ def test_every_variant_runs_and_repeats_itself(here, tmp_path, flags):
     for row in a + b:
         del row["seconds"], row["tokens_per_second"]
     assert a == b
-    assert len({row["reward"] for row in a}) == 3  # fresh samples each step
+    assert len({row["entropy"] for row in a}) == 3  # fresh samples each step
 
 
 def weights(folder):
@@ -151,7 +151,7 @@ def test_a_step_is_the_update_that_the_equations_say(here, monkeypatch):
     rollouts, gradients, anchors, random_states = [], [], [], []
 
     def recorded_generate(model, ids, mask, **keywords):
-        random_states.append(keywords["generator"].get_state())
+        random_states.append(keywords["uniforms"])
         rollouts.append((ids, mask, rollout.generate.real(model, ids, mask, **keywords)))
         return rollouts[-1][2]
 
@@ -227,7 +227,7 @@ def test_an_ema_anchor_trails_the_policy(here, tmp_path):
 
 def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys, monkeypatch):
     flags = ["--rm", "rm", "--steps", "3", "--runs", "2", "--iterations", "3", "--batch-size", "16", "--eval-every", "3",
-             "--eval-prompts", "8", "--etas", "0,0.5,1", "--keep", "0.5", "--lr", "2e-3", "--eta", "0.25", "--device", "cpu"]  # fmt: skip
+             "--eval-prompts", "8", "--etas", "0,0.5,1", "--keep-etas", "0.5", "--lr", "2e-3", "--eta", "0.25", "--device", "cpu"]  # fmt: skip
     started_from, real_train = [], train_policy.train
 
     def recorded_train(config, task, policy, *rest):

@@ -193,6 +193,12 @@ def test_the_fixed_anchor_of_a_lora_run_in_warp_is_theta_init(here):
     assert abs(rows[2]["kl_sft"]) > 1e-3
 
 
+def test_generate_refuses_a_row_that_is_no_prompt(here):
+    (here / "answer-only.jsonl").write_text('{"prompt": [{"role": "assistant", "content": "Good."}]}\n')
+    with pytest.raises(UserError, match="answer-only.jsonl: row 1: .*: leave that row out"):
+        generate.main(["--model", "./SmolLM2-135M-Instruct", "--data", "answer-only.jsonl", "--device", "cpu"])
+
+
 def test_generate_and_score_agree(here, capsys):
     """What generate writes beside a completion is what score finds for it, in chat and in text."""
     run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --out tools-rm")

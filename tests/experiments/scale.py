@@ -1,0 +1,67 @@
+"""What a policy step costs on N GPUs, computed, not measured: memory, bytes between the GPUs, seconds of each stage.
+
+    python tests/experiments/scale.py
+
+A step: 256 prompts, 256 + 256 tokens, one completion each, a start policy as anchor and a reward model of the policy's size; data
+parallel as torchrun runs it (every GPU holds all weights, gradients are summed). Counted in matrix products: 2 operations a
+weight and token forwards, 4 backwards; sampling reads all weights (in bfloat16) once a token. tests/test_scale.py holds the
+counts against torch's own counter and against the bytes that really go through the sum over ranks.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from memory import SHAPES, Shape, computed
+
+PROMPTS, PROMPT, COMPLETION, MICRO = 256, 256, 256, 4
+PEAK, USED = 989e12, 0.4  # operations a second of an H200 in bfloat16, and the share that a training pass is taken to reach
+READ = 4.8e12  # bytes a second of its memory
+LINK, NETWORK = 450e9, 50e9  # bytes a second between the GPUs of a node (8), and between nodes
+LLAMA_8B = Shape(32, 4096, 14336, 32, 8, 128256)
+
+
+def forward_operations(shape: Shape, tokens: int, predicted: int) -> int:
+    """Of the matrix products of one forward pass, logits for `predicted` of the tokens; attention's own are left out."""
+    body = shape.parameters() - shape.vocabulary * shape.width
+    return 2 * (body * tokens + shape.vocabulary * shape.width * predicted)
+
+
+def summed_bytes(shape: Shape) -> int:
+    """Gradients of one step, float32: what goes into the sum over ranks."""
+    return 4 * shape.parameters()
+
+
+def wire_bytes(shape: Shape, gpus: int) -> float:
+    """What a ring sends from each GPU for that sum: 2 (n - 1) / n of it."""
+    return 2 * (gpus - 1) / gpus * summed_bytes(shape)
+
+
+def seconds(shape: Shape, gpus: int) -> dict[str, float]:
+    """Of the stages of one step."""
+    rows = PROMPTS / gpus
+    forward = forward_operations(shape, (PROMPT + COMPLETION) * rows, COMPLETION * rows)
+    wire = LINK if gpus <= 8 else NETWORK
+    return {
+        "sample": max(COMPLETION * 2 * shape.parameters() / READ, forward / (PEAK * USED)),
+        "start + reward": 2 * forward / (PEAK * USED),
+        "train": 3 * forward / (PEAK * USED),
+        "sum gradients": wire_bytes(shape, gpus) / wire,
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    print("| policy | GPUs | GiB a GPU | GB sent a GPU and step | " + " | ".join(seconds(LLAMA_8B, 1)) + " | step |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, shape in (SHAPES | {"8B": LLAMA_8B}).items():
+        memory = computed(shape, (MICRO, 0, True, False), PROMPT, COMPLETION, 2, True) / 2**30
+        for gpus in (1, 8, 64):
+            stages = seconds(shape, gpus)
+            cells = [f"{value:.2f}" for value in (*stages.values(), sum(stages.values()))]
+            print(f"| {name} | {gpus} | {memory:.0f} | {wire_bytes(shape, gpus) / 1e9:.1f} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Several processes make the step that one makes: the three scripts under torchrun against the same flags without it.
+
+This file is also what torchrun starts: `torchrun --nproc-per-node 2 tests/test_ranks.py COMMANDS.json` runs the scripts' main
+functions one after the other, so that the heavy imports are paid for once.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+POLICY = ["--steps", "3", "--batch-size", "8", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-4", "--warmup-steps", "0",
+          "--rm", "words:score", "--model", "start", "--dataset", "prompts.jsonl", "--device", "cpu"]  # fmt: skip
+COMMANDS = {
+    "moving": ["train_policy", *POLICY, "--micro-batch-size", "3", "--anchor", "ema", "--mu", "0.3"],
+    "rloo": ["train_policy", *POLICY, "--baseline", "rloo", "--group-size", "2", "--lora-rank", "2", "--temperature", "0.8"],
+    # Seven pairs in batches of four: an epoch's last batch has three, one rank more than the other.
+    "rm": ["train_rm", "--model", "start", "--dataset", "pairs", "--eval-split", "test", "--steps", "4", "--batch-size", "4",
+           "--lr", "1e-4", "--device", "cpu"],
+    # ... and one of one pair: a rank without any.
+    "rm-one": ["train_rm", "--model", "start", "--dataset", "pairs", "--eval-split", "test", "--steps", "4", "--batch-size", "3",
+               "--loss", "ordinal", "--lr", "1e-4", "--device", "cpu"],
+    "warp": ["warp", *POLICY, "--runs", "3", "--iterations", "2", "--etas", "0,1"],  # more runs than ranks
+    "warp-one": ["warp", *POLICY, "--runs", "1", "--iterations", "2", "--etas", "0,1"],  # more ranks than runs
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with every command's run by one process (one-NAME) and by two (two-NAME)."""
+    from minalign import toy
+
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer = toy.make_tokenizer()
+    toy.make_model(tokenizer, seed=0).save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
+    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+
+    def texts(first, count, **columns):
+        return "".join(json.dumps({name: " ".join(words[(first + shift + i) % 30 :][:4]) for name, shift in columns.items()}) + "\n"
+                       for i in range(count))  # fmt: skip
+
+    (folder / "prompts.jsonl").write_text(texts(0, 30, prompt=0))
+    (folder / "pairs").mkdir()
+    (folder / "pairs/train.jsonl").write_text(texts(0, 7, chosen=3, rejected=9))
+    (folder / "pairs/test.jsonl").write_text(texts(20, 2, chosen=3, rejected=9))
+    (folder / "words.py").write_text("def score(prompts, completions):\n    return [len(c) % 7 / 3 for c in completions]\n")
+    start(folder, {f"one-{name}": [*command, "--out", f"one-{name}"] for name, command in COMMANDS.items()}, processes=1)
+    start(folder, {f"two-{name}": [*command, "--out", f"two-{name}"] for name, command in COMMANDS.items()}, processes=2)
+    return folder
+
+
+def launcher(processes):
+    """The command that starts this file."""
+    if processes == 1:
+        return [sys.executable, __file__]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__]
+
+
+def start(folder, commands, processes):
+    """Run `commands` in `folder`, by so many processes."""
+    (folder / "commands.json").write_text(json.dumps(list(commands.values())))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{folder}", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [*launcher(processes), "commands.json"], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(row):
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("seconds", "tokens_per_second")}
+
+
+def assert_same_weights(one, two, within):
+    """Adam divides by the size of the gradient: where that is rounding alone, a weight may go a part of lr the other way."""
+    from safetensors.torch import load_file
+
+    first, second = (load_file(path / "model.safetensors") for path in (one, two))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=within)
+
+
+@pytest.mark.parametrize("name", ["moving", "rloo", "rm", "rm-one"])
+def test_two_processes_train_as_one(runs, name):
+    one, two = runs / f"one-{name}", runs / f"two-{name}"
+    rows = lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl")
+    assert len(rows[0]) == len(rows[1]) == (4 if "rm" in name else 3)
+    for a, b in zip(*rows):
+        assert numbers(a) == pytest.approx(numbers(b), rel=1e-5, abs=1e-5)
+    assert_same_weights(one / "model", two / "model", within=1e-5)
+    if "rm" not in name:
+        for a, b in zip(lines(one / "samples.jsonl"), lines(two / "samples.jsonl")):
+            assert a["completion"] == b["completion"] and numbers(a) == pytest.approx(numbers(b), abs=1e-5)
+        assert any(row["kl_sft"] != 0 for row in rows[0]) and rows[0][-1]["grad_norm"] > 0
+
+
+def test_runs_of_warp_are_spread_over_processes(runs):
+    one, two = runs / "one-warp", runs / "two-warp"
+    for place in [f"iteration-{i}/{part}/model" for i in (1, 2) for part in ("run-1", "run-2", "run-3", "merged")]:
+        assert_same_weights(one / place, two / place, within=0)  # a run belongs to one rank
+    assert json.loads((one / "front.json").read_text())["front"] == json.loads((two / "front.json").read_text())["front"]
+    assert not list(two.glob("iteration-*/run-*/checkpoints"))
+
+
+def test_ranks_share_a_run_of_warp_where_there_are_more_of_them(runs):
+    one, two = runs / "one-warp-one", runs / "two-warp-one"
+    assert_same_weights(one / "iteration-1/run-1/model", two / "iteration-1/run-1/model", within=1e-5)
+    assert_same_weights(one / "iteration-2/merged/model", two / "iteration-2/merged/model", within=1e-5)
+
+
+def test_a_killed_rank_ends_the_job_and_it_resumes(runs):
+    command = [*COMMANDS["moving"], "--save-every", "1", "--steps", "400", "--out", "killed"]
+    (runs / "commands.json").write_text(json.dumps([command]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{runs}", "TQDM_DISABLE": "1"}
+    job = subprocess.Popen([*launcher(2), "commands.json"], cwd=runs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list((runs / "killed").glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0 and time.monotonic() - killed < 60 and "SIGKILL" in errors
+    done = len(lines(runs / "killed/metrics.jsonl"))
+    assert done < 400
+    config = json.loads((runs / "killed/config.json").read_text())
+    (runs / "killed/config.json").write_text(json.dumps(config | {"steps": done + 2}))  # not 400 of them
+    start(runs, {"": [*command, "--steps", str(done + 2), "--resume"]}, processes=2)
+    assert [row["step"] for row in lines(runs / "killed/metrics.jsonl")] == list(range(1, done + 3))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused():
+    import train_policy
+    from minalign.common import UserError
+    from minalign.ranks import Ranks
+
+    config = train_policy.resolve(train_policy.Config(batch_size=12, baseline="rloo"))
+    with pytest.raises(UserError, match="expected a multiple of 2 processes x --group-size 4"):
+        train_policy.run(config, torch.device("cpu"), "", torch.float32, Ranks(0, 2))
+
+
+def test_shares_and_groups():
+    from minalign.common import UserError
+    from minalign.ranks import Ranks
+
+    assert [Ranks(i, 3).share(12) for i in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    with pytest.raises(UserError, match="--batch-size 7: expected a multiple of 2"):
+        Ranks(0, 2).share(7)  # in warp.py, too, where groups of processes share a run
+    alone = Ranks()
+    assert alone.first and alone.split(5) == (0, alone) and alone.from_first(lambda: "x") == "x"
+    tensor = torch.arange(3.0)
+    alone.sum_([tensor])
+    assert torch.equal(alone.gather(tensor), torch.arange(3.0))
+
+
+if __name__ == "__main__":
+    from minalign.common import one_line_errors
+
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    with one_line_errors():
+        for script, *flags in json.loads(Path(sys.argv[1]).read_text()):
+            importlib.import_module(script).main(flags)
