@@ -7,7 +7,7 @@
 
 import time
 
-from side_by_side import compare, make_model, peak, report
+from side_by_side import compare, forward_flops, make_model, peak, report
 
 ROWS, PROMPT, NEW, REPEATS = 16, 32, 64, 4
 
@@ -57,4 +57,4 @@ if __name__ == "__main__":
         "HF generate": lambda shape: run(shape, theirs, False),
         "ours, early": lambda shape: run(shape, ours, True),
         "HF generate, early": lambda shape: run(shape, theirs, True),
-    })  # fmt: skip
+    }, flops=lambda shape: forward_flops(shape, ROWS * (PROMPT + NEW), ROWS * NEW))  # fmt: skip

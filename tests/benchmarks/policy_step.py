@@ -2,14 +2,15 @@
 
     pip install trl && python tests/benchmarks/policy_step.py --shape S
 
-"TRL" is the trainer at its defaults; "TRL, no checkpointing" is its best setting here.
+"TRL" is the trainer at its defaults; "TRL, no checkpointing" is its best setting here. "Early": each token is the end with a
+chance of about 1/16.
 """
 
 import json
 import tempfile
 from pathlib import Path
 
-from side_by_side import compare, make_model, peak, report
+from side_by_side import compare, end_often_, forward_flops, make_model, peak, report
 
 ROWS, PROMPT, NEW, STEPS = 16, 32, 64, 4
 
@@ -27,7 +28,7 @@ def reward(prompts=None, completions=None, **_) -> list[float]:
     return [(len(completion) % 7) / 7 for completion in completions]
 
 
-def ours(shape: str) -> None:
+def ours(shape: str, early: bool = False) -> None:
     """Four steps of train_policy.train."""
     import copy
 
@@ -39,6 +40,8 @@ def ours(shape: str) -> None:
     from minalign.task import Task
 
     model, tokenizer = make_model(shape)
+    if early:
+        end_often_(model)
     rows = [TokenizedPrompt(tokenizer(text)["input_ids"]) for text in prompts(tokenizer, 256)]
     before = peak()
     task = Task(model.eval().requires_grad_(False), tokenizer, RewardFunction("r", reward), rows, rows[:1], None, [2], {})
@@ -46,21 +49,23 @@ def ours(shape: str) -> None:
         dataset="-", model="-", rm=["-"], steps=STEPS, batch_size=ROWS, group_size=2, baseline="rloo", beta=0.05, lr=1e-6,
         max_new_tokens=NEW, eval_prompts=1,
     ))  # fmt: skip
-    train_policy.evaluate = lambda *_: ({}, [])
+    train_policy.evaluate = lambda *_: ({"reward": 0.0, "kl_sft": 0.0}, [])
     policy = copy.deepcopy(model).requires_grad_(True)
     with tempfile.TemporaryDirectory() as folder:
         train_policy.train(config, task, policy, Path(folder), torch.float32)
         rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
     seconds = [b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0}, *rows], rows)]
-    report(seconds, peak() - before, tokens_a_row=rows[-1]["length"])
+    report(seconds, peak() - before, tokens_a_row=[row["length"] for row in rows])
 
 
-def trl(shape: str, **settings) -> None:
+def trl(shape: str, early: bool = False, **settings) -> None:
     """Four steps of trl.RLOOTrainer."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
     model, tokenizer = make_model(shape)
+    if early:
+        end_often_(model)
     data = Dataset.from_dict({"prompt": prompts(tokenizer, 256)})
     before = peak()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +81,11 @@ def trl(shape: str, **settings) -> None:
         )
         trainer.train()
     rows = [row for row in trainer.state.log_history if "step_time" in row]
-    report([row["step_time"] for row in rows], peak() - before, tokens_a_row=rows[-1]["completions/mean_length"])
+    report([row["step_time"] for row in rows], peak() - before, tokens_a_row=[row["completions/mean_length"] for row in rows])
 
 
 if __name__ == "__main__":
     compare(__file__, __doc__, {
         "ours": ours, "TRL": trl, "TRL, no checkpointing": lambda shape: trl(shape, gradient_checkpointing=False),
-    })  # fmt: skip
+        "ours, early": lambda shape: ours(shape, early=True), "TRL, early": lambda shape: trl(shape, early=True),
+    }, flops=lambda shape: 5 * forward_flops(shape, ROWS * (PROMPT + NEW), ROWS * NEW))  # fmt: skip

@@ -11,6 +11,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -28,16 +29,29 @@ def make_model(shape: str):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    words = {f"w{i}": i for i in range(SHAPES[shape]["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    words = [*special.values(), *(f"w{i}" for i in range(4, SHAPES[shape]["vocab_size"]))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3", padding_side="left"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return LlamaForCausalLM(
         LlamaConfig(**SHAPES[shape], **ids, tie_word_embeddings=True, max_position_embeddings=2048)
     ), tokenizer
+
+
+def end_often_(model, chance: float = 1 / 16) -> None:
+    """Change a random model's weights so that token 2, the end, comes with about this chance: completions of 16 tokens."""
+    import torch
+
+    embedding = model.get_input_embeddings().weight.data
+    shift = torch.randn(embedding.shape[1]) / embedding.shape[1] ** 0.5
+    embedding += shift  # now every hidden state has a part along `shift`, and every logit the same constant
+    with torch.no_grad():
+        hidden = model.base_model(torch.arange(4, 68)[None]).last_hidden_state[0]
+        others = (hidden @ embedding.T).logsumexp(1).mean()
+    wanted = others + torch.tensor(chance / (1 - chance)).log()
+    embedding[2] = shift * wanted / (hidden @ shift).mean()
 
 
 def peak() -> int:
@@ -50,8 +64,34 @@ def report(seconds: list[float], memory: int, **facts) -> None:
     print("RESULT " + json.dumps({"seconds": statistics.median(seconds[1:] or seconds), "peak": memory, **facts}))
 
 
-def compare(file: str, description: str, once: dict, first: str = "ours") -> None:
-    """Parse the command line; run one side, or all of them in turn and print ratios to `first` with their range."""
+def forward_flops(shape: str, tokens: int, predicted: int) -> int:
+    """Multiplications and additions of the matrix products of one forward pass with logits for `predicted` of the tokens."""
+    sizes = SHAPES[shape]
+    width, head = sizes["hidden_size"], sizes["hidden_size"] // sizes["num_attention_heads"]
+    attention = 2 * width**2 + 2 * width * head * sizes["num_key_value_heads"]
+    layer = attention + 3 * width * sizes["intermediate_size"]
+    return 2 * (sizes["num_hidden_layers"] * layer * tokens + sizes["vocab_size"] * width * predicted)
+
+
+def rates() -> tuple[float, float]:
+    """Measured on this machine: float32 operations a second of large matrix products, and bytes a second of a copy (read + written)."""
+    import torch
+
+    a, b, big = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.randn(2**26)
+    seconds = [[], []]
+    for _ in range(9):
+        for kind, work in enumerate((lambda: a @ b, lambda: big.clone())):
+            began = time.monotonic()
+            work()
+            seconds[kind].append(time.monotonic() - began)
+    return 2 * 1024**3 / statistics.median(seconds[0]), 8 * 2**26 / statistics.median(seconds[1])
+
+
+def compare(file: str, description: str, once: dict, first: str = "ours", flops=None, bytes_moved=None) -> None:
+    """Parse the command line; run one side, or all of them in turn and print ratios to `first` with their range.
+
+    `flops` and `bytes_moved` (shape -> number) are what the work cannot do without: the floor that is printed.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, in turn")
@@ -75,10 +115,15 @@ def compare(file: str, description: str, once: dict, first: str = "ours") -> Non
     print(f"shape {arguments.shape}, {arguments.rounds} rounds, {platform.machine()}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
     for name, results in runs.items():
-        ratios = sorted(r["seconds"] / ours["seconds"] for r, ours in zip(results, runs[first]))
+        peer = first + ", early" * name.endswith("early")
+        ratios = sorted(r["seconds"] / ours["seconds"] for r, ours in zip(results, runs[peer]))
         middle = statistics.median(r["seconds"] for r in results)
         memory = statistics.median(r["peak"] for r in results)
         facts = {key: value for key, value in results[0].items() if key not in ("seconds", "peak")}
         print(
-            f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x {first} [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}"
+            f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x {peer} [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}"
         )
+    work = {"operations": flops, "bytes": bytes_moved}
+    for (kind, amount), rate in zip(work.items(), rates()):
+        if amount:
+            print(f"floor: {amount(arguments.shape):.3g} {kind} at {rate:.3g} a second: {amount(arguments.shape) / rate:.3f} s")
