@@ -93,16 +93,6 @@ def resolve(config: Config) -> Config:
     return resolve_shared(config)
 
 
-def require_ratings(config: Config, *pairs) -> None:
-    """UserError where --rating-coef or --margin asks for what these pairs do not have."""
-    for pair in pairs:
-        rated = pair.chosen_rating is not None and pair.rejected_rating is not None
-        require(rated or not config.rating_coef,
-                f"{config.dataset}: no chosen_rating and rejected_rating: --rating-coef needs both")  # fmt: skip
-        require(rated or pair.margin is not None or not config.margin,
-                f"{config.dataset}: no margin and no ratings: --margin needs them")  # fmt: skip
-
-
 def pair_losses(config: Config, logits: torch.Tensor, examples: list) -> torch.Tensor:
     """The training loss of each pair (B,): logits (2B, K), the chosen texts first."""
     import torch
@@ -112,7 +102,7 @@ def pair_losses(config: Config, logits: torch.Tensor, examples: list) -> torch.T
     chosen, rejected = logits.chunk(2)  # (B, K) each
     if config.loss == "bradley-terry":
         chosen, rejected = chosen[:, 0], rejected[:, 0]
-        margin = config.margin * torch.tensor([pair_margin(e.pair, config) for e in examples], device=logits.device)
+        margin = config.margin * torch.tensor([e.pair.gap for e in examples], device=logits.device)
         return bradley_terry_loss(chosen, rejected, margin) + config.center_coef * centering_penalty(chosen, rejected)
     losses = ordinal_pairwise_loss(chosen, rejected, config.ties)
     if config.rating_coef:
@@ -123,44 +113,6 @@ def pair_losses(config: Config, logits: torch.Tensor, examples: list) -> torch.T
             ordinal_rating_loss(chosen, scores[:, 0]) + ordinal_rating_loss(rejected, scores[:, 1])
         )
     return losses
-
-
-def pair_margin(pair, config: Config) -> float:
-    """By how much the chosen text should win: the data's margin or the gap of its ratings; 0 where margins are off."""
-    if not config.margin:
-        return 0.0
-    return pair.margin if pair.margin is not None else pair.chosen_rating - pair.rejected_rating
-
-
-def evaluate(config: Config, reward_model, examples: list) -> dict[str, float]:
-    """Loss (the pairwise one alone), accuracy, margin, rewards and calibration over all held-out pairs."""
-    import torch
-
-    from minalign.evaluate import expected_calibration_error
-    from minalign.losses import bradley_terry_loss, ordinal_pairwise_loss
-
-    logits = reward_model.logits([e.chosen for e in examples] + [e.rejected for e in examples])
-    chosen_rewards, rejected_rewards = reward_model.read_out(logits).chunk(2)
-    gap = chosen_rewards - rejected_rewards
-    if config.loss == "bradley-terry":
-        margin = config.margin * torch.tensor([pair_margin(e.pair, config) for e in examples], device=gap.device)
-        losses = bradley_terry_loss(chosen_rewards, rejected_rewards, margin)
-        floor = torch.nn.functional.softplus(margin).mean()  # what a constant reward gets
-        probabilities = gap.sigmoid()
-    else:
-        losses = ordinal_pairwise_loss(*logits.chunk(2), config.ties)
-        floor = -math.log(0.5 if config.ties == "half" else (1 - 1 / config.num_scores) / 2)
-        probabilities = (-ordinal_pairwise_loss(*logits.chunk(2), "half")).exp()
-    rewards = torch.cat([chosen_rewards, rejected_rewards])
-    return {
-        "eval_loss": losses.mean().item(),
-        "eval_floor": float(floor),
-        "eval_accuracy": ((gap > 0) + 0.5 * (gap == 0)).float().mean().item(),  # a tie is half right
-        "eval_margin": gap.mean().item(),
-        "eval_ece": expected_calibration_error(probabilities),
-        "reward_mean": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-    }
 
 
 def train(
@@ -175,10 +127,13 @@ def train(
     import torch
 
     from minalign import toy
-    from minalign.batches import encode_pairs, length_grouped_batches, length_parts, tokens_a_pass
+    from minalign.batches import (
+        encode_pairs, length_grouped_batches, length_parts, require_rating_range, require_ratings, tokens_a_pass,
+    )  # fmt: skip
     from minalign.chat import wants_chat
-    from minalign.checkpoint import load_checkpoint, save_checkpoint
+    from minalign.checkpoint import resume_, save_checkpoint
     from minalign.data import Split, load_pairs
+    from minalign.evaluate import evaluate_pairs
     from minalign.folders import whole_folder
     from minalign.lora import add_lora_
     from minalign.reward import RewardModel
@@ -209,12 +164,7 @@ def train(
     examples = encode_pairs(train_pairs, reward_model.encode, max_pairs=config.max_pairs, **drawing)
     held_out = encode_pairs(eval_pairs, reward_model.encode, max_pairs=config.max_eval_pairs, **drawing)
     require(bool(examples and held_out), "no pairs left to train or evaluate on: raise --max-tokens")
-    if config.rating_coef:
-        low, high = config.rating_range
-        ratings = [rating for e in examples + held_out for rating in (e.pair.chosen_rating, e.pair.rejected_rating)]
-        require(low <= min(ratings) and max(ratings) <= high,
-                f"{config.dataset or 'toy world'}: ratings from {min(ratings):g} to {max(ratings):g}, outside --rating-range "
-                f"{low:g} {high:g}: give the scale of the data")  # fmt: skip
+    require_rating_range(config, examples + held_out)
     lengths = [max(len(e.chosen), len(e.rejected)) for e in examples]
     order = torch.Generator().manual_seed(config.seed)
     batches = length_grouped_batches(lengths, config.batch_size, order)
@@ -226,20 +176,14 @@ def train(
     if config.gradient_checkpointing:
         checkpoint_activations_(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
     if ranks.first:
         write_config(out, config, device, dtype)
-    done, best, skipped = 0, None, 0
-    if config.resume and (found := load_checkpoint(out)):
-        done, saved = found
-        with torch.no_grad():
-            for parameter, value in zip(trained, saved["trained"], strict=True):
-                parameter.copy_(value)
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["dropout"])  # of --lora-dropout: the only chance but the order of the pairs
-        if device.type == "cuda" and "dropout_cuda" in saved:  # not after a change of --device
-            torch.cuda.set_rng_state(saved["dropout_cuda"])
-        best, skipped = saved["best"], saved["skipped"]
+    counts = {"best": None, "skipped": 0}  # metrics of the kept model; steps left out
+    state = {"trained": trained, "optimizer": optimizer, "dropout": torch.default_generator, "counts": counts}
+    if device.type == "cuda":  # of --lora-dropout: the only chance but the order of the pairs
+        state["dropout_cuda"] = torch.cuda.default_generators[device.index or 0]
+    done = resume_(out, state) if config.resume else 0
     if ranks.first:
         log = MetricsLog(out, done, config.tensorboard)
 
@@ -280,40 +224,35 @@ def train(
         if math.isfinite(loss + grad_norm):
             optimizer.step()
         elif config.on_nonfinite == "stop":
-            if best is None and ranks.first:
+            if counts["best"] is None and ranks.first:
                 save()
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: {out} keeps the last good model: lower --lr")
         else:
-            skipped += 1
-            tqdm.write(f"step {step}: loss {loss}, gradient norm {grad_norm}: the step is skipped, {skipped} so far")
+            counts["skipped"] += 1
+            tqdm.write(f"step {step}: loss {loss}, gradient norm {grad_norm}: the step is skipped, {counts['skipped']} so far")
 
-        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "skipped": skipped}
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"], "skipped": counts["skipped"]}
         if ranks.first and (step % config.eval_every == 0 or step == steps):
-            metrics |= evaluate(config, reward_model, held_out)
+            metrics |= evaluate_pairs(config, reward_model, held_out)
             tqdm.write(
                 f"step {step:4d}/{steps}  loss {loss:.4f}  held out: loss {metrics['eval_loss']:.4f} (constant "
                 f"{metrics['eval_floor']:.4f})  accuracy {metrics['eval_accuracy']:.3f}  margin {metrics['eval_margin']:.2f}  "
                 f"ece {metrics['eval_ece']:.3f}  reward {metrics['reward_mean']:.2f} +- {metrics['reward_std']:.2f}"
             )
-            if best is None or metrics["eval_loss"] < best["eval_loss"]:
-                best = {"step": step} | metrics
+            if counts["best"] is None or metrics["eval_loss"] < counts["best"]["eval_loss"]:
+                counts["best"] = {"step": step} | metrics
                 save()
         if ranks.first:
             log.write(step, metrics)
 
         stopping = stop is not None and ranks.any(stop.is_set(), device)
         if ranks.first and (step % config.save_every == 0 or step == steps or stopping):
-            state = {
-                "trained": [parameter.detach() for parameter in trained], "optimizer": optimizer.state_dict(), "best": best,
-                "dropout": torch.get_rng_state(), "skipped": skipped,
-            }  # fmt: skip
-            if device.type == "cuda":
-                state["dropout_cuda"] = torch.cuda.get_rng_state()
             save_checkpoint(out, step, state, config.keep)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"after step {step} of {steps}")
     if not ranks.first:
         return {}
+    best = counts["best"]
     print(
         f"kept the model of step {best['step']} ({reward_model.reading}): accuracy {best['eval_accuracy']:.3f} on "
         f"{len(held_out)} held-out pairs"

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .chat import Prompt
+from .common import require
 from .data import Pair
 
 
@@ -131,3 +132,23 @@ def shuffled_forever(items: Sequence, seed: int) -> Iterator:
     rng = random.Random(seed)
     while True:
         yield from rng.sample(items, len(items))
+
+
+def require_ratings(config, *pairs: Pair) -> None:
+    """UserError where --rating-coef or --margin asks for what these pairs do not have."""
+    for pair in pairs:
+        rated = pair.chosen_rating is not None and pair.rejected_rating is not None
+        require(rated or not config.rating_coef,
+                f"{config.dataset}: no chosen_rating and rejected_rating: --rating-coef needs both")  # fmt: skip
+        require(rated or pair.margin is not None or not config.margin,
+                f"{config.dataset}: no margin and no ratings: --margin needs them")  # fmt: skip
+
+
+def require_rating_range(config, examples: Sequence[Example]) -> None:
+    """UserError where the ratings that --rating-coef asks for lie outside --rating-range."""
+    if config.rating_coef:
+        low, high = config.rating_range
+        ratings = [rating for e in examples for rating in (e.pair.chosen_rating, e.pair.rejected_rating)]
+        require(low <= min(ratings) and max(ratings) <= high,
+                f"{config.dataset or 'toy world'}: ratings from {min(ratings):g} to {max(ratings):g}, outside --rating-range "
+                f"{low:g} {high:g}: give the scale of the data")  # fmt: skip

@@ -94,16 +94,51 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 def save_checkpoint(out: Path, step: int, state: dict, keep: int, best_step: int | None = None) -> None:
     """Everything that a run needs to go on after `step`, as <out>/checkpoints/step-N, whole or not there.
 
-    state: nested dicts and lists of tensors, numbers and strings. Afterwards the last `keep` checkpoints are there, and the
-    one of `best_step`. Raises UserError where it cannot be written; the earlier ones are untouched then.
+    state: by name, lists of tensors, generators, whatever has a state_dict, and dicts of tensors, numbers and strings.
+    Afterwards the last `keep` checkpoints are there, and the one of `best_step`. Raises UserError where it cannot be written;
+    the earlier ones are untouched then.
     """
     folder, name = out / "checkpoints", f"step-{step:07d}"
     with whole_folder(folder / name) as new:
-        torch.save(state, new / "state.pt")
+        torch.save({key: _content(value) for key, value in state.items()}, new / "state.pt")
     last = sorted(path.name for path in folder.glob("step-???????") if path.name <= name)[-keep:]
     for path in folder.glob("step-*"):  # later ones could not be read when the run went on before them; .new is half a one
         if path.name not in (*last, f"step-{best_step or 0:07d}"):
             shutil.rmtree(path)
+
+
+def _content(value):
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if hasattr(value, "state_dict"):
+        return value.state_dict()
+    return [tensor.detach() for tensor in value] if isinstance(value, list) else value
+
+
+@torch.no_grad()
+def resume_(out: Path, state: dict) -> int:
+    """Put the newest checkpoint of `out` into what `save_checkpoint` took; returns its step, 0 where there is none.
+
+    A generator of another device than the saved one's (after a change of --device) goes on with a seed of that step.
+    """
+    found = load_checkpoint(out)
+    if found is None:
+        return 0
+    step, saved = found
+    for key, value in state.items():
+        if isinstance(value, torch.Generator):
+            if key in saved and saved[key].numel() == value.get_state().numel():
+                value.set_state(saved[key])
+            else:
+                value.manual_seed(value.initial_seed() + step)
+        elif isinstance(value, list):
+            for tensor, content in zip(value, saved[key], strict=True):
+                tensor.copy_(content)
+        elif isinstance(value, dict):
+            value.update(saved[key])
+        else:
+            value.load_state_dict(saved[key])
+    return step
 
 
 def load_checkpoint(out: Path) -> tuple[int, dict] | None:

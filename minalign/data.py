@@ -31,6 +31,12 @@ class Pair(NamedTuple):
     rejected_rating: float | None = None
     margin: float | None = None
 
+    @property
+    def gap(self) -> float:
+        """By how much the chosen text is better: the data's margin, or the gap of its ratings; 0 where it says neither."""
+        rated = self.chosen_rating is not None and self.rejected_rating is not None
+        return self.margin if self.margin is not None else self.chosen_rating - self.rejected_rating if rated else 0.0
+
 
 class RatedPairs:
     """All pairs of rated texts whose ratings differ by at least `min_gap`, made when asked for.

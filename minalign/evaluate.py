@@ -11,15 +11,17 @@ if __name__ == "__main__":  # before the heavy imports: --help and a wrong flag 
         main()
     raise SystemExit
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .batches import pad
+from .batches import Example, pad
 from .chat import TokenizedPrompt
 from .logprobs import exact_kl
+from .losses import bradley_terry_loss, ordinal_pairwise_loss
 from .lora import AdapterView
 from .measures import bootstrap_interval, distinct_n  # noqa: F401 (the interval is also known from here)
 from .reward import RewardModel
@@ -186,3 +188,29 @@ def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> f
     gaps = torch.zeros(bins, dtype=torch.double, device=probabilities.device)
     gaps.index_add_(0, bin_of, correct - confidence)  # n_b (accuracy_b - confidence_b)
     return gaps.abs().sum().item() / len(probabilities)
+
+
+def evaluate_pairs(config, reward_model: RewardModel, examples: Sequence[Example]) -> dict[str, float]:
+    """Loss (the pairwise one alone), accuracy, margin, rewards and calibration over all held-out pairs."""
+    logits = reward_model.logits([e.chosen for e in examples] + [e.rejected for e in examples])
+    chosen_rewards, rejected_rewards = reward_model.read_out(logits).chunk(2)
+    gap = chosen_rewards - rejected_rewards
+    if config.loss == "bradley-terry":
+        margin = config.margin * torch.tensor([e.pair.gap for e in examples], device=gap.device)
+        losses = bradley_terry_loss(chosen_rewards, rejected_rewards, margin)
+        floor = torch.nn.functional.softplus(margin).mean()  # what a constant reward gets
+        probabilities = gap.sigmoid()
+    else:
+        losses = ordinal_pairwise_loss(*logits.chunk(2), config.ties)
+        floor = -math.log(0.5 if config.ties == "half" else (1 - 1 / config.num_scores) / 2)
+        probabilities = (-ordinal_pairwise_loss(*logits.chunk(2), "half")).exp()
+    rewards = torch.cat([chosen_rewards, rejected_rewards])
+    return {
+        "eval_loss": losses.mean().item(),
+        "eval_floor": float(floor),
+        "eval_accuracy": ((gap > 0) + 0.5 * (gap == 0)).float().mean().item(),  # a tie is half right
+        "eval_margin": gap.mean().item(),
+        "eval_ece": expected_calibration_error(probabilities),
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+    }

@@ -66,6 +66,44 @@ class MachineFlags:
     dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
 
+@dataclass
+class PolicyFlags(DataFlags, LoraFlags, RunFlags, MachineFlags):
+    """Policy training."""
+
+    model: str = flag("", "start policy: a run, a folder or a hub id (default: the toy world's)")
+    rm: list[str] | None = flag(None, "reward: a run of train_rm.py, a folder, a hub id, or a Python module:function; may be "
+                                "several (default: a reward model for the toy world)")  # fmt: skip
+    rm_weights: list[float] | None = flag(None, "weights of several rewards, each standardised (default: 1 each)")
+    rm_average: bool = flag(False, "of several reward models take one whose weights are their average (WARM)")
+    standardize_rewards: bool = flag(False, "by mean and deviation of the start policy's rewards: beta then means the same "
+                                     "for any reward model")  # fmt: skip
+    prompt_column: str = flag("", "column of the prompts (default: prompt, messages, chosen or text)")
+    prompt_tokens: str = flag("", "so many first tokens of each text, drawn anew each time (default for a column text: 5-15)")
+    max_prompt_tokens: int | None = flag(None, "longer prompts are dropped and counted (default: what the context leaves)",
+                                         within="[1, inf)")  # fmt: skip
+    out: str = flag("", "folder of the run (default: the next free runs/policy-N)")
+    seed: int = flag(0, "seed of prompt order and sampling")
+    steps: int = flag(200, "optimizer steps, one batch of fresh samples each", within="[1, inf)")
+    batch_size: int = flag(64, "completions a step", within="[1, inf)")
+    group_size: int | None = flag(None, "completions a prompt, side by side (default: 4 for rloo, else 1)", within="[1, inf)")
+    micro_batch_size: int | None = flag(None, "completions a pass: memory, not the gradient (default: all)", within="[1, inf)")
+    lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 5e-4)", within="(0, inf)")
+    warmup_steps: int = flag(10, "steps over which the learning rate rises; then it is constant", within="[0, inf)")
+    max_grad_norm: float = flag(1.0, "gradient norm above which the whole batch's gradient is scaled down", within="(0, inf)")
+    temperature: float = flag(1.0, "of sampling and of every log-prob", within="(0, inf)")
+    max_new_tokens: int | None = flag(None, "tokens of a completion (default: 64, in the toy world 32)", within="[1, inf)")
+    beta: float = flag(0.1, "weight of KL(policy || anchor) in the reward, reward units per nat", within="[0, inf)")
+    anchor: str = flag("fixed", "what the KL is measured from: the start, or an average of the policy", ("fixed", "ema"))
+    mu: float | None = flag(None, "ema anchor: its rate, ema <- (1 - mu) ema + mu theta (default: 0.01)", within="(0, 1]")
+    baseline: str = flag("moving", "mean of all earlier rewards, exponential, of the group", ("moving", "ema", "rloo", "none"))
+    baseline_decay: float | None = flag(None, "ema baseline: decay of the average (default: 0.9)", within="[0, 1)")
+    uncertainty: str = flag("none", "weight by score variance", ("none", "inverse_std", "inverse_variance", "one_plus_std"))
+    missing_eos_penalty: float = flag(1.0, "subtracted where a completion did not end, reward units", within="[0, inf)")
+    reward_clip: float | None = flag(None, "clamp rewards to [-c, c], before penalty and KL", within="(0, inf)")
+    eval_prompts: int = flag(128, "held-out prompts, scored before, during and after", within="[1, inf)")
+    eval_every: int = flag(50, "steps between evaluations", within="[1, inf)")
+
+
 def resolve_shared(config):
     """Check DataFlags and LoraFlags, and fill in what depends on others; UserError for flags that make no sense together."""
     for name in ("subset", "eval_split"):
@@ -77,6 +115,31 @@ def resolve_shared(config):
         config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank
         config.lora_save = config.lora_save or "merged"
     return config
+
+
+def resolve_policy(config: PolicyFlags) -> PolicyFlags:
+    """Check PolicyFlags, and fill in what depends on others; UserError for flags that make no sense, alone or together."""
+    require(config.anchor == "ema" or config.mu is None, "--mu needs --anchor ema")
+    require(config.baseline == "ema" or config.baseline_decay is None, "--baseline-decay needs --baseline ema")
+    toy_world = not config.dataset
+    config.lr = (5e-4 if toy_world else 1e-5) if config.lr is None else config.lr
+    config.max_new_tokens = (32 if toy_world else 64) if config.max_new_tokens is None else config.max_new_tokens
+    config.group_size = (4 if config.baseline == "rloo" else 1) if config.group_size is None else config.group_size
+    config.micro_batch_size = config.batch_size if config.micro_batch_size is None else config.micro_batch_size
+    if config.anchor == "ema":
+        config.mu = 0.01 if config.mu is None else config.mu
+    if config.baseline == "ema":
+        config.baseline_decay = 0.9 if config.baseline_decay is None else config.baseline_decay
+    require(config.baseline != "rloo" or config.group_size > 1, "--baseline rloo needs --group-size 2 or more")
+    require(config.batch_size % config.group_size == 0,
+            f"--batch-size {config.batch_size}: expected a multiple of --group-size {config.group_size}")  # fmt: skip
+    require(not toy_world or not config.model, f"--model {config.model}: needs --dataset, too: the prompts")
+    require(toy_world or bool(config.model and config.rm), f"--dataset {config.dataset}: needs --model and --rm, too")
+    require(bool(config.rm) or not (config.rm_average or config.rm_weights), "--rm-average, --rm-weights: need --rm")
+    require(
+        not config.lora_dropout, "--lora-dropout: for reward models alone: with it, sampling and log-probs are of two policies"
+    )
+    return resolve_shared(config)
 
 
 def parse_span(name: str, text: str) -> tuple[int, int] | None:

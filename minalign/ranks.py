@@ -35,7 +35,9 @@ class Ranks:
 
     def share(self, rows: int) -> slice:
         """This rank's rows of a batch of `rows`. UserError where `count` does not divide it: a row left out would go unnoticed."""
-        require(rows % self.count == 0, f"--batch-size {rows}: expected a multiple of {self.count}, the processes that share a run")
+        require(
+            rows % self.count == 0, f"--batch-size {rows}: expected a multiple of {self.count}, the processes that share a run"
+        )
         each = rows // self.count
         return slice(self.index * each, (self.index + 1) * each)
 

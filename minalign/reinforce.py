@@ -167,6 +167,35 @@ def uncertainty_weights(variance: torch.Tensor, kind: str) -> torch.Tensor:
     return variance.clamp(min=1e-6) ** (-0.5 if kind == "inverse_std" else -1.0)
 
 
+def importance_weights(
+    logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, mask: torch.Tensor, limit: float = 2.0
+) -> torch.Tensor:
+    """How much likelier each completion is under the policy than under the model that sampled it.
+
+        w = min(limit, pi(y|x) / mu(y|x)),    E_mu[w f(y)] = E_pi[f(y)] as long as no ratio passes the limit
+        (truncated importance sampling, Ionides 2008)
+
+    For samples of a copy of the policy in lower precision; 1 everywhere where the two agree.
+
+    Args:
+        logprobs, sampling_logprobs: (B, T) nats, of the policy and of the sampling; anything outside the mask.
+        mask: (B, T), true for tokens of the completion.
+        limit: > 0, bounds the variance; what it cuts off is bias.
+    Returns:
+        (B,) float32, detached.
+    Raises:
+        ValueError: shapes that differ.
+
+    >>> importance_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -1.2]]), torch.tensor([[True, True]]))
+    tensor([1.3499])
+    """
+    if logprobs.ndim != 2 or not logprobs.shape == sampling_logprobs.shape == mask.shape:
+        shapes = [tuple(x.shape) for x in (logprobs, sampling_logprobs, mask)]
+        raise ValueError(f"got logprobs, sampling_logprobs, mask {shapes}, expected (B, T) for all three")
+    difference = (logprobs.detach().float() - sampling_logprobs.detach().float()).masked_fill(~mask.bool(), 0.0)
+    return difference.sum(1).exp().clamp(max=limit)
+
+
 def reinforce_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """The loss whose gradient is the REINFORCE estimate, one value per completion.
 

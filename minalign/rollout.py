@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .batches import length_parts, tokens_a_pass
-from .decode import packed_linears, preallocated_cache
+from .decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
 from .logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
 
 
@@ -135,7 +135,7 @@ def generate(
                     f"got a {model.config.model_type} model, which fills no key-value cache: expected a transformer"
                 )
             distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (rows, V)
-            drawn = _draw(distribution, uniforms[rows, t, None])  # (rows, 1)
+            drawn = draw(distribution, uniforms[rows, t, None])  # (rows, 1)
             tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
             mask[rows, t] = running
             logprobs[rows, t] = distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0)
@@ -145,6 +145,13 @@ def generate(
                 break
             next_ids = drawn
             next_positions = next_positions[:, -1:] + 1
+            if t == 0 and can_be_fixed(model, cache):
+                decode_fixed(
+                    model, cache, attention_mask, next_ids, next_positions, running, uniforms, tokens, mask, logprobs,
+                    temperature=temperature, eos=eos,
+                )  # fmt: skip
+                t = int(mask.any(0).sum()) - 1
+                break
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
             # Rows that have ended leave. A few go on as dead weight: copying the cache costs, too.
             if left <= 0.75 * len(rows):
@@ -159,16 +166,6 @@ def generate(
 def draw_uniforms(rows: int, columns: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
     """(rows, columns) float64 in [0, 1): all the chance that `generate` needs."""
     return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
-
-
-def _draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """One id a row (N, 1) from log-probs (N, V), by one uniform number a row (N, 1) and the distribution function.
-
-    Not torch.multinomial, which draws a number for every word of the vocabulary: a sixth of a CPU step. In float64, since
-    rounding would otherwise move the probability of rare words.
-    """
-    cdf = logprobs.double().exp().cumsum(1)
-    return torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp(max=logprobs.shape[1] - 1)
 
 
 def completion_logits(
@@ -276,7 +273,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         if plain:
             with dropout_off(model), torch.autocast(model.device.type, enabled=False):
                 hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
-            plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
+                plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
         if not plain:
             print(f"  note: {model.config.model_type} does more to its logits than the LM head's product: log-probs take the way over "
                   "full logits, which needs more memory")  # fmt: skip

@@ -119,6 +119,13 @@ def _git_revision() -> str | None:
         return None
 
 
+POLICY_COLUMNS = {  # of the printed table: metric -> heading
+    "reward": "reward", "kl_sft": "kl_sft", "kl_anchor": "kl_anch", "shaped_reward": "shaped", "baseline": "base",
+    "advantage_std": "adv_sd", "entropy": "entropy", "length": "length", "ended": "ended", "grad_norm": "grad",
+    "tokens_per_second": "tok/s",
+}  # fmt: skip
+
+
 class JsonLines:
     """A file of one JSON object a line, written line by line: a killed run keeps what it had.
 

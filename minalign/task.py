@@ -1,5 +1,6 @@
 """What a policy is trained on: the start policy, the reward, the prompts."""
 
+import copy
 import random
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from .common import autocast, require
 from .data import Split, load_prompts
 from .evaluate import sample_completions
 from .flags import parse_span
+from .lora import AdapterView, adapter_parameters
 from .reward import RewardModel
 from .rewards import RewardFunction, RewardSum, load_rewards
 
@@ -117,3 +119,22 @@ def tokenize_prompts(tokenizer, prompts: list, limit: int, span: tuple[int, int]
 def beginning(prompt: TokenizedPrompt, span: tuple[int, int] | None, rng: random.Random) -> TokenizedPrompt:
     """The first ids of a text, low..high of them, drawn by `rng`; the prompt itself where there is no span."""
     return prompt if span is None else TokenizedPrompt(prompt.ids[: rng.randint(*span)])
+
+
+def trained_and_anchor(
+    policy: torch.nn.Module, start: torch.nn.Module, config
+) -> tuple[list[torch.nn.Parameter], torch.nn.Module]:
+    """What is trained of a policy, and the model that its KL is measured from, which begins as the policy is now.
+
+    With adapters the anchor is the policy itself with its adapters off, or with an average of them. A fixed anchor that would be
+    a second copy of `start` is `start`.
+    """
+    if config.lora_rank:
+        trained = adapter_parameters(policy)
+        if config.anchor == "fixed":
+            return trained, start if isinstance(start, AdapterView) else AdapterView(policy, None)
+        return trained, AdapterView(policy, [parameter.detach().clone() for parameter in trained])
+    trained = list(policy.parameters())
+    if config.anchor == "fixed" and all(torch.equal(a, b) for a, b in zip(trained, start.parameters())):
+        return trained, start
+    return trained, copy.deepcopy(policy).requires_grad_(False)

@@ -13,6 +13,7 @@ import torch
 from minalign.logprobs import completion_mask, kl_k1, kl_k2, kl_k3, token_logprobs
 from minalign.reinforce import (
     MovingAverageBaseline,
+    importance_weights,
     kl_penalized_rewards,
     leave_one_out_advantages,
     reinforce_loss,
@@ -121,6 +122,22 @@ def test_the_enumeration_is_complete():
 def test_expected_gradient_is_that_of_reward_minus_beta_kl(advantages_of):
     """D2, D9, D10, E3: any baseline, variable lengths, a tempered policy, KL in the reward, and not a percent lost."""
     close(expected_gradient(advantages_of), true_gradient())
+
+
+@pytest.mark.parametrize("limit, exact", [(INF, True), (2.0, False)])
+def test_samples_of_another_policy_count_by_their_ratio(limit, exact):
+    """Drawn by the anchor, weighted to the policy: the same expected gradient, as long as no ratio is cut."""
+    theta = THETA.clone().requires_grad_()
+    logprobs, drawn_by = (token_logprobs(x[ROWS], TOKENS, TEMPERATURE) for x in (theta, ANCHOR))
+    garbage = logprobs.masked_fill(~MASK, NAN)
+    weights = importance_weights(garbage, drawn_by, MASK, limit)
+    ratios = (completion_logprobs(THETA) - completion_logprobs(ANCHOR)).exp()
+    close(weights, ratios.clamp(max=limit))
+    assert ratios.max() > 2 and not weights.requires_grad
+    shaped = kl_penalized_rewards(REWARDS, logprobs, drawn_by, MASK, BETA)
+    losses = completion_logprobs(ANCHOR).exp() * reinforce_loss(logprobs, MASK, weights * shaped)
+    error = relative_error(-torch.autograd.grad(losses.sum(), theta)[0])
+    assert error < 1e-5 if exact else error > 0.05
 
 
 # --- the classic mistakes are not ------------------------------------------------------------------------------------
@@ -403,6 +420,7 @@ CALLS = [
     (lambda rewards: moving_average(rewards, decay=0.5), (REWARDS[:4],)),
     (partial(leave_one_out_advantages, group_size=2), (REWARDS[:4],)),
     (partial(kl_penalized_rewards, beta=0.3), (REWARDS[:4], LOGPROBS, 2.3 * LOGPROBS, ONES)),
+    (importance_weights, (LOGPROBS, 1.1 * LOGPROBS, ONES)),
     (partial(uncertainty_weights, kind="inverse_variance"), (REWARDS[:4].square(),)),
     (partial(uncertainty_weights, kind="none"), (REWARDS[:4].square(),)),
     (partial(uncertainty_weights, kind="one_plus_std"), (REWARDS[:4].square(),)),
@@ -440,6 +458,9 @@ def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, f
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS[:, 0], LOGPROBS[:, 0], ONES[:, 0], 0.1), r"\(4,\)"),
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS, LOGPROBS, ONES, -0.1), "beta=-0.1"),
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS, LOGPROBS, ONES, NAN), "beta=nan"),
+        (importance_weights, (LOGPROBS, LOGPROBS[:, :2], ONES), r"\(4, 2\)"),
+        (importance_weights, (LOGPROBS, LOGPROBS, ONES[:1]), r"\(1, 3\)"),
+        (importance_weights, (LOGPROBS[0], LOGPROBS[0], ONES[0]), r"\(3,\)"),
         (uncertainty_weights, (torch.ones(2), "variance"), "'variance'"),
         (uncertainty_weights, (torch.tensor([1.0, -0.5]), "none"), "-0.5"),
         (uncertainty_weights, (torch.tensor([1.0, NAN]), "inverse_std"), "nan"),

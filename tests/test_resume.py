@@ -627,10 +627,10 @@ def test_a_step_with_a_reward_that_is_no_number_is_skipped(tmp_path, baseline, v
         assert difference(two[name], three[name]) == "", name
     assert difference(two["policy"], four["policy"]) != "" and difference(two["anchor"], four["anchor"]) != ""
     rows = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and four["skipped"] == 1
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and four["counts"]["skipped"] == 1
     assert [row["reward"] is None for row in rows] == [False, False, True, False, False, False]
     assert all(math.isfinite(value) for row in rows[3:] for value in row.values())
-    assert "step 3: a reward, KL or gradient that is not finite: the step is skipped, 1 so far" in capsys.readouterr().out
+    assert "step 3: a reward or KL that is not finite: the step is skipped, 1 so far" in capsys.readouterr().out
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     for step in (4, 5, 6):
         shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:07d}")
@@ -853,6 +853,6 @@ def test_sigterm_ends_the_script_after_its_step(tmp_path, monkeypatch, capsys):
     assert [row["step"] for row in lines(log)] == list(range(1, 21))
     a, b = content("run"), content("whole")
     for found in (a, b):
-        del found["config.json"], found["checkpoints/step-0000020/state.pt"]["best"]
+        del found["config.json"], found["checkpoints/step-0000020/state.pt"]["counts"]["best"]
         found.pop(f"checkpoints/step-{step:07d}/state.pt", None)
     assert difference(a, b) == ""

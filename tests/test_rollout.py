@@ -5,6 +5,7 @@ Models have dropout, and weights large enough that a wrong position, mask or tem
 import copy
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ from transformers import (
     LlamaForCausalLM,
 )  # fmt: skip
 
-from minalign.decode import packed_linears, preallocated_cache
+import minalign.rollout as rollout_module
+from minalign.decode import can_be_fixed, packed_linears, preallocated_cache
 from minalign.logprobs import exact_kl, kl_k1, position_ids_from_mask, token_logprobs
 from minalign.rollout import completion_logits, completion_logprobs, draw_uniforms, frozen_logprobs, generate, has_plain_head
 
@@ -424,3 +426,48 @@ def test_weights_that_change_between_samplings_are_seen():
     after = sample(model, ids, mask)
     assert not torch.equal(before.logprobs[:, :1], after.logprobs[:, :1])
     torch.testing.assert_close(rescored(model, ids, mask, after), after.logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decoding_with_fixed_shapes_samples_as_the_loop_does(family, attention, device, monkeypatch):
+    """What a CUDA graph replays, against the loop that grows its mask and lets rows leave."""
+    model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 3, device)
+    model.set_attn_implementation(attention)
+    monkeypatch.setattr(rollout_module, "can_be_fixed", lambda model, cache: False)
+    loop = sample(model, ids, mask, max_new_tokens=20)
+    assert not loop.mask.all(1).all() and loop.mask.shape[1] > 2
+    monkeypatch.setattr(rollout_module, "can_be_fixed", lambda model, cache: True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # new buffers hold NaN
+    try:
+        fixed = sample(model, ids, mask, max_new_tokens=20)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(fixed.tokens, loop.tokens) and torch.equal(fixed.mask, loop.mask)
+    torch.testing.assert_close(fixed.logprobs, loop.logprobs, rtol=0, atol=1e-5)
+
+
+def test_fixed_decoding_stops_soon_after_the_last_row(monkeypatch):
+    model, (ids, mask) = make_model("llama"), left_padded([2] * 16)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(rollout_module, "can_be_fixed", lambda model, cache: True)
+    drawn = sample(model, ids, mask, max_new_tokens=30, eos_token_ids=list(range(12)))
+    assert 2 < drawn.tokens.shape[1] == int(drawn.mask.sum(1).max()) <= 16 and len(calls) == 17
+
+
+def test_only_a_gpu_and_plain_layers_decode_with_fixed_shapes():
+    model, bloom = make_model("llama", "cpu"), make_model("bloom", "cpu")
+    cache = preallocated_cache(model.config, 12)
+    assert not can_be_fixed(model, cache)
+
+    def on_gpu(model):
+        return SimpleNamespace(device=torch.device("cuda"), config=model.config, forward=model.forward)
+
+    assert can_be_fixed(on_gpu(model), cache)
+    assert not can_be_fixed(on_gpu(bloom), preallocated_cache(bloom.config, 12)), (
+        "its positions come from a mask of two dimensions"
+    )
+    cache.layers[0] = DynamicCache(config=model.config).layers[0]
+    assert not can_be_fixed(on_gpu(model), cache)

@@ -62,7 +62,7 @@ def policy_config(**changes):
     return train_policy.resolve(train_policy.Config(**(given | changes)))
 
 
-def run_policy(out, stop=None, function=reward, **changes):
+def run_policy(out, stop=None, function=reward, dtype=torch.float32, **changes):
     """train_policy.train in `out`; the policy that it leaves."""
     config, task = policy_config(**changes), tiny_task(function)
     out = Path(out)
@@ -73,7 +73,7 @@ def run_policy(out, stop=None, function=reward, **changes):
         torch.manual_seed(config.seed)
         add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
         task = task._replace(start=AdapterView(policy, None))
-    train_policy.train(config, task, policy, out, torch.float32, stop)
+    train_policy.train(config, task, policy, out, dtype, stop)
     return policy
 
 

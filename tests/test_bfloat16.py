@@ -1,0 +1,75 @@
+"""--dtype bfloat16: rounded weights draw the samples, the policy's own log-probs are what is learned from."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_runs import difference, run_policy, tiny_model
+
+from minalign import decode, reinforce
+from minalign.decode import refresh_, sampling_copy
+from minalign.logprobs import position_ids_from_mask
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"anchor": "ema", "mu": 0.3, "baseline": "rloo"}])
+def test_the_first_kl_is_zero_and_the_weights_stay_near_one(tmp_path, changes):
+    """Both sides of the KL come from the same pass; a sampling copy that was not refreshed would drift off."""
+    run_policy(tmp_path, dtype=torch.bfloat16, steps=12, lr=2e-2, batch_size=32, max_new_tokens=8, **changes)
+    rows = rows_of(tmp_path)
+    assert rows[0]["kl_sft"] == 0.0 == rows[0]["kl_anchor"] and rows[-1]["kl_sft"] != 0.0
+    assert all(0.97 < row["importance"] < 1.03 for row in rows) and any(row["importance"] != 1.0 for row in rows)
+
+
+def test_in_float32_the_policy_itself_draws(tmp_path):
+    run_policy(tmp_path)
+    assert "importance" not in rows_of(tmp_path)[0]
+
+
+def test_the_weights_reach_the_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforce, "importance_weights", lambda logprobs, *_: torch.zeros(len(logprobs)))
+    run_policy(tmp_path, dtype=torch.bfloat16)
+    assert {row["grad_norm"] for row in rows_of(tmp_path)} == {0.0}
+
+
+def test_the_ratio_is_that_of_the_policy_to_the_copy(tmp_path, monkeypatch):
+    """A copy of zeros draws every word alike."""
+    seen = []
+
+    def record(logprobs, sampling_logprobs, mask):
+        seen.append((logprobs[mask], sampling_logprobs[mask]))
+        return torch.ones(len(mask))
+
+    monkeypatch.setattr(reinforce, "importance_weights", record)
+    monkeypatch.setattr(decode, "refresh_", lambda sampler, policy: [p.zero_() for p in sampler.parameters()])
+    run_policy(tmp_path, dtype=torch.bfloat16)
+    uniform = -math.log(len(tiny_model()[1]))
+    assert all(not torch.allclose(a, b) and torch.allclose(b, torch.tensor(uniform)) for a, b in seen)
+
+
+def test_a_bfloat16_run_resumes(tmp_path):
+    """The copy is made of the resumed weights."""
+    policies = [run_policy(tmp_path / "whole", dtype=torch.bfloat16)]
+    run_policy(tmp_path / "cut", dtype=torch.bfloat16, steps=3)
+    policies.append(run_policy(tmp_path / "cut", dtype=torch.bfloat16, resume=True))
+    assert difference(*(policy.state_dict() for policy in policies)) == ""
+
+
+def test_the_copy_has_rounded_weights_and_whole_angles():
+    model = tiny_model()[0]
+    assert sampling_copy(model, torch.float32) is model
+    copied = sampling_copy(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
+    assert torch.equal(copied.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert copied.lm_head.weight is copied.get_input_embeddings().weight, "tied still"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2.0)
+    refresh_(copied, model)
+    assert torch.equal(copied.lm_head.weight, model.lm_head.weight.bfloat16())
+    ids = torch.tensor([[1, 7, 9, 4]])
+    positions = position_ids_from_mask(torch.ones_like(ids))
+    torch.testing.assert_close(copied(ids, position_ids=positions).logits.float(), model(ids).logits, rtol=0.05, atol=0.05)
