@@ -31,9 +31,7 @@ from minalign.common import (
     UserError, autocast, checkpoint_activations_, halving, one_line_errors, pick_device, pick_dtype, require, show_config,
     stop_after_step, warmup_factor,
 )  # fmt: skip
-from minalign.flags import PolicyFlags as Config
-from minalign.flags import parse_flags
-from minalign.flags import resolve_policy as resolve
+from minalign.flags import PolicyFlags as Config, parse_flags, resolve_policy as resolve
 from minalign.ranks import Ranks, process_group
 from minalign.runs import POLICY_COLUMNS, JsonLines, MetricsLog, open_run, write_config, write_whole
 
@@ -64,15 +62,18 @@ def train(
         uncertainty_weights,
     )  # fmt: skip
     from minalign.rollout import completion_logprobs, draw_uniforms, frozen_logprobs, generate
+    from minalign.shard import as_forward, gather_, one_size, sharded_copy, spread_, whole
     from minalign.task import beginning, trained_and_anchor
 
     device, tokenizer = policy.device, task.tokenizer
-    trained, anchor = trained_and_anchor(
-        policy, task.start, config
-    )  # where the KL starts at zero, the anchor is task.start itself
+    trained, anchor = trained_and_anchor(policy, task.start, config)  # where the KL starts at zero, the anchor is task.start
     sampler = sampling_copy(policy, dtype)
     moving_anchor = list(anchor.parameters()) if config.anchor == "ema" else []
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    learner, learned, logprobs_of = policy, trained, functools.partial(completion_logprobs, policy)
+    if config.shard:  # gradients are made with a copy in pieces, all else with the policy, which is whole again after each step
+        learner = sharded_copy(policy, ranks)
+        learned, logprobs_of = list(learner.parameters()), as_forward(learner, functools.partial(completion_logprobs, learner))
+    optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
     baseline = MovingAverageBaseline(config.baseline_decay)
     sampling = torch.Generator(device).manual_seed(config.seed)
     prompts, lengths = shuffled_forever(task.train_prompts, config.seed), random.Random(config.seed)
@@ -86,15 +87,13 @@ def train(
     mine = ranks.share(config.batch_size)  # this process's rows of the batch; all of them without torchrun
 
     def next_prompts():
-        count = config.batch_size // config.group_size
-        return [beginning(next(prompts), task.prompt_tokens, lengths) for _ in range(count)]
+        return [beginning(next(prompts), task.prompt_tokens, lengths) for _ in range(config.batch_size // config.group_size)]
 
     for _ in range(done):
         next_prompts()
 
-    for step in tqdm(
-        range(done + 1, config.steps + 1), desc="policy", unit="step", initial=done, total=config.steps, disable=not ranks.first
-    ):
+    steps = range(done + 1, config.steps + 1)
+    for step in tqdm(steps, desc="policy", unit="step", initial=done, total=config.steps, disable=not ranks.first):
         began = time.monotonic()
         optimizer.param_groups[0]["lr"] = config.lr * warmup_factor(step, config.warmup_steps)
 
@@ -148,19 +147,27 @@ def train(
 
         def gradient_pass(micro_batch_size):
             optimizer.zero_grad()
-            for part in length_parts(row_lengths, micro_batch_size, tokens_a_pass(policy)):
+            passes = [(part, 1.0) for part in length_parts(row_lengths, micro_batch_size, tokens_a_pass(learner))]
+            idle = ranks.most(len(passes), device) - len(passes) if config.shard else 0  # each is a sum over all processes
+            for part, counted in passes + [(passes[-1][0][:1], 0.0)] * idle:
                 with autocast(device, dtype):
-                    graph = completion_logprobs(policy, *(x[part] for x in rollout), config.temperature, known_grad[part])
-                (reinforce_loss(graph, mask[part], own_advantages[part]).sum() / config.batch_size).backward()
+                    graph = logprobs_of(*(x[part] for x in rollout), config.temperature, known_grad[part] * counted)
+                (reinforce_loss(graph, mask[part], own_advantages[part]).sum() * counted / config.batch_size).backward()
 
-        config.micro_batch_size = halving(config.micro_batch_size, gradient_pass)
-        ranks.sum_([parameter.grad for parameter in trained if parameter.grad is not None])
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-        if finite and grad_norm.isfinite():
-            optimizer.step()
-            if config.anchor == "ema":  # ema <- (1 - mu) ema + mu theta, after the policy's own update
-                ema_update_(moving_anchor, trained, config.mu)
+        spread_(policy, learner, ranks)  # with --shard, a part of the weights on each process
+        if config.shard:
+            one_size(config.micro_batch_size, gradient_pass)
         else:
+            config.micro_batch_size = halving(config.micro_batch_size, gradient_pass)
+            ranks.sum_([parameter.grad for parameter in trained if parameter.grad is not None])
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(learned, config.max_grad_norm))
+        good = finite and bool(grad_norm.isfinite())
+        if good:
+            optimizer.step()
+        gather_(policy, learner)
+        if good and config.anchor == "ema":  # ema <- (1 - mu) ema + mu theta, after the policy's own update
+            ema_update_(moving_anchor, trained, config.mu)
+        if not good:
             problem = f"step {step}: a {'gradient' if finite else 'reward or KL'} that is not finite"
             if config.on_nonfinite == "stop":
                 raise UserError(f"{problem}: the policy of step {step - 1} is the last good one: lower --lr")
@@ -179,8 +186,7 @@ def train(
             "length": mask.sum(1),
             "ended": ended,
         } | {f"reward {name}": scores for name, scores in parts.items()}
-        if sampler is not policy:
-            rows["importance"] = importance
+        rows |= {} if sampler is policy else {"importance": importance}
         means = ranks.gather(torch.stack([row.float() for row in rows.values()], 1)).mean(0)
         numbers = torch.stack([shaped.mean(), advantages.std(correction=0), grad_norm])
         values = torch.cat([means, numbers]).tolist()  # numbers leave the device once a step
@@ -198,19 +204,18 @@ def train(
             if step % config.eval_every == 0 or step == config.steps:
                 held_out, _ = evaluate(config, task, policy, dtype)
                 metrics |= {f"eval_{name}": value for name, value in held_out.items()}
-                objective = held_out["reward"] - config.beta * held_out["kl_sft"]
-                if objective > counts["best"]:
+                if (objective := held_out["reward"] - config.beta * held_out["kl_sft"]) > counts["best"]:
                     counts |= {"best_step": step, "best": objective}
             log.write(step, metrics, POLICY_COLUMNS)
             if "eval_reward" in metrics:
                 tqdm.write("held out: " + "  ".join(f"{name} {value:.3f}" for name, value in held_out.items()))
-            prompt, completion = decode_parts(tokenizer, asked[0].ids, completions[0])
-            sample = {"reward": rewards[0].item(), "kl": rows["kl_sft"][0].item()}
-            samples_log.append({"step": step, "prompt": prompt, "completion": completion} | sample)
+            sample = dict(zip(("prompt", "completion"), decode_parts(tokenizer, asked[0].ids, completions[0])))
+            samples_log.append({"step": step} | sample | {"reward": rewards[0].item(), "kl": rows["kl_sft"][0].item()})
 
         stopping = stop is not None and ranks.any(stop.is_set(), device)
-        if ranks.first and (step % config.save_every == 0 or step in (config.steps, counts["best_step"]) or stopping):
-            save_checkpoint(out, step, state, config.keep, counts["best_step"])
+        saving = step % config.save_every == 0 or step in (config.steps, counts["best_step"]) or stopping  # best: rank 0 knows
+        if ranks.any(ranks.first and saving, device):
+            save_checkpoint(out, step, state, config.keep, counts["best_step"], writing=ranks.first)
         if stopping and step < config.steps:
             raise KeyboardInterrupt(f"after step {step} of {config.steps}")
     return metrics
@@ -239,9 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the flags and run, as one process or as one of torchrun's."""
     config = resolve(parse_flags(Config, __doc__, argv))
     device, reason = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
     with process_group(device) as (ranks, device):
-        run(config, device, reason, dtype, ranks)
+        run(config, device, reason, pick_dtype(config.dtype, device), ranks)
 
 
 def run(config: Config, device: torch.device, reason: str, dtype: torch.dtype, ranks: Ranks) -> None:

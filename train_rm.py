@@ -43,19 +43,16 @@ class Config(DataFlags, LoraFlags, RunFlags, MachineFlags):
     loss: str = flag("bradley-terry", "one number, or a distribution over scores", ("bradley-terry", "ordinal"))
     ties: str | None = flag(None, "ordinal: a tie counts half, or as lost (default: half)", ("half", "strict"))
     num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)", within="[3, inf)")
-    rating_coef: float | None = flag(
-        None, "ordinal: weight of the loss against ratings in the data (default: 0)", within="[0, inf)"
-    )
+    rating_coef: float | None = flag(None, "ordinal: weight of the loss against ratings in the data (default: 0)",
+                                     within="[0, inf)")  # fmt: skip
     rating_range: tuple[float, float] | None = flag(None, "ratings' scale in the data, mapped to 1..K (default: 1 K)")
-    margin: float | None = flag(
-        None, "bradley-terry: weight of the margin (column margin, or rating gap) (default: 0)", within="[0, inf)"
-    )
+    margin: float | None = flag(None, "bradley-terry: weight of the margin (column margin, or rating gap) (default: 0)",
+                                within="[0, inf)")  # fmt: skip
     center_coef: float | None = flag(None, "bradley-terry: weight of (r_c + r_r)^2 (default: 0.01)", within="[0, inf)")
     steps: int | None = flag(None, "optimizer steps (default: one epoch)", within="[1, inf)")
     batch_size: int = flag(32, "pairs a step", within="[1, inf)")
-    micro_batch_size: int | None = flag(
-        None, "pairs a forward pass; changes memory, not the gradient (default: all)", within="[1, inf)"
-    )
+    micro_batch_size: int | None = flag(None, "pairs a forward pass; changes memory, not the gradient (default: all)",
+                                        within="[1, inf)")  # fmt: skip
     lr: float | None = flag(None, "peak learning rate of AdamW (default: 1e-5, in the toy world 2e-3)", within="(0, inf)")
     warmup: float = flag(
         0.1, "share of the steps over which the learning rate rises; then it falls linearly to 0", within="[0, 1]"
@@ -137,10 +134,10 @@ def train(
     from minalign.folders import whole_folder
     from minalign.lora import add_lora_
     from minalign.reward import RewardModel
+    from minalign.shard import as_forward, gather_, one_size, sharded_copy, spread_, whole
 
-    require(
-        bool(config.model) or not config.dataset, f"--dataset {config.dataset}: needs --model, too: the model to start from"
-    )
+    require(bool(config.model) or not config.dataset,
+            f"--dataset {config.dataset}: needs --model, too: the model to start from")  # fmt: skip
     base = config.model or toy.start_policy_folder()
     torch.manual_seed(0)  # one head for all seeds: weights of reward models with different heads could not be averaged
     reward_model = RewardModel.from_base(base, num_labels=config.num_scores or 1)
@@ -156,11 +153,8 @@ def train(
         reward_model.tokenizer.chat_template = None  # trained on plain text, it reads plain text
     require_ratings(config, train_pairs[0], eval_pairs[0])
 
-    drawing = dict(
-        max_tokens=min(config.max_tokens, reward_model.context),
-        seed=config.seed,
-        crop_words=parse_span("--crop-words", config.crop_words),
-    )
+    crop = parse_span("--crop-words", config.crop_words)
+    drawing = dict(max_tokens=min(config.max_tokens, reward_model.context), seed=config.seed, crop_words=crop)
     examples = encode_pairs(train_pairs, reward_model.encode, max_pairs=config.max_pairs, **drawing)
     held_out = encode_pairs(eval_pairs, reward_model.encode, max_pairs=config.max_eval_pairs, **drawing)
     require(bool(examples and held_out), "no pairs left to train or evaluate on: raise --max-tokens")
@@ -176,7 +170,12 @@ def train(
     if config.gradient_checkpointing:
         checkpoint_activations_(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
+    learner, learned, forward = model, trained, reward_model.forward
+    if config.shard:  # gradients are made with a copy in pieces; evaluated and saved is the model, whole again after each step
+        learner = sharded_copy(model, ranks)
+        forward = as_forward(learner, RewardModel(learner, reward_model.tokenizer).one_pass)
+        learned = list(learner.parameters())
+    optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
     if ranks.first:
         write_config(out, config, device, dtype)
     counts = {"best": None, "skipped": 0}  # metrics of the kept model; steps left out
@@ -194,9 +193,8 @@ def train(
     for _ in range(done):
         next(batches)
 
-    for step in tqdm(
-        range(done + 1, steps + 1), desc="reward model", unit="step", initial=done, total=steps, disable=not ranks.first
-    ):
+    remaining = range(done + 1, steps + 1)
+    for step in tqdm(remaining, desc="reward model", unit="step", initial=done, total=steps, disable=not ranks.first):
         whole_batch = next(batches)
         share = whole_batch[ranks.index :: ranks.count]  # this process's rows; all of them without torchrun
         batch = [examples[i] for i in share or whole_batch[:1]]  # an epoch's last batch may have fewer than there are processes
@@ -208,26 +206,33 @@ def train(
 
         def gradient_pass(micro_batch_size):
             optimizer.zero_grad()
-            for part in length_parts(lengths, micro_batch_size, tokens_a_pass(model)):
+            passes = [(part, weight) for part in length_parts(lengths, micro_batch_size, tokens_a_pass(learner))]
+            idle = ranks.most(len(passes), device) - len(passes) if config.shard else 0  # each is a sum over all processes
+            for part, counted in passes + [(passes[-1][0][:1], 0.0)] * idle:
                 micro = [batch[i] for i in part]
                 with autocast(device, dtype):  # both members of a pair in one forward
-                    logits = reward_model.forward([e.chosen for e in micro] + [e.rejected for e in micro])
+                    logits = forward([e.chosen for e in micro] + [e.rejected for e in micro])
                 micro_losses = pair_losses(config, logits, micro)
-                (micro_losses.sum() * weight).backward()
+                (micro_losses.sum() * counted).backward()
                 losses[part] = micro_losses.detach()
 
-        config.micro_batch_size = halving(config.micro_batch_size, gradient_pass)
-        mean_loss = losses.sum() * weight
-        ranks.sum_([mean_loss, *(parameter.grad for parameter in trained if parameter.grad is not None)])
-        loss = mean_loss.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        if math.isfinite(loss + grad_norm):
+        spread_(model, learner, ranks)  # with --shard, a part of the weights on each process
+        if config.shard:
+            one_size(config.micro_batch_size, gradient_pass)
+        else:
+            config.micro_batch_size = halving(config.micro_batch_size, gradient_pass)
+            ranks.sum_([parameter.grad for parameter in trained if parameter.grad is not None])
+        loss = ranks.gather((losses.sum() * weight)[None]).sum().item()
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(learned, config.max_grad_norm)).item()
+        good = math.isfinite(loss + grad_norm)
+        if good:
             optimizer.step()
-        elif config.on_nonfinite == "stop":
+        gather_(model, learner)
+        if not good and config.on_nonfinite == "stop":
             if counts["best"] is None and ranks.first:
                 save()
             raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}: {out} keeps the last good model: lower --lr")
-        else:
+        if not good:
             counts["skipped"] += 1
             tqdm.write(f"step {step}: loss {loss}, gradient norm {grad_norm}: the step is skipped, {counts['skipped']} so far")
 
@@ -246,8 +251,8 @@ def train(
             log.write(step, metrics)
 
         stopping = stop is not None and ranks.any(stop.is_set(), device)
-        if ranks.first and (step % config.save_every == 0 or step == steps or stopping):
-            save_checkpoint(out, step, state, config.keep)
+        if step % config.save_every == 0 or step == steps or stopping:
+            save_checkpoint(out, step, state, config.keep, writing=ranks.first)
         if stopping and step < steps:
             raise KeyboardInterrupt(f"after step {step} of {steps}")
     if not ranks.first:

@@ -58,6 +58,7 @@ class Config(train_policy.Config):
 
 def resolve(config: Config) -> Config:
     """train_policy's checks and WARP's own."""
+    require(not config.shard, "--shard: of train_policy.py and train_rm.py alone: here processes train runs side by side")
     config = train_policy.resolve(config)
     etas = numbers("--etas", config.etas)
     require(bool(etas), "--etas: expected at least one number")

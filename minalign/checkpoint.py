@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .common import UserError, require
 from .folders import LOADING_ERRORS, first_line, model_folder, whole_folder
 from .lora import dense_state, load_adapter_, save_adapter
+from .shard import load_whole_state_, whole_state
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
@@ -91,25 +92,30 @@ def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         tokenizer.save_pretrained(new)
 
 
-def save_checkpoint(out: Path, step: int, state: dict, keep: int, best_step: int | None = None) -> None:
+def save_checkpoint(out: Path, step: int, state: dict, keep: int, best_step: int | None = None, writing: bool = True) -> None:
     """Everything that a run needs to go on after `step`, as <out>/checkpoints/step-N, whole or not there.
 
     state: by name, lists of tensors, generators, whatever has a state_dict, and dicts of tensors, numbers and strings.
     Afterwards the last `keep` checkpoints are there, and the one of `best_step`. Raises UserError where it cannot be written;
-    the earlier ones are untouched then.
+    the earlier ones are untouched then. All processes of a run call it, to gather what is spread over them; one is `writing`.
     """
+    content = {key: _content(value, writing) for key, value in state.items()}
+    if not writing:
+        return
     folder, name = out / "checkpoints", f"step-{step:07d}"
     with whole_folder(folder / name) as new:
-        torch.save({key: _content(value) for key, value in state.items()}, new / "state.pt")
+        torch.save(content, new / "state.pt")
     last = sorted(path.name for path in folder.glob("step-???????") if path.name <= name)[-keep:]
     for path in folder.glob("step-*"):  # later ones could not be read when the run went on before them; .new is half a one
         if path.name not in (*last, f"step-{best_step or 0:07d}"):
             shutil.rmtree(path)
 
 
-def _content(value):
+def _content(value, keep: bool):
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, torch.optim.Optimizer):
+        return whole_state(value, keep)
     if hasattr(value, "state_dict"):
         return value.state_dict()
     return [tensor.detach() for tensor in value] if isinstance(value, list) else value
@@ -136,6 +142,8 @@ def resume_(out: Path, state: dict) -> int:
                 tensor.copy_(content)
         elif isinstance(value, dict):
             value.update(saved[key])
+        elif isinstance(value, torch.optim.Optimizer):
+            load_whole_state_(value, saved[key])
         else:
             value.load_state_dict(saved[key])
     return step

@@ -24,7 +24,15 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with exit status 2 and one line on a UserError; everything else keeps its traceback."""
+    """End the program with exit status 2 and one line on a UserError, with 130 and one line when it is stopped; everything else keeps
+    its traceback.
+    """
+
+    def terminated(*_):
+        raise KeyboardInterrupt("by SIGTERM")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)  # as Ctrl-C, also while models load
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ import typing
 from dataclasses import dataclass
 
 from .common import require
+from .ranks import processes
 
 
 def flag(default, help: str, choices: tuple[str, ...] | None = None, within: str = "", positional: bool = False):
@@ -62,6 +63,7 @@ class MachineFlags:
     """Where and how it runs: these change time and memory, not the algorithm."""
 
     gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory, a third slower")
+    shard: bool = flag(False, "spread weights, gradients and optimizer state over torchrun's processes (FSDP2)")
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag("auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
 
@@ -105,7 +107,7 @@ class PolicyFlags(DataFlags, LoraFlags, RunFlags, MachineFlags):
 
 
 def resolve_shared(config):
-    """Check DataFlags and LoraFlags, and fill in what depends on others; UserError for flags that make no sense together."""
+    """Check DataFlags, LoraFlags, --shard, and fill in what depends on others; UserError for what makes no sense together."""
     for name in ("subset", "eval_split"):
         require(bool(config.dataset) or not getattr(config, name), f"--{name.replace('_', '-')} needs --dataset")
     require(bool(config.dataset) or config.format != "chat", "--format chat needs --dataset: the toy world is plain text")
@@ -114,6 +116,9 @@ def resolve_shared(config):
     if config.lora_rank:
         config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank
         config.lora_save = config.lora_save or "merged"
+    if getattr(config, "shard", False):
+        require(processes() > 1, "--shard: one process has nobody to share with: start it with torchrun, or leave it out")
+        require(not config.lora_rank, "--shard: adapters are small, and there is little to spread: leave it or --lora-rank out")
     return config
 
 

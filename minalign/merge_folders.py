@@ -4,6 +4,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,12 @@ class SavedTensors(Mapping):
 
 
 class Shards:
-    """Takes merged tensors one by one, moves them by LITI and writes them away in shards of about 128 MiB."""
+    """Takes merged tensors one by one, moves them by LITI and writes them away in shards of about 128 MiB, one behind the merging."""
 
     def __init__(self, folder: Path, init: Mapping[str, torch.Tensor], eta: float):
         self.folder, self.init, self.eta = folder, init, eta
         self.pending, self.files = {}, []
+        self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         if self.eta != 1 and tensor.is_floating_point():
@@ -74,15 +76,24 @@ class Shards:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as the next shard."""
+        """Begin to write what is pending as the next shard, once the last one is written."""
+        self.wait()
         self.files.append(list(self.pending))
-        save_file(self.pending, self.folder / f"shard-{len(self.files)}", metadata={"format": "pt"})
+        path = self.folder / f"shard-{len(self.files)}"
+        self.writing = self.thread.submit(save_file, self.pending, path, metadata={"format": "pt"})
         self.pending = {}
+
+    def wait(self) -> None:
+        """Until the last shard is written; its error, if it could not be."""
+        if self.writing:
+            self.writing.result()
 
     def finish(self) -> None:
         """Write the last shard; give the files the names that transformers looks for, and an index if they are many."""
         if self.pending:
             self.flush()
+        self.wait()
+        self.thread.shutdown()
         many = len(self.files)
         names = [f"model-{i:05d}-of-{many:05d}.safetensors" if many > 1 else "model.safetensors" for i in range(1, many + 1)]
         for i, name in enumerate(names, 1):

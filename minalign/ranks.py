@@ -1,8 +1,8 @@
 """Several processes, started by torchrun, as one run: what is global, who writes, and the sums between them.
 
-Every rank holds all weights, draws the same prompts and the same random numbers, and works on its own share of the rows;
-rewards and statistics are gathered before a baseline or a log sees them, gradients are summed. So N processes make the step
-that one makes, up to the order of additions.
+Every rank holds all weights (but see shard.py), draws the same prompts and the same random numbers, and works on its own share
+of the rows; rewards and statistics are gathered before a baseline or a log sees them, gradients are summed. So N processes make
+the step that one makes, up to the order of additions.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ class Ranks:
 
         return bool(self.gather(torch.tensor([flag], device=device)).any())
 
+    def most(self, number: int, device: torch.device) -> int:
+        """The largest of the ranks' numbers."""
+        import torch
+
+        return int(self.gather(torch.tensor([number], device=device)).max())
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.count > 1:
@@ -104,6 +110,11 @@ class Ranks:
         return mine, Ranks(members[mine].index(self.index), len(members[mine]), handles[mine])
 
 
+def processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device, patience_hours: float = 0.5) -> Iterator[tuple[Ranks, torch.device]]:
     """(Ranks, this rank's device) of a program that torchrun may have started; alone, one rank and the device as it is.
@@ -111,7 +122,7 @@ def process_group(device: torch.device, patience_hours: float = 0.5) -> Iterator
     gloo on a CPU, nccl on CUDA. Ranks other than the first are silent on stdout. A rank that waits for another longer than
     `patience_hours` ends with an error; torchrun ends the others as soon as one dies.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if processes() == 1:
         yield Ranks(), device
         return
     import torch

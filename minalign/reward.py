@@ -161,10 +161,11 @@ class RewardModel:
         Rows of like length go through the model together, at most `batch_size` at a time.
         """
         parts = length_parts([len(row) for row in rows], batch_size or len(rows), tokens_a_pass(self.model))
-        logits = torch.cat([self._forward([rows[i] for i in part]) for part in parts])
+        logits = torch.cat([self.one_pass([rows[i] for i in part]) for part in parts])
         return logits[torch.tensor([i for part in parts for i in part], device=logits.device).argsort()]
 
-    def _forward(self, rows: Sequence[list[int]]) -> torch.Tensor:
+    def one_pass(self, rows: Sequence[list[int]]) -> torch.Tensor:
+        """Logits (N, K), float32, of token rows that go through the model together."""
         self.model.eval()  # dropout would make a score a random number
         for adapter in lora_layers(self.model).values():
             adapter.training = torch.is_grad_enabled()  # but --lora-dropout acts in training

@@ -225,6 +225,7 @@ def completion_logprobs(
     the vocabulary is multiplied out for the tokens inside the mask alone, a chunk at a time (`known_grad` (B, T): see
     token_logprobs_from_hidden). The arguments are those of `completion_logits`.
     """
+    mask = mask.bool()
     prompt_columns, width = attention_mask.bool().any(0), int(mask.any(0).sum())
     real = mask[:, :width]
     narrow = (input_ids[:, prompt_columns], attention_mask[:, prompt_columns], tokens[:, :width].masked_fill(~real, 0), real)

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "on_nonfinite",
     "micro_batch_size",
     "tensorboard",
+    "shard",
 )  # by --resume
 
 

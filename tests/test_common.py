@@ -5,7 +5,10 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
+import signal
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -45,6 +48,18 @@ def test_an_interrupt_ends_the_program_without_a_traceback():
     with pytest.raises(SystemExit) as exit, one_line_errors():
         raise KeyboardInterrupt
     assert exit.value.code == 130
+
+
+def test_sigterm_ends_the_program_as_ctrl_c_does(capsys):
+    """Also while models load, before a loop catches it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as exit, one_line_errors():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert exit.value.code == 130 and capsys.readouterr().err == "stopped: by SIGTERM\n"
 
 
 def test_any_other_error_keeps_its_traceback():

@@ -7,6 +7,7 @@ functions one after the other, so that the heavy imports are paid for once.
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 POLICY = ["--steps", "3", "--batch-size", "8", "--max-new-tokens", "8", "--eval-prompts", "4", "--lr", "1e-4", "--warmup-steps", "0",
           "--rm", "words:score", "--model", "start", "--dataset", "prompts.jsonl", "--device", "cpu"]  # fmt: skip
 COMMANDS = {
-    "moving": ["train_policy", *POLICY, "--micro-batch-size", "3", "--anchor", "ema", "--mu", "0.3"],
+    "moving": ["train_policy", *POLICY, "--micro-batch-size", "3", "--anchor", "ema", "--mu", "0.3", "--save-every", "1", "--keep", "3"],
     "rloo": ["train_policy", *POLICY, "--baseline", "rloo", "--group-size", "2", "--lora-rank", "2", "--temperature", "0.8"],
     # Seven pairs in batches of four: an epoch's last batch has three, one rank more than the other.
     "rm": ["train_rm", "--model", "start", "--dataset", "pairs", "--eval-split", "test", "--steps", "4", "--batch-size", "4",
@@ -33,6 +34,13 @@ COMMANDS = {
     "warp": ["warp", *POLICY, "--runs", "3", "--iterations", "2", "--etas", "0,1"],  # more runs than ranks
     "warp-one": ["warp", *POLICY, "--runs", "1", "--iterations", "2", "--etas", "0,1"],  # more ranks than runs
 }  # fmt: skip
+SHARDED = {  # two processes with --shard: as what one process does without it
+    "shard": ("moving", ["--shard"]),
+    "shard-resumed": ("moving", ["--shard", "--resume"]),  # from the one process's checkpoint of step 2
+    "shard-rm": ("rm", ["--shard", "--gradient-checkpointing"]),
+    # One rank has two pairs (or one) and the other one (or none), a pair a pass: passes that count nothing.
+    "shard-rm-one": ("rm-one", ["--shard", "--micro-batch-size", "1"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,7 @@ def runs(tmp_path_factory):
     tokenizer = toy.make_tokenizer()
     toy.make_model(tokenizer, seed=0).save_pretrained(folder / "start")
     tokenizer.save_pretrained(folder / "start")
-    words = [word for word in tokenizer.get_vocab() if word.isalpha()]
+    words = sorted(word for word in tokenizer.get_vocab() if word.isalpha())  # of no order of its own: other prompts each time
 
     def texts(first, count, **columns):
         return "".join(json.dumps({name: " ".join(words[(first + shift + i) % 30 :][:4]) for name, shift in columns.items()}) + "\n"
@@ -56,8 +64,18 @@ def runs(tmp_path_factory):
     (folder / "pairs/test.jsonl").write_text(texts(20, 2, chosen=3, rejected=9))
     (folder / "words.py").write_text("def score(prompts, completions):\n    return [len(c) % 7 / 3 for c in completions]\n")
     start(folder, {f"one-{name}": [*command, "--out", f"one-{name}"] for name, command in COMMANDS.items()}, processes=1)
-    start(folder, {f"two-{name}": [*command, "--out", f"two-{name}"] for name, command in COMMANDS.items()}, processes=2)
+    sharded = {name: [*COMMANDS[like], *flags] for name, (like, flags) in SHARDED.items()}
+    cut(folder / "one-moving", folder / "two-shard-resumed")
+    skips = {"skips": [*COMMANDS["moving"], *"--shard --lr 1e30 --on-nonfinite skip --save-every 9 --eval-every 1".split()]}
+    both = {f"two-{name}": [*command, "--out", f"two-{name}"] for name, command in (COMMANDS | sharded | skips).items()}
+    start(folder, both, processes=2)
     return folder
+
+
+def cut(run, copied):
+    """A copy of a run as it was after its second step."""
+    shutil.copytree(run, copied)
+    shutil.rmtree(copied / "checkpoints/step-0000003")
 
 
 def launcher(processes):
@@ -96,9 +114,9 @@ def assert_same_weights(one, two, within):
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=within)
 
 
-@pytest.mark.parametrize("name", ["moving", "rloo", "rm", "rm-one"])
+@pytest.mark.parametrize("name", ["moving", "rloo", "rm", "rm-one", *SHARDED])
 def test_two_processes_train_as_one(runs, name):
-    one, two = runs / f"one-{name}", runs / f"two-{name}"
+    one, two = runs / f"one-{SHARDED[name][0] if name in SHARDED else name}", runs / f"two-{name}"
     rows = lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl")
     assert len(rows[0]) == len(rows[1]) == (4 if "rm" in name else 3)
     for a, b in zip(*rows):
@@ -108,6 +126,52 @@ def test_two_processes_train_as_one(runs, name):
         for a, b in zip(lines(one / "samples.jsonl"), lines(two / "samples.jsonl")):
             assert a["completion"] == b["completion"] and numbers(a) == pytest.approx(numbers(b), abs=1e-5)
         assert any(row["kl_sft"] != 0 for row in rows[0]) and rows[0][-1]["grad_norm"] > 0
+
+
+def test_a_checkpoint_of_a_sharded_run_is_that_of_one_process(runs, monkeypatch, capsys):
+    from tiny_runs import difference
+
+    import train_policy
+
+    one, two = (torch.load(runs / name / "checkpoints/step-0000003/state.pt") for name in ("one-moving", "two-shard"))
+    assert difference(one, two, tolerance=1e-5) == ""
+    assert one["optimizer"]["state"][0]["exp_avg"].abs().max() > 1e-3
+    cut(runs / "two-shard", runs / "alone")
+    monkeypatch.chdir(runs)
+    monkeypatch.syspath_prepend(runs)
+    train_policy.main([*COMMANDS["moving"][1:], "--resume", "--out", "alone"])
+    assert_same_weights(runs / "alone/model", runs / "one-moving/model", within=1e-5)
+    assert [row["step"] for row in lines(runs / "alone/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_sharded_run_skips_a_step_that_is_not_finite(runs):
+    rows = lines(runs / "two-skips/metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [0, 1, 2] and rows[1]["grad_norm"] is None
+
+
+@pytest.mark.parametrize("script", ["train_policy", "train_rm", "warp"])
+def test_shard_is_refused_where_it_makes_no_sense(script, monkeypatch):
+    from minalign.common import UserError
+
+    script = importlib.import_module(script)
+    with pytest.raises(UserError, match="^--shard: "):
+        script.resolve(script.Config(shard=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^--shard: "):
+        script.resolve(script.Config(shard=True, lora_rank=2))
+    if script.__name__ != "warp":
+        assert script.resolve(script.Config(shard=True)).shard
+
+
+def test_out_of_memory_ends_a_sharded_run_with_one_line():
+    from minalign.common import UserError
+    from minalign.shard import one_size
+
+    def gradient_pass(micro_batch_size):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    with pytest.raises(UserError, match="tried to allocate 2 GiB.*--resume with --micro-batch-size 4"):
+        one_size(8, gradient_pass)
 
 
 def test_runs_of_warp_are_spread_over_processes(runs):
@@ -171,10 +235,15 @@ def test_shares_and_groups():
 
 
 if __name__ == "__main__":
+    import minalign.reward
+    import minalign.rollout
     from minalign.common import one_line_errors
 
+    as_it_is, short = minalign.batches.tokens_a_pass, lambda model: 30 >> int(os.environ.get("RANK", 0))
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     with one_line_errors():
         for script, *flags in json.loads(Path(sys.argv[1]).read_text()):
+            # The second rank makes more gradient passes; of warp.py, results are compared to the last bit.
+            minalign.batches.tokens_a_pass = as_it_is if script == "warp" else short
             importlib.import_module(script).main(flags)

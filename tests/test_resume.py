@@ -428,7 +428,18 @@ def test_only_what_may_change_may_change(tmp_path, script):
 
 
 def test_nothing_that_changes_what_is_learned_may_change():
-    free = {"out", "resume", "device", "dtype", "save_every", "keep", "on_nonfinite", "micro_batch_size", "tensorboard"}
+    free = {
+        "out",
+        "resume",
+        "device",
+        "dtype",
+        "save_every",
+        "keep",
+        "on_nonfinite",
+        "micro_batch_size",
+        "tensorboard",
+        "shard",
+    }
     assert set(FREE_TO_CHANGE) == free
 
 

@@ -5,7 +5,7 @@
 
 Counted, in bytes: weights, gradients and AdamW's two moments of what is trained (4 each: float32); the start policy (4),
 unless adapters switched off are it; an EMA anchor (4); a reward model (4); activations of a micro-batch in the forward
-precision (and autocast's copy of the weights); and four tensors of float32 logits of its completion tokens. Samples and caches are smaller and left out.
+precision (in bfloat16 also autocast's copy of the weights and the one that samples); and four tensors of float32 logits of its completion tokens. Samples and caches are smaller and left out.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def computed(shape: Shape, flags: tuple, prompt: int, completion: int, act_bytes
     kv = shape.width * shape.kv_heads // shape.heads
     layer = 8 * shape.width + 2 * kv + 4 * shape.ffn  # kept for the backward pass, numbers a token
     kept = shape.layers * shape.width + layer if checkpoints else shape.layers * layer
-    weights += 2 * n * (act_bytes == 2)  # autocast keeps a bfloat16 copy until the backward pass is over
+    weights += 4 * n * (act_bytes == 2)  # the copy that samples; and autocast keeps one until the backward pass is over
     return weights + rows * (prompt + completion) * act_bytes * kept + rows * completion * 16 * shape.vocabulary
 
 

@@ -4,8 +4,10 @@
 
 A step: 256 prompts, 256 + 256 tokens, one completion each, a start policy as anchor and a reward model of the policy's size; data
 parallel as torchrun runs it (every GPU holds all weights, gradients are summed). Counted in matrix products: 2 operations a
-weight and token forwards, 4 backwards; sampling reads all weights (in bfloat16) once a token. tests/test_scale.py holds the
-counts against torch's own counter and against the bytes that really go through the sum over ranks.
+weight and token forwards, 4 backwards; sampling reads all weights (in bfloat16) once a token. With --shard gradients and optimizer
+state are in pieces, and so are weights while gradients are made; putting them together, twice for each micro-batch and once after the
+step, is more to send, and not counted here. tests/test_scale.py holds the counts against torch's own counter and against the bytes
+that really go through the sum over ranks.
 """
 
 import sys
@@ -38,6 +40,16 @@ def wire_bytes(shape: Shape, gpus: int) -> float:
     return 2 * (gpus - 1) / gpus * summed_bytes(shape)
 
 
+def sharded_bytes(shape: Shape, gpus: int) -> float:
+    """What a GPU holds with --shard: the larger one of what sampling and scoring need, and what the gradients do."""
+    n, frozen = shape.parameters(), 8 * shape.parameters()  # start policy and reward model
+    sampling = 4 * n + 2 * n + 12 * n / gpus  # whole and rounded; pieces of the weights and AdamW's state
+    outside = shape.vocabulary * shape.width  # embeddings and head: whole, with their gradient
+    everything = computed(shape, (MICRO, 0, True, False), PROMPT, COMPLETION, 2, True)
+    learning = everything - frozen - 16 * n + 16 * n / gpus + 8 * (outside + (n - outside) / shape.layers)
+    return frozen + max(sampling, learning)
+
+
 def seconds(shape: Shape, gpus: int) -> dict[str, float]:
     """Of the stages of one step."""
     rows = PROMPTS / gpus
@@ -53,14 +65,16 @@ def seconds(shape: Shape, gpus: int) -> dict[str, float]:
 
 def main() -> None:
     """Print the table."""
-    print("| policy | GPUs | GiB a GPU | GB sent a GPU and step | " + " | ".join(seconds(LLAMA_8B, 1)) + " | step |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    stages = " | ".join(seconds(LLAMA_8B, 1))
+    print(f"| policy | GPUs | GiB a GPU | GiB with --shard | GB sent a GPU and step | {stages} | step |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name, shape in (SHAPES | {"8B": LLAMA_8B}).items():
         memory = computed(shape, (MICRO, 0, True, False), PROMPT, COMPLETION, 2, True) / 2**30
         for gpus in (1, 8, 64):
             stages = seconds(shape, gpus)
             cells = [f"{value:.2f}" for value in (*stages.values(), sum(stages.values()))]
-            print(f"| {name} | {gpus} | {memory:.0f} | {wire_bytes(shape, gpus) / 1e9:.1f} | " + " | ".join(cells) + " |")
+            sharded = f"{sharded_bytes(shape, gpus) / 2**30:.0f}" if gpus > 1 else ""
+            print(f"| {name} | {gpus} | {memory:.0f} | {sharded} | {wire_bytes(shape, gpus) / 1e9:.1f} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
