@@ -1,7 +1,9 @@
-"""Merging two saved models of 135 million float32 parameters with their init: ours, and reading and writing alone.
+"""Merging two saved models of 135 million float32 parameters with their init: ours, mergekit's nuslerp, and reading and writing alone.
 
-    python tests/benchmarks/merge.py --shape M
+    pip install mergekit && python tests/benchmarks/merge.py --shape M
 
+mergekit's nuslerp is spherical interpolation of task vectors, too, but of a row or a tensor, not of a layer: the work is alike, the
+result is not.
 "read and write" loads the inputs through safetensors and saves one of them: what no merge can avoid.
 """
 
@@ -50,6 +52,23 @@ def ours(shape: str, count: int) -> None:
         report([time.monotonic() - began], peak() - before)
 
 
+def mergekit(shape: str, count: int) -> None:
+    """run_merge of nuslerp with a base model, without its start-up."""
+    import torch  # noqa: F401
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    init, *models = inputs(shape, count)
+    config = MergeConfiguration.model_validate({
+        "merge_method": "nuslerp", "base_model": init, "dtype": "float32",
+        "models": [{"model": model, "parameters": {"weight": 0.5}} for model in models],
+    })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        before, began = peak(), time.monotonic()
+        run_merge(config, f"{folder}/merged", MergeOptions(quiet=True))
+        report([time.monotonic() - began], peak() - before)
+
+
 def read_and_write(shape: str, count: int) -> None:
     """safetensors' load_file of all inputs, save_file of one."""
     from safetensors.torch import load_file, save_file
@@ -66,5 +85,5 @@ def read_and_write(shape: str, count: int) -> None:
 
 if __name__ == "__main__":
     compare(__file__, __doc__, {
-        "ours": lambda shape: ours(shape, 2), "read and write": lambda shape: read_and_write(shape, 2),
+        "ours": lambda shape: ours(shape, 2), "mergekit": lambda shape: mergekit(shape, 2), "read and write": lambda shape: read_and_write(shape, 2),
     }, bytes_moved=lambda shape: 4 * (FOLDER / f"{shape}-0" / "model.safetensors").stat().st_size)  # fmt: skip

@@ -3,7 +3,7 @@
     pip install trl && python tests/benchmarks/policy_step.py --shape S
 
 "TRL" is the trainer at its defaults; "TRL, no checkpointing" is its best setting here. "Early": each token is the end with a
-chance of about 1/16.
+chance of about 1/16. Samples differ, so sameness shows on a batch that is not sampled: "fixed batch" is its sum of log-probs.
 """
 
 import json
@@ -28,6 +28,14 @@ def reward(prompts=None, completions=None, **_) -> list[float]:
     return [(len(completion) % 7) / 7 for completion in completions]
 
 
+def fixed_batch(vocabulary: int):
+    """Prompt and completion ids (4, 24) and (4, 16), without padding."""
+    import torch
+
+    ids = torch.randint(4, vocabulary, (4, 40), generator=torch.Generator().manual_seed(1))
+    return ids[:, :24], ids[:, 24:]
+
+
 def ours(shape: str, early: bool = False) -> None:
     """Four steps of train_policy.train."""
     import copy
@@ -37,6 +45,7 @@ def ours(shape: str, early: bool = False) -> None:
     import train_policy
     from minalign.chat import TokenizedPrompt
     from minalign.rewards import RewardFunction
+    from minalign.rollout import completion_logprobs
     from minalign.task import Task
 
     model, tokenizer = make_model(shape)
@@ -55,11 +64,15 @@ def ours(shape: str, early: bool = False) -> None:
         train_policy.train(config, task, policy, Path(folder), torch.float32)
         rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
     seconds = [b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0}, *rows], rows)]
-    report(seconds, peak() - before, tokens_a_row=[row["length"] for row in rows])
+    memory = peak() - before
+    prompt, completion = fixed_batch(len(tokenizer))
+    check = completion_logprobs(model, prompt, torch.ones_like(prompt), completion, torch.ones_like(completion), 1.0).sum()
+    report(seconds, memory, tokens_a_row=[row["length"] for row in rows], fixed_batch=round(check.item(), 2))
 
 
 def trl(shape: str, early: bool = False, **settings) -> None:
     """Four steps of trl.RLOOTrainer."""
+    import torch
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
@@ -81,7 +94,12 @@ def trl(shape: str, early: bool = False, **settings) -> None:
         )
         trainer.train()
     rows = [row for row in trainer.state.log_history if "step_time" in row]
-    report([row["step_time"] for row in rows], peak() - before, tokens_a_row=[row["completions/mean_length"] for row in rows])
+    memory, (prompt, completion) = peak() - before, fixed_batch(len(tokenizer))
+    ids = torch.cat([prompt, completion], 1)
+    with torch.no_grad():
+        check = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), completion.shape[1])[0].sum()
+    lengths = [row["completions/mean_length"] for row in rows]
+    report([row["step_time"] for row in rows], memory, tokens_a_row=lengths, fixed_batch=round(check.item(), 2))
 
 
 if __name__ == "__main__":

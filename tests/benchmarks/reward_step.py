@@ -2,7 +2,8 @@
 
     pip install trl && python tests/benchmarks/reward_step.py --shape S
 
-Two epochs of the same 48 pairs, the second one timed, so that all sides see the same tokens. "TRL" is RewardTrainer at its
+Two epochs of the same 48 pairs, the second one timed, so that all sides see the same tokens; heads start alike, and the learning
+rate is next to nothing, so that "loss", the first epoch's mean, shows that they compute the same. "TRL" is RewardTrainer at its
 defaults; "TRL, sorted" gets the pairs in order of length and does not recompute activations: its best setting here.
 """
 
@@ -15,6 +16,20 @@ from pathlib import Path
 from side_by_side import compare, forward_flops, make_model, peak, report
 
 PAIRS, EPOCH = 8, 6  # a batch, steps
+
+
+def save_start(shape: str, folder: Path) -> int:
+    """A sequence classifier whose head is not zero, and its tokenizer, into `folder`; the size of its vocabulary."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model, tokenizer = make_model(shape)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
+    return len(tokenizer)
 
 
 def pairs(count: int, vocabulary: int) -> list[dict[str, str]]:
@@ -34,24 +49,22 @@ def ours(shape: str) -> None:
 
     import train_rm
 
-    model, tokenizer = make_model(shape)
-    rows = pairs(EPOCH * PAIRS, len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        del model
+        rows = pairs(EPOCH * PAIRS, save_start(shape, folder / "model"))
         (folder / "data").mkdir()
         for split, part in (("train", rows), ("test", [{"chosen": "w5", "rejected": "w6"}])):
             (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         config = train_rm.resolve(train_rm.Config(
             model=str(folder / "model"), dataset=str(folder / "data"), eval_split="test", batch_size=PAIRS, steps=2 * EPOCH + 1,
+            lr=1e-12, center_coef=0.0,
         ))  # fmt: skip
         before = peak()
         train_rm.train(config, folder, torch.device("cpu"), torch.float32)
-        seconds = [json.loads(line)["seconds"] for line in open(folder / "metrics.jsonl")]
+        steps = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    seconds, loss = [step["seconds"] for step in steps], sum(step["loss"] for step in steps[:EPOCH]) / EPOCH
     # The step after the second epoch is there because the last one evaluates and saves.
-    report([(seconds[2 * EPOCH - 1] - seconds[EPOCH - 1]) / EPOCH], peak() - before, words=words(rows))
+    report([(seconds[2 * EPOCH - 1] - seconds[EPOCH - 1]) / EPOCH], peak() - before, words=words(rows), loss=round(loss, 4))
 
 
 def words(rows) -> int:
@@ -71,29 +84,28 @@ def trl(shape: str, best: bool = False) -> None:
         def on_step_end(self, *_, **__):
             marks.append(time.monotonic())
 
-    model, tokenizer = make_model(shape)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(f"{folder}/model")
-        tokenizer.save_pretrained(f"{folder}/model")
-        del model
+        vocabulary = save_start(shape, Path(folder) / "model")
         settings = {"train_sampling_strategy": "sequential", "gradient_checkpointing": False} if best else {}
         config = RewardConfig(
-            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=512, learning_rate=1e-5, max_steps=2 * EPOCH + 1,
+            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=512, learning_rate=1e-12,
+            logging_steps=1, max_steps=2 * EPOCH + 1,
             report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **settings,
         )  # fmt: skip
-        rows = pairs(EPOCH * PAIRS, len(tokenizer))
+        rows = pairs(EPOCH * PAIRS, vocabulary)
         if best:
             rows.sort(key=lambda row: max(len(text.split()) for text in row.values()))
         before = peak()
         trainer = RewardTrainer(
             f"{folder}/model",
             args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            train_dataset=Dataset.from_list([{key: f"<s> {text} </s>" for key, text in row.items()} for row in rows]),
             callbacks=[Clock()],
         )
         trainer.train()
-    report([(marks[-1] - marks[EPOCH - 1]) / EPOCH], peak() - before, words=words(rows))
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][:EPOCH]
+    loss = round(sum(losses) / EPOCH, 4)
+    report([(marks[-1] - marks[EPOCH - 1]) / EPOCH], peak() - before, words=words(rows), loss=loss)
 
 
 if __name__ == "__main__":
