@@ -93,7 +93,7 @@ def train(
         next_prompts()
 
     steps = range(done + 1, config.steps + 1)
-    for step in tqdm(steps, desc="policy", unit="step", initial=done, total=config.steps, disable=not ranks.first):
+    for step in tqdm(steps, desc="policy", unit="step", initial=done, total=config.steps, disable=not ranks.first or None):
         began = time.monotonic()
         optimizer.param_groups[0]["lr"] = config.lr * warmup_factor(step, config.warmup_steps)
 

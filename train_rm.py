@@ -194,7 +194,7 @@ def train(
         next(batches)
 
     remaining = range(done + 1, steps + 1)
-    for step in tqdm(remaining, desc="reward model", unit="step", initial=done, total=steps, disable=not ranks.first):
+    for step in tqdm(remaining, desc="reward model", unit="step", initial=done, total=steps, disable=not ranks.first or None):
         whole_batch = next(batches)
         share = whole_batch[ranks.index :: ranks.count]  # this process's rows; all of them without torchrun
         batch = [examples[i] for i in share or whole_batch[:1]]  # an epoch's last batch may have fewer than there are processes

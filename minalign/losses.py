@@ -73,8 +73,8 @@ def ordinal_pairwise_loss(chosen_logits: torch.Tensor, rejected_logits: torch.Te
                                                                     (DPL, arXiv 2312.08358; "strict": no tie term)
 
     The best constant predictor has L = ln 2 = .6931 with ties="half", and -log((1 - 1/K) / 2) with ties="strict"
-    (.7985 for K = 10): above that a model has learned nothing. With random labels the strict loss is lowest for a
-    degenerate and a spread distribution, so read a variance as uncertainty only under "half".
+    (.7985 for K = 10): above that a model has learned nothing. With random labels the strict loss of free logits is
+    lowest for a degenerate and a spread distribution. Pairs alone fix no scale: read a variance as uncertainty only with ratings.
 
     Args:
         chosen_logits, rejected_logits: (B, K), K >= 2; column k - 1 is score k.

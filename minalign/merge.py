@@ -255,10 +255,13 @@ def merge_policies(
 
     def blocks(name):
         """theta_init (n,) and the task vectors (M, n) of a tensor in float64, few enough elements to stay in the cache."""
-        flat = [state[name].reshape(-1).split(2**17) for state in (init_state, *states)]
+        flat = [state[name].reshape(-1).split(2**16) for state in (init_state, *states)]
+        scratch = torch.empty(len(flat), flat[0][0].numel(), dtype=torch.float64, device=flat[0][0].device)
         for parts in zip(*flat):
-            theta_init = parts[0].double()
-            yield theta_init, torch.stack([theta.to(theta_init) for theta in parts[1:]]).sub_(theta_init)
+            block = scratch[:, : parts[0].numel()]
+            for row, part in zip(block, parts):
+                row.copy_(part)
+            yield block[0], block[1:].sub_(block[0])
 
     def coefficients(gram):
         """c (M,) from the dot products of the task vectors (M, M)."""
@@ -307,7 +310,7 @@ def merge_policies(
         weights = coefficients(gram)
         for name in floating:
             merged = torch.empty(init_state[name].shape, dtype=init_state[name].dtype, device=gram.device)
-            for part, (theta_init, deltas) in zip(merged.view(-1).split(2**17), blocks(name)):
+            for part, (theta_init, deltas) in zip(merged.view(-1).split(2**16), blocks(name)):
                 part.copy_(torch.addmv(theta_init, deltas.T, weights))
             out[name] = merged
         norms = gram.diagonal().sqrt()

@@ -97,7 +97,9 @@ def trl(shape: str, early: bool = False, **settings) -> None:
     memory, (prompt, completion) = peak() - before, fixed_batch(len(tokenizer))
     ids = torch.cat([prompt, completion], 1)
     with torch.no_grad():
-        check = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), completion.shape[1])[0].sum()
+        check = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), completion.shape[1])[
+            0
+        ].sum()
     lengths = [row["completions/mean_length"] for row in rows]
     report([row["step_time"] for row in rows], memory, tokens_a_row=lengths, fixed_batch=round(check.item(), 2))
 

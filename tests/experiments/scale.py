@@ -74,7 +74,11 @@ def main() -> None:
             stages = seconds(shape, gpus)
             cells = [f"{value:.2f}" for value in (*stages.values(), sum(stages.values()))]
             sharded = f"{sharded_bytes(shape, gpus) / 2**30:.0f}" if gpus > 1 else ""
-            print(f"| {name} | {gpus} | {memory:.0f} | {sharded} | {wire_bytes(shape, gpus) / 1e9:.1f} | " + " | ".join(cells) + " |")
+            print(
+                f"| {name} | {gpus} | {memory:.0f} | {sharded} | {wire_bytes(shape, gpus) / 1e9:.1f} | "
+                + " | ".join(cells)
+                + " |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""Is the front of an EMA anchor above that of a fixed one, and is the EMA anchor only a beta that falls? (exact world)
+
+    python tests/experiments/anchors.py --seeds 8        resumes; about 80 s a seed on one core
+    python tests/experiments/anchors.py --report         table and figure from what is there
+
+Arms, each one run of 240 steps of 8 samples, on the same world and the same random numbers of a seed: a fixed anchor with 4
+betas; an EMA anchor (mu .05) with 4 betas; and a fixed anchor whose beta falls as beta / (1 + mu t), with 3 of the EMA's
+betas. That law is exact where every step solves its inner problem, and so should hold the better, the larger beta is.
+
+Primary contrast: expected reward, EMA minus fixed, at KL 1 of the training curves; also at KL .5, 2 and 3. The beta of each
+kind is the best one of the odd seeds for the even ones and the reverse, among those that reach the KL on all those seeds.
+
+Added after the first results, in which reward at a KL rose with beta for both kinds, as far as a beta got there at all in 240
+steps: how many steps (of 8 samples) each arm takes to a KL, and the EMA's reward there minus that of a fixed anchor of the
+beta that takes as many steps (linear between the betas of the same seed). KL 2 and 3 are reached by too few to say much.
+"""
+
+import numpy as np
+from exact_world import make_world, optimal_front, reward_at, train
+from seeds import RESULTS, bootstrap, main, show
+
+KLS = (0.5, 1.0, 2.0, 3.0)
+STEPS, EVERY, MU = 240, 20, 0.05
+FIXED, EMA, FALLING = (0.0, 0.1, 0.2, 0.4), (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0)
+ARMS = [f"fixed {b:g}" for b in FIXED] + [f"ema {b:g}" for b in EMA] + [f"falling {b:g}" for b in FALLING]
+
+
+def work(seed: int) -> dict:
+    world = make_world(seed)
+    result = {"optimal": [values.tolist() for values in optimal_front(world)]}
+    for arm in ARMS:
+        kind, beta = arm.split()[0], float(arm.split()[1])
+        strength = (lambda step, beta=beta: beta / (1 + MU * (step - 1))) if kind == "falling" else beta
+        anchor = "ema" if kind == "ema" else "fixed"
+        _, result[arm] = train(
+            world, seed=1000 * (seed + 1), steps=STEPS, batch_size=8, lr=3e-5, beta=strength, anchor=anchor, mu=MU, every=EVERY
+        )
+    return result
+
+
+def at(curve: list[dict], kl: float) -> float:
+    """Reward at this KL; between points reward is nearly linear in the root of the KL, not in the KL."""
+    return reward_at([{"kl": max(0.0, point["kl"]) ** 0.5, "reward": point["reward"]} for point in curve], kl**0.5)
+
+
+def steps_to(curve: list[dict], kl: float) -> float:
+    """Steps after which the curve first crosses this KL."""
+    return reward_at([{"kl": point["kl"], "reward": point["step"]} for point in curve], kl)
+
+
+def against_fixed_of_equal_steps(result: dict, arm: str, kl: float) -> float:
+    """Reward of `arm` at this KL minus that of the fixed anchor that takes as many steps to it; NaN outside their range."""
+    fixed = [(steps_to(result[f"fixed {b:g}"], kl), at(result[f"fixed {b:g}"], kl)) for b in FIXED]
+    steps, rewards = zip(*sorted(point for point in fixed if np.isfinite(point[0])))
+    return at(result[arm], kl) - np.interp(steps_to(result[arm], kl), steps, rewards, left=np.nan, right=np.nan)
+
+
+def best_of_other_half(results: dict[int, dict], kind: str, kl: float) -> np.ndarray:
+    """Reward at this KL for each seed, with the beta that is best on the seeds of the other parity."""
+    names = [arm for arm in ARMS if arm.startswith(kind)]
+    table = np.array([[at(result[name], kl) for name in names] for result in results.values()])  # (seeds, betas)
+    odd = np.array(list(results)) % 2 == 1
+    values = np.full(len(results), np.nan)
+    for half in (odd, ~odd):
+        means = table[~half].mean(0)  # NaN where a seed does not get there
+        if half.any() and np.isfinite(means).any():
+            values[half] = table[half, np.nanargmax(means)]
+    return values
+
+
+def report(results: dict[int, dict]) -> dict:
+    print(
+        f"expected reward at each KL (seeds that reach it), {len(results)} seeds\n{'':14}" + "".join(f"{k:>12g}" for k in KLS)
+    )
+    optimal = {kl: np.array([np.interp(kl, *r["optimal"]) for r in results.values()]) for kl in KLS}
+    print(f"{'optimal':14}" + "".join(f"{optimal[kl].mean():8.3f} ({len(results)})" for kl in KLS))
+    summary = {"rewards": {}, "contrasts": {}}
+    for arm in ARMS:
+        values = [bootstrap([at(r[arm], kl) for r in results.values()]) for kl in KLS]
+        summary["rewards"][arm] = dict(zip(map(str, KLS), values))
+        print(f"{arm:14}" + "".join(f"{v['mean']:8.3f} ({v['seeds']})" for v in values))
+
+    contrasts = {}
+    for kl in KLS:
+        ema, fixed = (best_of_other_half(results, kind, kl) for kind in ("ema", "fixed"))
+        contrasts[f"KL {kl:g}: EMA - fixed, each with the other half's best beta"] = ema - fixed
+        contrasts[f"KL {kl:g}: optimal - EMA"] = optimal[kl] - ema
+        contrasts[f"KL {kl:g}: optimal - fixed"] = optimal[kl] - fixed
+    for beta in FALLING:
+        ema, falling = ([r[f"{kind} {beta:g}"] for r in results.values()] for kind in ("ema", "falling"))
+        for step in (60, 120, STEPS):
+            i = step // EVERY
+            contrasts[f"beta {beta:g}, step {step}: KL, EMA - falling"] = [
+                a[i]["kl"] - b[i]["kl"] for a, b in zip(ema, falling)
+            ]
+            contrasts[f"beta {beta:g}, step {step}: KL, EMA / falling"] = [
+                a[i]["kl"] / b[i]["kl"] for a, b in zip(ema, falling)
+            ]
+        contrasts[f"beta {beta:g}, step {STEPS}: reward, EMA - falling"] = [
+            a[-1]["reward"] - b[-1]["reward"] for a, b in zip(ema, falling)
+        ]
+        for kl in KLS:
+            contrasts[f"beta {beta:g}, KL {kl:g}: reward, EMA - falling"] = [
+                at(a, kl) - at(b, kl) for a, b in zip(ema, falling)
+            ]
+    for kl in KLS[:2]:
+        for arm in ("ema 0.3", "ema 1", "ema 3"):
+            values = [against_fixed_of_equal_steps(r, arm, kl) for r in results.values()]
+            contrasts[f"KL {kl:g}: {arm} - fixed of as many steps"] = values
+    for name, values in contrasts.items():
+        summary["contrasts"][name] = bootstrap(values)
+        print(f"{name:62} {show(summary['contrasts'][name])}")
+    draw(results)
+    return summary
+
+
+def draw(results: dict[int, dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+    arms = [arm for arm in ARMS[: len(FIXED) + len(EMA)] if arm != "ema 10"]
+    for kl, mark in ((0.5, "o"), (1.0, "s")):
+        points = np.array([[(steps_to(r[arm], kl), at(r[arm], kl)) for arm in arms] for r in results.values()])
+        reached = np.isfinite(points).all((1, 2))  # in every arm
+        points = points[reached]
+        for arm, (steps, reward) in zip(arms, points.mean(0)):
+            kind, beta = arm.split()
+            left.plot(steps, reward, mark, ms=5, color="black", mfc="black" if kind == "ema" else "white")
+            if beta in ("0.4", "1", "3"):
+                left.annotate(f"beta {beta}", (steps, reward), (5, -11), textcoords="offset points", fontsize=7)
+        optimal = np.mean([np.interp(kl, *r["optimal"]) for r, there in zip(results.values(), reached) if there])
+        place = (steps, reward + 0.06)
+        left.text(*place, f"KL {kl:g}, {len(points)} seeds\n(optimum {optimal:.2f})", fontsize=8, ha="center")
+    left.set(xlabel="steps taken to this KL", ylabel="expected reward at this KL", xlim=(20, 190), ylim=(0.4, 1.15))
+    left.text(25, 1.1, "filled: EMA, open: fixed anchor", fontsize=8)
+    for beta, shade in zip(FALLING, ("black", "0.4", "0.65")):
+        for kind, style in (("ema", "-"), ("falling", "--")):
+            curves = [r[f"{kind} {beta:g}"] for r in results.values()]
+            steps = [point["step"] for point in curves[0]]
+            values = [bootstrap([curve[i]["kl"] for curve in curves]) for i in range(len(steps))]
+            right.plot(steps, [v["mean"] for v in values], style, color=shade, lw=1.3)
+            right.fill_between(steps, [v["low"] for v in values], [v["high"] for v in values], color=shade, alpha=0.12, lw=0)
+        right.text(STEPS + 4, values[-1]["mean"], f"beta {beta:g}", color=shade, fontsize=8, va="center")
+    right.text(
+        10, right.get_ylim()[1] * 0.9, "solid: EMA anchor\ndashed: fixed anchor,\nbeta / (1 + mu t)", fontsize=8, va="top"
+    )
+    right.set(xlabel="steps", ylabel="KL to the start, nats", xlim=(0, STEPS + 55), ylim=(0, None))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(RESULTS / "anchors.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main("anchors", __doc__, work, report, seeds=8)
