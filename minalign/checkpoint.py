@@ -1,6 +1,7 @@
 """Policies loaded in float32 and saved, what both kinds of models share in loading, and checkpoints to resume from."""
 
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -104,6 +105,9 @@ def save_checkpoint(out: Path, step: int, state: dict, keep: int, best_step: int
         return
     folder, name = out / "checkpoints", f"step-{step:07d}"
     with whole_folder(folder / name) as new:
+        for log in out.glob("*.jsonl"):  # on the disk before the checkpoint: no line is missing after a power cut
+            with open(log, "ab") as file:
+                os.fsync(file.fileno())
         torch.save(content, new / "state.pt")
     last = sorted(path.name for path in folder.glob("step-???????") if path.name <= name)[-keep:]
     for path in folder.glob("step-*"):  # later ones could not be read when the run went on before them; .new is half a one

@@ -1,11 +1,14 @@
 """Folders are whole or not there, and models come back in float32 with all their end tokens."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from minalign import toy
-from minalign.checkpoint import end_token_ids, load_policy
+from minalign.checkpoint import end_token_ids, load_policy, resume_, save_checkpoint
 from minalign.folders import model_folder
 from minalign.common import UserError
 
@@ -87,3 +90,19 @@ def test_a_model_without_generation_config_ends_as_its_tokenizer_says():
     model = toy.make_model(toy.make_tokenizer(), seed=0)
     model.generation_config = None
     assert end_token_ids(model, toy.make_tokenizer()) == [2]
+
+
+def test_logs_are_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint that a power cut leaves without its lines would leave a gap in the log."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    real, synced = os.fsync, []
+
+    def record(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    save_checkpoint(tmp_path, 1, {"weights": [torch.ones(2)]}, keep=1)
+    assert synced[0] == "metrics.jsonl" and "state.pt" in synced
+    weights = [torch.zeros(2)]
+    assert resume_(tmp_path, {"weights": weights}) == 1 and weights[0].tolist() == [1.0, 1.0]
