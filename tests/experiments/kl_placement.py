@@ -1,6 +1,6 @@
 """Where may the KL penalty stand: k1, k2 or k3, in the reward or as a loss? (exact world)
 
-    python tests/experiments/kl_placement.py --seeds 4        resumes; about 90 s a seed on one core
+    python tests/experiments/kl_placement.py --seeds 6        resumes; about 90 s a seed on one core
     python tests/experiments/kl_placement.py --report         table and figure from what is there
 
 The gradient that each placement has in expectation (a sum over all completions, detached where a training step detaches)
@@ -13,7 +13,7 @@ The front that each placement reaches: 96 steps of 8 samples, cumulative baselin
 objective E[r] - beta KL where training ends (mean of the last 3 measurements), minus k1 in the reward's, at beta .3. Second:
 expected reward at KL .5, 1 and 2, minus k1 in the reward's; the beta of each placement is the best one of the odd seeds for
 the even ones and the reverse, among those that reach the KL on all those seeds. Added after three seeds were seen: the
-objective at beta 1, too.
+objective at beta 1, too; after four: seeds 4 and 5.
 """
 
 import copy
@@ -177,4 +177,4 @@ def draw(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    main("kl_placement", __doc__, work, report, seeds=4)
+    main("kl_placement", __doc__, work, report, seeds=6)

@@ -1,11 +1,12 @@
 """When does gold reward turn down while the proxy still rises, and which logged number warns first? (toy world)
 
-    python tests/experiments/over_optimisation.py --seeds 2        resumes; about 4 minutes a seed on one core
+    python tests/experiments/over_optimisation.py --seeds 3        resumes; about 4 minutes a seed on one core
     python tests/experiments/over_optimisation.py --report         table and figure from what is there
 
 Reward models (Bradley-Terry, train_rm.train) on 100, 400, 1600 and 6400 of the noisy rater's pairs: one epoch or 50 steps, the
 best by held-out loss kept. Policies (train_policy.train): 80 steps of 64 with a fixed anchor and beta 0, .1 or .3 (.03 was left
-out for time), evaluated on 100 held-out prompts every 10 steps. A seed draws pairs, prompts and samples.
+out for time), evaluated on 100 held-out prompts every 10 steps. A seed draws pairs, prompts and samples; the third was
+added after the first two had been seen.
 
 Gold has turned at the first evaluation that lies .5 or more under the best one before it. The numbers that might warn, and
 their thresholds, fixed on seed 100 before any run that is reported: see WARNINGS. Those logged at each training step are means
@@ -164,4 +165,4 @@ def draw(results: dict[int, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main("over_optimisation", __doc__, work, report, seeds=2)
+    main("over_optimisation", __doc__, work, report, seeds=3)

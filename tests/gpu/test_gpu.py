@@ -37,7 +37,7 @@ def test_the_loops_learn_on_the_gpu(tmp_path, monkeypatch, dtype):
     results = json.loads((tmp_path / "policy/results.json").read_text())
     assert results["after"]["gold"] > results["before"]["gold"] + 1
     first = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[0])
-    assert abs(first["kl_sft"]) < (1e-3 if dtype == "float32" else 0.5)  # bfloat16: noise of two kernels, summed over tokens
+    assert abs(first["kl_sft"]) < 1e-3  # in bfloat16, too: both sides come from the same pass
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,4 @@ def test_every_variant_starts_where_the_start_policy_is(tmp_path, monkeypatch, d
     train_rm.main(["--device", "cuda", "--dtype", dtype, "--steps", "20", "--out", "rm"])
     train_policy.main(["--device", "cuda", "--dtype", dtype, "--rm", "rm", *flags, "--steps", "3", "--out", "policy"])
     first = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[0])
-    assert abs(first["kl_sft"]) < (1e-3 if dtype == "float32" else 0.5)
+    assert abs(first["kl_sft"]) < 1e-3
