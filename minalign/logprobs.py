@@ -96,7 +96,7 @@ def token_logprobs_from_hidden(
             grads = start(hidden, weight, *ctx.needs_input_grad[:2]) if grad is not None else (None, None)
             for i in range(0, len(tokens), chunk_size):
                 part = slice(i, i + chunk_size)
-                logits = hidden[part].float() @ weight.float().T / temperature  # (chunk, V)
+                logits = (hidden[part].float() / temperature) @ weight.float().T  # (chunk, V)
                 log_softmax = logits.log_softmax(1)
                 logprobs[part] = log_softmax.gather(1, tokens[part, None]).squeeze(1)
                 if grad is not None:
@@ -113,7 +113,7 @@ def token_logprobs_from_hidden(
                 with torch.autocast(hidden.device.type, enabled=False):
                     for i in range(0, len(tokens), chunk_size):
                         part = slice(i, i + chunk_size)
-                        softmax = (hidden[part].float() @ weight.float().T / temperature).softmax(1)
+                        softmax = ((hidden[part].float() / temperature) @ weight.float().T).softmax(1)
                         add_chunk(*grads, hidden, weight, tokens, grad, part, softmax)
             elif not torch.allclose(grad, known, rtol=1e-4, atol=1e-6 * known.abs().max().item()):
                 raise ValueError("got another gradient than known_grad, expected d loss / d logprobs: leave known_grad out")

@@ -1,6 +1,6 @@
 """What does merging add to one run, SLERP to LERP, and what makes task vectors orthogonal? (exact world)
 
-    python tests/experiments/merging.py --seeds 5        resumes; about 110 s a seed on one core
+    python tests/experiments/merging.py --seeds 8        resumes; about 110 s a seed on one core
     python tests/experiments/merging.py --report         table and figure from what is there
 
 From one start 5 runs (200 steps of 4 samples, EMA anchor, other prompts and samples). Fronts, all by LITI: of each run; of
@@ -12,6 +12,7 @@ LITI of one run minus its own training curve (mean of the 5); M = 3, 4, 5 agains
 in compute: M runs take M times the samples (see iterations.py). LERP's etas are SLERP's times the ratio of the merged norms:
 the points of both fronts lie at nearly one KL. The learning rate was raised from 3e-5 as anchors.py seldom got to KL 3.
 Added when the first seed was there, as runs differ a lot: each SLERP minus the mean of just the runs that it merges.
+Added when five seeds had been seen: three more.
 """
 
 import copy
@@ -156,4 +157,4 @@ def draw(everything: list[dict], summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    main("merging", __doc__, work, report, seeds=5)
+    main("merging", __doc__, work, report, seeds=8)
