@@ -117,15 +117,15 @@ def train(
             again = functools.partial(frozen_logprobs, temperature=config.temperature, micro_batch_size=config.micro_batch_size)
             start_logprobs = again(task.start, *rollout)
             anchor_logprobs = start_logprobs if anchor is task.start else again(anchor, *rollout)
-            if sampler is not policy:  # rounded weights drew: what is learned from are the policy's own log-probs
-                sampling_logprobs, logprobs = logprobs, again(policy, *rollout)
-                importance = importance_weights(logprobs, sampling_logprobs, mask)
+            # What is learned from are the policy's own log-probs, also where a rounded copy drew: its samples count by their ratio
+            sampling_logprobs, logprobs = logprobs, logprobs if sampler is policy else again(policy, *rollout)
+            importance = ranks.gather(importance_weights(logprobs, sampling_logprobs, mask))  # all 1 where the policy drew
 
         # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed over the sequence, detached
         scores = rewards if config.reward_clip is None else rewards.clamp(-config.reward_clip, config.reward_clip)
         scores = scores - config.missing_eos_penalty * ~ended
         shaped = ranks.gather(kl_penalized_rewards(scores, logprobs, anchor_logprobs, mask, config.beta))  # all ranks'
-        finite = bool(shaped.isfinite().all())
+        finite = bool((shaped + importance).isfinite().all())
 
         # A = r_beta - b, with b from rewards other than the sample's own
         baseline_before = baseline.value
@@ -139,7 +139,7 @@ def train(
             advantages = baseline.advantages(shaped)
         if finite and config.uncertainty != "none":
             advantages = advantages * uncertainty_weights(ranks.gather(score_variance), config.uncertainty)
-        own_advantages = advantages[mine] if sampler is policy else advantages[mine] * importance
+        own_advantages = (advantages * importance if finite else advantages)[mine]
 
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the whole batch
         known_grad = -own_advantages[:, None] * mask / config.batch_size  # (B, T): d loss / d logprobs, before the pass
@@ -168,7 +168,7 @@ def train(
         if good and config.anchor == "ema":  # ema <- (1 - mu) ema + mu theta, after the policy's own update
             ema_update_(moving_anchor, trained, config.mu)
         if not good:
-            problem = f"step {step}: a {'gradient' if finite else 'reward or KL'} that is not finite"
+            problem = f"step {step}: a {'gradient' if finite else 'reward, KL or importance weight'} that is not finite"
             if config.on_nonfinite == "stop":
                 raise UserError(f"{problem}: the policy of step {step - 1} is the last good one: lower --lr")
             counts["skipped"] += 1
@@ -186,7 +186,7 @@ def train(
             "length": mask.sum(1),
             "ended": ended,
         } | {f"reward {name}": scores for name, scores in parts.items()}
-        rows |= {} if sampler is policy else {"importance": importance}
+        rows |= {} if sampler is policy else {"importance": importance[mine]}
         means = ranks.gather(torch.stack([row.float() for row in rows.values()], 1)).mean(0)
         numbers = torch.stack([shaped.mean(), advantages.std(correction=0), grad_norm])
         values = torch.cat([means, numbers]).tolist()  # numbers leave the device once a step

@@ -20,18 +20,8 @@ from .common import UserError, require
 if typing.TYPE_CHECKING:
     import torch
 
-FREE_TO_CHANGE = (
-    "out",
-    "resume",
-    "device",
-    "dtype",
-    "save_every",
-    "keep",
-    "on_nonfinite",
-    "micro_batch_size",
-    "tensorboard",
-    "shard",
-)  # by --resume
+FREE_TO_CHANGE = ("out", "resume", "device", "dtype", "save_every", "keep", "on_nonfinite", "micro_batch_size", "shard",
+                  "tensorboard")  # by --resume  # fmt: skip
 
 
 def new_run(out: str, kind: str) -> Path:

@@ -8,6 +8,7 @@ import torch
 from tiny_runs import difference, run_policy, tiny_model
 
 from minalign import decode, reinforce
+from minalign.common import UserError
 from minalign.decode import refresh_, sampling_copy
 from minalign.logprobs import position_ids_from_mask
 
@@ -73,3 +74,16 @@ def test_the_copy_has_rounded_weights_and_whole_angles():
     ids = torch.tensor([[1, 7, 9, 4]])
     positions = position_ids_from_mask(torch.ones_like(ids))
     torch.testing.assert_close(copied(ids, position_ids=positions).logits.float(), model(ids).logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_a_copy_that_is_no_number_ends_the_run_or_is_skipped(tmp_path, monkeypatch, action):
+    """The policy is sound, only the ratio is not: no gradient of it may get through."""
+    monkeypatch.setattr(decode, "refresh_", lambda sampler, policy: [p.fill_(math.nan) for p in sampler.parameters()])
+    if action == "stop":
+        with pytest.raises(UserError, match="step 1: a reward, KL or importance weight that is not finite"):
+            run_policy(tmp_path, dtype=torch.bfloat16)
+    else:
+        policy = run_policy(tmp_path, dtype=torch.bfloat16, on_nonfinite="skip")
+        assert [row["skipped"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+        assert difference(policy.state_dict(), tiny_model()[0].state_dict()) == ""
