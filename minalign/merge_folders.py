@@ -1,6 +1,7 @@
 """Merge saved models tensor by tensor, never holding one of them whole: `python -m minalign.merge`."""
 
 import json
+import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
@@ -80,7 +81,7 @@ class Shards:
         self.wait()
         self.files.append(list(self.pending))
         path = self.folder / f"shard-{len(self.files)}"
-        self.writing = self.thread.submit(save_file, self.pending, path, metadata={"format": "pt"})
+        self.writing = self.thread.submit(save_synced, self.pending, path)
         self.pending = {}
 
     def wait(self) -> None:
@@ -105,6 +106,13 @@ class Shards:
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Save and wait for the disk, in the writing thread: `whole_folder`, which waits for all of it, has little left to wait for."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def merge_folders(config: Config) -> dict[str, dict]:
     """Merge saved models as `config` says into config.out; returns merge_policies' report.
 
@@ -116,7 +124,7 @@ def merge_folders(config: Config) -> dict[str, dict]:
         for file in ("tokenizer.json", "vocab.json", "tokenizer.model"):
             ours, theirs = init.folder / file, state.folder / file
             require(
-                _vocabulary(ours) == _vocabulary(theirs),
+                same_vocabulary(ours, theirs),
                 f"{path}: its {file} has another vocabulary than {config.init}'s: merge models of one init",
             )
     with whole_folder(Path(config.out)) as folder:
@@ -127,24 +135,28 @@ def merge_folders(config: Config) -> dict[str, dict]:
                 and not file.name.endswith(".index.json")
             ):
                 shutil.copy(file, folder)
-        shards = Shards(folder, init, config.eta)
+        shards, threads = Shards(folder, init, config.eta), torch.get_num_threads()
+        torch.set_num_threads(
+            max(1, threads - 1)
+        )  # one core writes; threads of a product that wait for each other would wait for it
         try:
             _, report = merge_policies(init, states, config.method, config.scope, config.lam, out=shards)
         except ValueError as error:
             raise UserError(f"{config.init}, {', '.join(config.models)}: {error}") from error
+        finally:
+            torch.set_num_threads(threads)
         shards.finish()
         (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _vocabulary(file: Path) -> object:
-    """What a tokenizer file says of tokens; padding and truncation settings, which saving may change, left out."""
-    if not file.exists():
-        return None
-    if file.name != "tokenizer.json":
-        return file.read_bytes()
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content.get("model"), content.get("added_tokens")
+def same_vocabulary(ours: Path, theirs: Path) -> bool:
+    """Whether two tokenizer files name the same tokens; padding and truncation settings, which saving may change, left out."""
+    contents = [file.read_bytes() if file.exists() else None for file in (ours, theirs)]
+    if contents[0] == contents[1] or None in contents or ours.name != "tokenizer.json":
+        return contents[0] == contents[1]
+    tokenizers = [json.loads(content) for content in contents]
+    return all(tokenizers[0].get(key) == tokenizers[1].get(key) for key in ("model", "added_tokens"))
 
 
 def angle_summary(report: dict[str, dict]) -> str:
