@@ -102,12 +102,12 @@ def train(
         uniforms = draw_uniforms(config.batch_size, config.max_new_tokens, device, sampling)[mine]
         input_ids, attention_mask = pad([prompt.ids for prompt in asked], "left", device)  # (B, P)
         refresh_(sampler, policy)
-        with torch.no_grad(), autocast(device, dtype):
-            tokens, mask, logprobs = generate(
-                sampler, input_ids, attention_mask, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                eos_token_ids=task.eos_token_ids, pad_token_id=0, uniforms=uniforms,
-            )  # fmt: skip
+        tokens, mask, logprobs = generate(
+            sampler, input_ids, attention_mask, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            eos_token_ids=task.eos_token_ids, pad_token_id=0, uniforms=uniforms,
+        )  # fmt: skip
 
+        with torch.no_grad(), autocast(device, dtype):
             # r(x, y), in the text format that the reward model was trained on
             completions, ended = split_end(tokens, mask, task.eos_token_ids)
             rewards, score_variance, parts = task.reward.score_rollout(tokenizer, asked, completions, config.micro_batch_size)

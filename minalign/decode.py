@@ -164,18 +164,19 @@ def refresh_(sampler: torch.nn.Module, policy: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def packed_linears(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the linear layers of a float32 model on a CPU read a copy of their weights in oneDNN's blocked order.
+    """Inside, the linear layers of a model on a CPU read a copy of their weights in oneDNN's blocked order.
 
     With a few rows a time, a product takes half as long; the copy costs the weights' memory once more, and as long as one or two
     tokens. Only for sampling: there are no gradients, and weights that change inside are not seen. Does nothing on other
-    devices, in other dtypes, or where torch comes without oneDNN.
+    devices, in other dtypes than float32 and (where the processor has it) bfloat16, under autocast, or without oneDNN.
     """
     packed = []
     if torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+        dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
         for module in model.modules():
             if type(module) in (torch.nn.Linear, Conv1D):
                 weight = module.weight.detach() if type(module) is torch.nn.Linear else module.weight.detach().T.contiguous()
-                if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                if weight.device.type == "cpu" and weight.dtype in dtypes:
                     module.forward = _packed_forward(weight, module.bias)  # found before the method of the class
                     packed.append(module)
     try:

@@ -94,13 +94,10 @@ def token_logprobs_from_hidden(
         def forward(ctx, hidden, weight, tokens, grad):  # (N, D), (V, D), (N,), (N,) or None
             logprobs = torch.empty(len(tokens), device=hidden.device)
             grads = start(hidden, weight, *ctx.needs_input_grad[:2]) if grad is not None else (None, None)
-            for i in range(0, len(tokens), chunk_size):
-                part = slice(i, i + chunk_size)
-                logits = (hidden[part].float() / temperature) @ weight.float().T  # (chunk, V)
-                log_softmax = logits.log_softmax(1)
-                logprobs[part] = log_softmax.gather(1, tokens[part, None]).squeeze(1)
+            for part, chosen, exps, sums in chunks(hidden, weight, tokens):
+                logprobs[part] = (chosen - sums.log()).squeeze(1)
                 if grad is not None:
-                    add_chunk(*grads, hidden, weight, tokens, grad, part, log_softmax.exp_())
+                    add_chunk(*grads, hidden, weight, tokens, grad, part, exps, sums)
             ctx.save_for_backward(hidden, weight, tokens, grad, *grads)
             return logprobs
 
@@ -111,21 +108,31 @@ def token_logprobs_from_hidden(
             if known is None:
                 grads = start(hidden, weight, *ctx.needs_input_grad[:2])
                 with torch.autocast(hidden.device.type, enabled=False):
-                    for i in range(0, len(tokens), chunk_size):
-                        part = slice(i, i + chunk_size)
-                        softmax = ((hidden[part].float() / temperature) @ weight.float().T).softmax(1)
-                        add_chunk(*grads, hidden, weight, tokens, grad, part, softmax)
+                    for part, _, exps, sums in chunks(hidden, weight, tokens):
+                        add_chunk(*grads, hidden, weight, tokens, grad, part, exps, sums)
             elif not torch.allclose(grad, known, rtol=1e-4, atol=1e-6 * known.abs().max().item()):
                 raise ValueError("got another gradient than known_grad, expected d loss / d logprobs: leave known_grad out")
             return grads[0], None if grads[1] is None else grads[1].to(weight.dtype), None, None
+
+    def chunks(hidden, weight, tokens):
+        """A slice of tokens; z_y - max z, exp(z - max z), and its sum: (n,), (n, 1), (n, V), (n, 1). One buffer, everything in place."""
+        buffer = torch.empty(min(chunk_size, len(tokens)), len(weight), device=hidden.device)
+        for i in range(0, len(tokens), chunk_size):
+            part = slice(i, i + chunk_size)
+            scaled = hidden[part].float() / temperature
+            logits = torch.mm(scaled, weight.float().T, out=buffer[: len(scaled)])
+            logits -= logits.amax(1, keepdim=True)
+            chosen = logits.gather(1, tokens[part, None])
+            exps = logits.exp_()
+            yield part, chosen, exps, exps.sum(1, keepdim=True)
 
     def start(hidden, weight, hidden_needs, weight_needs):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
         return torch.empty_like(hidden) if hidden_needs else None, weight_grad
 
-    def add_chunk(hidden_grad, weight_grad, hidden, weight, tokens, grad, part, softmax):
-        logits_grad = softmax.mul_(-grad[part, None] / temperature)  # (onehot - softmax) grad / tau, (chunk, V)
-        logits_grad.scatter_add_(1, tokens[part, None], grad[part, None] / temperature)
+    def add_chunk(hidden_grad, weight_grad, hidden, weight, tokens, grad, part, exps, sums):
+        scaled = grad[part, None] / temperature
+        logits_grad = exps.mul_(-scaled / sums).scatter_add_(1, tokens[part, None], scaled)  # (onehot - softmax) grad / tau
         if hidden_grad is not None:
             hidden_grad[part] = logits_grad @ weight.float()
         if weight_grad is not None:
