@@ -113,8 +113,11 @@ def generate(
     eos = torch.tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=input_ids.device)
 
     cache = preallocated_cache(model.config, input_ids.shape[1] + max_new_tokens)
-    next_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
-    next_positions = position_ids_from_mask(attention_mask)
+    # Samples of one prompt share its pass: `prompts` are the different ones, `prompt_of` (B,) says which is whose
+    real_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
+    prompts, prompt_of = torch.cat([real_ids, attention_mask.long()], 1).unique(dim=0, return_inverse=True)
+    next_ids, prompt_mask = prompts.chunk(2, dim=1)
+    next_positions = position_ids_from_mask(prompt_mask)
     rows = torch.arange(len(input_ids), device=input_ids.device)  # of the batch that are still in the cache
     running = torch.ones_like(rows, dtype=torch.bool)
     tokens = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
@@ -124,7 +127,7 @@ def generate(
         for t in range(max_new_tokens):
             output = model(
                 input_ids=next_ids,
-                attention_mask=attention_mask.long(),
+                attention_mask=attention_mask.long() if t else prompt_mask,
                 position_ids=next_positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -134,7 +137,11 @@ def generate(
                 raise ValueError(
                     f"got a {model.config.model_type} model, which fills no key-value cache: expected a transformer"
                 )
-            distribution = (output.logits[:, -1].float() / temperature).log_softmax(1)  # (rows, V)
+            logits, positions = output.logits[:, -1], next_positions[:, -1:]
+            if t == 0:
+                cache.batch_select_indices(prompt_of)
+                logits, positions = logits[prompt_of], positions[prompt_of]
+            distribution = (logits.float() / temperature).log_softmax(1)  # (rows, V)
             drawn = draw(distribution, uniforms[rows, t, None])  # (rows, 1)
             tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
             mask[rows, t] = running
@@ -144,7 +151,7 @@ def generate(
             if left == 0:
                 break
             next_ids = drawn
-            next_positions = next_positions[:, -1:] + 1
+            next_positions = positions + 1
             if t == 0 and can_be_fixed(model, cache):
                 decode_fixed(
                     model, cache, attention_mask, next_ids, next_positions, running, uniforms, tokens, mask, logprobs,

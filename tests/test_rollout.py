@@ -421,6 +421,24 @@ def test_packed_weights_and_the_buffer_give_what_transformers_gives(family, dtyp
     assert fast.layers[0].keys.shape == slow.layers[0].keys.shape and fast.layers[0].buffers[0].shape[2] == 12
 
 
+@families
+def test_samples_of_one_prompt_share_its_pass_and_are_those_of_separate_passes(family, device):
+    """Repeated prompts of different lengths, not in order; the slow twin samples each row by itself."""
+    model, (ids, mask) = make_model(family, device), left_padded([3, 5, 2], device)
+    order = torch.tensor([1, 1, 0, 2, 1, 0], device=device)
+    uniforms = draw_uniforms(6, 10, device, torch.Generator(device).manual_seed(4))
+    widths = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
+    together = sample(model, ids[order], mask[order], uniforms=uniforms)
+    hook.remove()
+    assert widths[0] == (3, 5) and widths[1][0] > 3 and not mask.all()
+    for i, row in enumerate(order):
+        alone = sample(model, ids[row, None], mask[row, None], uniforms=uniforms[i, None])
+        length = alone.tokens.shape[1]
+        assert torch.equal(alone.tokens[0], together.tokens[i, :length]) and together.mask[i].sum() == alone.mask.sum()
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[i, :length], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_change_between_samplings_are_seen():
     model, (ids, mask) = make_model("llama", "cpu"), left_padded([3, 3], "cpu")
     before = sample(model, ids, mask)
