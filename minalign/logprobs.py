@@ -89,16 +89,34 @@ def token_logprobs_from_hidden(
             f"{len(lm_head_weight) - 1}: put any valid id at masked positions"
         )
 
+    def walk(hidden, weight, tokens, grad, hidden_needs, weight_needs):
+        """Log-probs (N,) and, where `grad` (N,) is there, the gradients of their sum weighted by it. One buffer, all in place."""
+        logprobs = torch.empty(len(tokens), device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if grad is not None and hidden_needs else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if grad is not None and weight_needs else None
+        buffer = torch.empty(min(chunk_size, len(tokens)), len(weight), device=hidden.device)
+        for i in range(0, len(tokens), chunk_size):
+            part = slice(i, i + chunk_size)
+            scaled, chosen = hidden[part].float() / temperature, tokens[part, None]
+            logits = torch.mm(scaled, weight.float().T, out=buffer[: len(scaled)])  # (chunk, V)
+            logits -= logits.amax(1, keepdim=True)
+            chosen_logits = logits.gather(1, chosen)
+            sums = logits.exp_().sum(1, keepdim=True)
+            logprobs[part] = (chosen_logits - sums.log()).squeeze(1)
+            if grad is not None:
+                part_grad = grad[part, None] / temperature
+                logits_grad = logits.mul_(-part_grad / sums).scatter_add_(1, chosen, part_grad)  # (onehot - softmax) grad / tau
+            if hidden_grad is not None:
+                hidden_grad[part] = logits_grad @ weight.float()
+            if weight_grad is not None:
+                weight_grad.addmm_(logits_grad.T, hidden[part].float())
+        return logprobs, hidden_grad, weight_grad
+
     class ChunkedLogprobs(torch.autograd.Function):  # in here, so that the function can be copied whole
         @staticmethod
-        def forward(ctx, hidden, weight, tokens, grad):  # (N, D), (V, D), (N,), (N,) or None
-            logprobs = torch.empty(len(tokens), device=hidden.device)
-            grads = start(hidden, weight, *ctx.needs_input_grad[:2]) if grad is not None else (None, None)
-            for part, chosen, exps, sums in chunks(hidden, weight, tokens):
-                logprobs[part] = (chosen - sums.log()).squeeze(1)
-                if grad is not None:
-                    add_chunk(*grads, hidden, weight, tokens, grad, part, exps, sums)
-            ctx.save_for_backward(hidden, weight, tokens, grad, *grads)
+        def forward(ctx, hidden, weight, tokens, known):  # (N, D), (V, D), (N,), (N,) or None
+            logprobs, *grads = walk(hidden, weight, tokens, known, *ctx.needs_input_grad[:2])
+            ctx.save_for_backward(hidden, weight, tokens, known, *grads)
             return logprobs
 
         @staticmethod
@@ -106,37 +124,11 @@ def token_logprobs_from_hidden(
         def backward(ctx, grad):  # (N,)
             hidden, weight, tokens, known, *grads = ctx.saved_tensors
             if known is None:
-                grads = start(hidden, weight, *ctx.needs_input_grad[:2])
                 with torch.autocast(hidden.device.type, enabled=False):
-                    for part, _, exps, sums in chunks(hidden, weight, tokens):
-                        add_chunk(*grads, hidden, weight, tokens, grad, part, exps, sums)
+                    _, *grads = walk(hidden, weight, tokens, grad, *ctx.needs_input_grad[:2])
             elif not torch.allclose(grad, known, rtol=1e-4, atol=1e-6 * known.abs().max().item()):
                 raise ValueError("got another gradient than known_grad, expected d loss / d logprobs: leave known_grad out")
             return grads[0], None if grads[1] is None else grads[1].to(weight.dtype), None, None
-
-    def chunks(hidden, weight, tokens):
-        """A slice of tokens; z_y - max z, exp(z - max z), and its sum: (n,), (n, 1), (n, V), (n, 1). One buffer, everything in place."""
-        buffer = torch.empty(min(chunk_size, len(tokens)), len(weight), device=hidden.device)
-        for i in range(0, len(tokens), chunk_size):
-            part = slice(i, i + chunk_size)
-            scaled = hidden[part].float() / temperature
-            logits = torch.mm(scaled, weight.float().T, out=buffer[: len(scaled)])
-            logits -= logits.amax(1, keepdim=True)
-            chosen = logits.gather(1, tokens[part, None])
-            exps = logits.exp_()
-            yield part, chosen, exps, exps.sum(1, keepdim=True)
-
-    def start(hidden, weight, hidden_needs, weight_needs):
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
-        return torch.empty_like(hidden) if hidden_needs else None, weight_grad
-
-    def add_chunk(hidden_grad, weight_grad, hidden, weight, tokens, grad, part, exps, sums):
-        scaled = grad[part, None] / temperature
-        logits_grad = exps.mul_(-scaled / sums).scatter_add_(1, tokens[part, None], scaled)  # (onehot - softmax) grad / tau
-        if hidden_grad is not None:
-            hidden_grad[part] = logits_grad @ weight.float()
-        if weight_grad is not None:
-            weight_grad.addmm_(logits_grad.T, hidden[part].float())
 
     with torch.autocast(hidden.device.type, enabled=False):  # autocast would take the products to bfloat16
         flat = None if known_grad is None or not torch.is_grad_enabled() else known_grad.flatten().float()
