@@ -360,3 +360,16 @@ def test_another_gradient_than_the_known_one_is_an_error():
         assert not token_logprobs_from_hidden(
             hidden, weight, torch.tensor([[0, 1, 2]]), known_grad=torch.ones(1, 3)
         ).requires_grad
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_log_probs_from_hidden_states_of_huge_logits_are_finite(device, scale):
+    """exp() of a logit above 88 is infinite in float32: the largest is taken off first, here as in log_softmax."""
+    torch.manual_seed(0)
+    hidden, weight = (scale * torch.randn(2, 3, 4, device=device)).requires_grad_(), torch.randn(7, 4, device=device)
+    tokens = torch.randint(0, 7, (2, 3), device=device)
+    logprobs = token_logprobs_from_hidden(hidden, weight, tokens, chunk_size=4)
+    expected = token_logprobs(hidden @ weight.T, tokens)
+    torch.testing.assert_close(logprobs, expected)
+    gradients = [torch.autograd.grad(values.sum(), hidden)[0] for values in (logprobs, expected)]
+    torch.testing.assert_close(*gradients)
