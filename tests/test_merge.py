@@ -132,6 +132,17 @@ def test_merging_states_is_slerp_at_every_angle_and_size(device, angle, scale):
     assert report["w"]["norms"] == pytest.approx([scale, 3 * scale], rel=1e-5)
 
 
+def test_angles_of_many_elements_are_exact():
+    """Sums of a million float32 products: taken one after the other they would be off by some 1e-6."""
+    torch.manual_seed(0)
+    a = torch.randn(2**20)
+    b = 2 * a + torch.randn(2**20)
+    _, report = merge_policies({"w": torch.zeros_like(a)}, [{"w": a}, {"w": b}])
+    (a, b), found = (a.double(), b.double()), report["w"]
+    assert found["angle"] == pytest.approx(math.degrees(math.acos(a @ b / a.norm() / b.norm())), abs=1e-5)
+    assert found["norms"] == pytest.approx([a.norm().item(), b.norm().item()], rel=1e-7)
+
+
 def test_a_third_policy_opposite_to_the_merge_of_two_does_not_blow_up():
     """No two of them are opposite; the weights that float32 would give are thousands."""
     for seed in range(10):
