@@ -1,16 +1,17 @@
-"""Prompts + reward model -> I x M policies, merged, and the KL-reward front: WARP (Rame et al. 2024, arXiv 2406.16768).
+"""Prompts + reward model -> I x M policies, merged, and the KL-reward front: WARP.
 
-    python warp.py                                          the toy review world, two iterations of two runs
+    python warp.py                              the toy review world, two iterations of two runs
     python warp.py --rm runs/rm-1 --runs 3 --eta 0.3
     python warp.py --rm path --model path-or-id --dataset prompts.jsonl --out runs/mine
-    python warp.py ... --out runs/mine --resume             goes on where a killed run stopped
+    python warp.py ... --out runs/mine --resume      goes on where a killed run stopped
 
-Algorithm 1. Each iteration trains M policies from theta_init by train_policy.py's loop, with an EMA anchor that starts
-at theta_init; merges their task vectors by SLERP; and moves theta_init a step eta towards the merge. At the end, the
-front from the start policy to the last merge is evaluated for a list of eta.
+Algorithm 1 of Ramé et al. 2024 (arXiv 2406.16768). Each iteration trains M policies from theta_init
+by train_policy.py's loop, with an EMA anchor that starts at theta_init. It merges their task
+vectors by SLERP, and moves theta_init a step eta towards the merge. At the end, the front from the
+start policy to the last merge is evaluated for a list of eta.
 
-The run's folder: iteration-I/run-M/ (metrics.jsonl, model/), iteration-I/merged/model/, iteration-I/angles.json,
-front.json, front.png, and front/eta-E/model/ for each of --keep-etas.
+The run's folder: iteration-I/run-M/ (metrics.jsonl, model/), iteration-I/merged/model/,
+iteration-I/angles.json, front.json, front.png, and front/eta-E/model/ for each of --keep-etas.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ import dataclasses
 import json
 import shutil
 import sys
-import threading
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import train_policy
-from minalign.common import (
-    checkpoint_activations_, one_line_errors, pick_device, pick_dtype, require, show_config, stop_after_step,
-)  # fmt: skip
-from minalign.flags import flag, parse_flags
-from minalign.ranks import Ranks, process_group
-from minalign.runs import open_run, write_config, write_whole
+from minalign.running.errors import one_line_errors, require
+from minalign.running.flags import flag, parse_flags
+from minalign.running.logs import write_atomic
+from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
+
+    from minalign.running.ranks import Ranks
+    from minalign.task import Task
 
 
 @dataclass
@@ -42,32 +43,57 @@ class Config(train_policy.Config):
     """Merging: the flags of WARP itself."""
 
     out: str = flag("", "folder of the run (default: the next free runs/warp-N)")
-    steps: int = flag(100, "optimizer steps of each policy", within="[1, inf)")
-    anchor: str = flag("ema", "what the KL is measured from: theta_init, or an average of the policy", ("fixed", "ema"))
-    eval_every: int = flag(20, "steps between evaluations: the points of the training curves", within="[1, inf)")
-    iterations: int = flag(2, "I: how often to train, merge and start again", within="[1, inf)")
-    runs: int = flag(2, "M: policies per iteration; they differ in the order of prompts and in sampling", within="[1, inf)")
-    eta: float = flag(0.5, "how far theta_init moves towards the merge between iterations, in [0, 1]", within="[0, 1]")
+    steps: int = flag(100, "optimizer steps of each policy", "[1, inf)")
+    anchor: str = flag(
+        "ema",
+        "what the KL is measured from: theta_init, or an average of the policy",
+        ("fixed", "ema"),
+    )
+    eval_every: int = flag(
+        20, "steps between evaluations: the points of the training curves", "[1, inf)"
+    )
+    iterations: int = flag(2, "I: how often to train, merge and start again", "[1, inf)")
+    runs: int = flag(
+        2,
+        "M: policies per iteration; they differ in the order of prompts and in sampling",
+        "[1, inf)",
+    )
+    eta: float = flag(
+        0.5, "how far theta_init moves towards the merge between iterations", "[0, 1]"
+    )
     method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
     scope: str = flag(
-        "layer", "what shares an angle: a transformer layer, a tensor, the whole model", ("layer", "tensor", "model")
+        "layer",
+        "what shares an angle: a transformer layer, a tensor, the whole model",
+        ("layer", "tensor", "model"),
     )
-    etas: str = flag("0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", "points of the front: 0 is the start policy, 1 the last merge")
+    etas: str = flag(
+        "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1",
+        "points of the front: 0 is the start policy, 1 the last merge",
+    )
     keep_etas: str = flag("", "points of the front to save as models, such as 0.3,0.5")
 
 
 def resolve(config: Config) -> Config:
     """train_policy's checks and WARP's own."""
-    require(not config.shard, "--shard: of train_policy.py and train_rm.py alone: here processes train runs side by side")
+    require(
+        not config.shard,
+        "--shard: of train_policy.py and train_rm.py alone: here processes train runs side by side",
+    )
     config = train_policy.resolve(config)
     etas = numbers("--etas", config.etas)
     require(bool(etas), "--etas: expected at least one number")
-    require(all(a < b for a, b in zip(etas, etas[1:])), f"--etas {config.etas}: expected rising numbers")
+    require(
+        all(a < b for a, b in zip(etas, etas[1:])), f"--etas {config.etas}: expected rising numbers"
+    )
     require(
         all(0 <= eta <= 1 for eta in etas + numbers("--keep-etas", config.keep_etas)),
         "--etas, --keep-etas: expected numbers in [0, 1]",
     )
-    require(config.lora_save != "adapter", "--lora-save adapter: merging needs whole weights: leave it out")
+    require(
+        config.lora_save != "adapter",
+        "--lora-save adapter: merging needs whole weights: leave it out",
+    )
     return config
 
 
@@ -90,134 +116,165 @@ def set_weights_(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
         parameter.data.copy_(weights[name])
 
 
-def run_warp(
-    config: Config, task, out: Path, dtype: torch.dtype, stop: threading.Event | None = None, ranks: Ranks = Ranks()
-) -> dict:
-    """Algorithm 1 into the folder `out`; returns what front.json holds.
+def run_warp(run: Run, task: Task) -> dict:
+    """Algorithm 1 into the run's folder; returns what front.json holds.
 
-    Of several processes, groups train the runs of an iteration side by side; all merge, and the first measures and writes.
+    Of several processes, groups train the runs of an iteration side by side. All merge, and the
+    first measures and writes.
     """
-    import torch
-
-    from minalign.checkpoint import load_policy, save_policy
-    from minalign.lora import add_lora_, merge_lora_
     from minalign.merge import liti, merge_policies
-    from minalign.merge_folders import angle_summary
+    from minalign.models.activations import checkpoint_activations_
+    from minalign.models.loading import load_policy, save_policy
+    from minalign.tools.merge import angle_summary
 
+    config, results = run.config, {"runs": [], "merges": [], "front": []}
     theta_sft = weights_of(task.start)
-    policy = copy.deepcopy(task.start).requires_grad_(True)  # the one model that all weights pass through
+    policy = copy.deepcopy(task.start).requires_grad_(True)  # all weights pass through this one
     if config.gradient_checkpointing:
         checkpoint_activations_(policy)
-    results = {"runs": [], "merges": []}
-    groups = min(config.runs, ranks.count)
-    group, members = ranks.split(groups)
-
-    def measure(name: str, place: Path | None = None) -> dict[str, float]:
-        """Evaluate `policy` as it is and print its line; what was measured already is read back."""
-        if stop is not None and stop.is_set():  # nothing is lost: all that came before is saved
-            raise KeyboardInterrupt(f"before {name} was measured")
-        cached = place / "results.json" if place else None
-        if not ranks.first:
-            return {}
-        if cached and cached.exists():
-            metrics = json.loads(cached.read_text())
-        else:
-            metrics, _ = train_policy.evaluate(config, task, policy, dtype)
-            if cached:
-                write_whole(cached, json.dumps(metrics) + "\n")
-        print(f"  {name:<22}" + "".join(f"  {key} {metrics[key]:7.3f}" for key in metrics if key != "distinct_2"))
-        return metrics
+    groups = min(config.runs, run.ranks.count)
+    group, members = run.ranks.split(groups)
 
     theta_init = theta_sft
     for i in range(1, config.iterations + 1):
         print(f"\niteration {i} of {config.iterations}")
-        folders = [out / f"iteration-{i}" / f"run-{m}" for m in range(1, config.runs + 1)]
-        for m, folder in enumerate(folders, 1):
-            if (m - 1) % groups == group and not (folder / "model").exists():  # written last and whole: a run that has finished
-                folder.mkdir(parents=True, exist_ok=True)
-                set_weights_(policy, theta_init)  # theta^m <- theta_init; train() starts the EMA anchor there, too
-                run_seed = config.seed + 1_000_003 * ((i - 1) * config.runs + m)  # another order of prompts, other samples
-                if config.lora_rank:
-                    torch.manual_seed(run_seed)
-                    add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
-                train_policy.train(dataclasses.replace(config, seed=run_seed), task, policy, folder, dtype, stop, members)
-                merge_lora_(policy)  # what is merged below is always W + BA: the mean of As times that of Bs is another matrix
-                if members.first:
-                    save_policy(policy, task.tokenizer, folder / "model")
-        ranks.wait()
+        iteration = run.folder / f"iteration-{i}"
+
+        # theta^m <- theta_init, then REINFORCE with an EMA anchor that starts there, too
+        runs = [run_of(run, iteration, i, m, members) for m in range(1, config.runs + 1)]
+        for m, one in enumerate(runs):
+            if m % groups == group and not (one.folder / "model").exists():  # it is written last
+                set_weights_(policy, theta_init)
+                train_one(one, task, policy)
+        run.ranks.wait()
 
         thetas = []
-        for m, folder in enumerate(folders, 1):
-            set_weights_(policy, weights_of(load_policy(str(folder))[0]))
+        for m, one in enumerate(runs, 1):
+            set_weights_(policy, weights_of(load_policy(str(one.folder))[0]))
             thetas.append(weights_of(policy))
-            if ranks.first:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a run that has ended
-            curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            points = [{k.removeprefix("eval_"): row[k] for k in row if k == "step" or k.startswith("eval_")} for row in curve]
-            results["runs"].append({"iteration": i, "run": m, "curve": [p for p in points if "kl_sft" in p]})
-            measure(f"policy {m}", folder)
+            if run.first:
+                shutil.rmtree(one.folder / "checkpoints", ignore_errors=True)
+            results["runs"].append({"iteration": i, "run": m, "curve": curve_of(one.folder)})
+            measure(run, task, policy, f"policy {m}", one.folder)
 
-        # theta_slerp <- theta_init + slerp of the task vectors: the policies are merged, not their EMAs
+        # theta_slerp <- theta_init + slerp of the task vectors: of the policies, not of their EMAs
         theta_merged, report = merge_policies(theta_init, thetas, config.method, config.scope)
-        folder = out / f"iteration-{i}" / "merged"
         set_weights_(policy, theta_merged)
-        if ranks.first:
-            write_whole(out / f"iteration-{i}" / "angles.json", json.dumps(report, indent=1) + "\n")
+        folder = iteration / "merged"
+        if run.first:
+            write_atomic(iteration / "angles.json", json.dumps(report, indent=1) + "\n")
             print(f"  {angle_summary(report)}")
-        if ranks.first and not (folder / "model").exists():
-            save_policy(policy, task.tokenizer, folder / "model")
-        results["merges"].append({"iteration": i} | measure(f"{config.method} of {config.runs}", folder))
+            if not (folder / "model").exists():
+                save_policy(policy, task.tokenizer, folder / "model")
+        metrics = measure(run, task, policy, f"{config.method} of {config.runs}", folder)
+        results["merges"].append({"iteration": i} | metrics)
 
         # theta_init <- (1 - eta) theta_init + eta theta_slerp, for the next iteration
         theta_init = liti(theta_init, theta_merged, config.eta)
 
-    # The front goes to the *start policy*, and its other end is the last merge, not the last theta_init.
-    if not ranks.first:
+    if not run.first:
         return results
+    # The front goes to the *start policy*; its other end is the last merge, not the last theta_init
     print("\nfront: (1 - eta) theta_sft + eta theta_merged")
-    results["front"] = []
     keep_etas = numbers("--keep-etas", config.keep_etas)
     for eta in sorted({*numbers("--etas", config.etas), *keep_etas}):
         set_weights_(policy, liti(theta_sft, theta_merged, eta))
-        results["front"].append({"eta": eta} | measure(f"eta {eta:g}"))
+        results["front"].append({"eta": eta} | measure(run, task, policy, f"eta {eta:g}"))
         if eta in keep_etas:
-            save_policy(policy, task.tokenizer, out / "front" / f"eta-{eta:g}" / "model")
-    write_whole(out / "front.json", json.dumps(results, indent=1) + "\n")
+            save_policy(policy, task.tokenizer, run.folder / "front" / f"eta-{eta:g}" / "model")
+    write_atomic(run.folder / "front.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
+def run_of(run: Run, iteration: Path, i: int, m: int, members: Ranks) -> Run:
+    """The m-th of an iteration's runs, with a seed of its own: other prompts, other samples."""
+    seed = run.config.seed + 1_000_003 * ((i - 1) * run.config.runs + m)
+    config = dataclasses.replace(run.config, seed=seed)
+    return dataclasses.replace(run, folder=iteration / f"run-{m}", config=config, ranks=members)
+
+
+def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
+    """One of the M runs, into its own folder, from the weights that `policy` has.
+
+    Adapters are added to the weights at its end: what is merged later is W + BA, since the mean of
+    As times the mean of Bs is another matrix.
+    """
+    import torch
+
+    from minalign.models.loading import save_policy
+    from minalign.models.lora import add_lora_, merge_lora_
+
+    config = run.config
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    train_policy.train(run, task, policy)
+    merge_lora_(policy)
+    if run.first:
+        save_policy(policy, task.tokenizer, run.folder / "model")
+
+
+def measure(
+    run: Run, task: Task, policy: torch.nn.Module, name: str, place: Path | None = None
+) -> dict[str, float]:
+    """Metrics of `policy` on the held-out prompts, with a line that says them.
+
+    With a folder `place` they are kept there, and read back where they are there already.
+    """
+    if run.stop.is_set():  # nothing is lost: all that came before is saved
+        raise KeyboardInterrupt(f"before {name} was measured")
+    if not run.first:
+        return {}
+    cached = place / "results.json" if place else None
+    if cached and cached.exists():
+        metrics = json.loads(cached.read_text())
+    else:
+        metrics = train_policy.evaluate(run, task, policy)[0]
+        if cached:
+            write_atomic(cached, json.dumps(metrics) + "\n")
+    shown = "".join(f"  {key} {metrics[key]:7.3f}" for key in metrics if key != "distinct_2")
+    print(f"  {name:<22}{shown}")
+    return metrics
+
+
+def curve_of(folder: Path) -> list[dict[str, float]]:
+    """The held-out metrics along a run, with their steps."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [
+        {
+            key.removeprefix("eval_"): row[key]
+            for key in row
+            if key == "step" or key.startswith("eval_")
+        }
+        for row in rows
+    ]
+    return [point for point in held_out if "kl_sft" in point]
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags and run, as one process or as one of torchrun's."""
+    """Parse the flags, run WARP, draw the front."""
     config = resolve(parse_flags(Config, __doc__, argv))
-    device, reason = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    with process_group(device, patience_hours=24 * 30) as (ranks, device):  # a group may wait for another's whole run
-        run(config, device, reason, dtype, ranks)
+    # a group of processes may wait for another's whole run
+    with open_run(config, "warp", patience_hours=24 * 30) as run:
+        task = train_policy.load(run)
+        with run.begun():
+            results = run_warp(run, task)
+        if run.first:
+            last = f"{run.folder}/iteration-{config.iterations}/merged/model"
+            print(f"\nsaved {last}, {run.folder}/front.json", end="")
+            draw(results, run.folder / "front.png")
 
 
-def run(config: Config, device: torch.device, reason: str, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Open or reopen the run, run WARP, draw the front."""
-    from minalign.task import load_task
-
-    out = Path(ranks.from_first(lambda: str(open_run(config, "warp"))))
-    show_config(config, device, reason, dtype)
-    with ranks.first_before_others():
-        task = load_task(config, train_policy.rewards_of(config, device, dtype), device, dtype)
-    if ranks.first:
-        write_config(out, config, device, dtype)
-    with stop_after_step(out) as stop:
-        results = run_warp(config, task, out, dtype, stop, ranks)
-    if not ranks.first:
-        return
-
-    print(f"\nsaved {out}/iteration-{config.iterations}/merged/model, {out}/front.json", end="")
+def draw(results: dict, path: Path) -> None:
+    """The front as a figure, where matplotlib is installed; the line on what was saved is ended."""
     try:
-        from minalign.plot import plot_front
+        from minalign.tools.figures import plot_front
     except ImportError:
         print("\nfront.png was not drawn: pip install matplotlib")
     else:
-        plot_front(results, out / "front.png")
-        print(f", {out}/front.png")
+        plot_front(results, path)
+        print(f", {path}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
 """Reward-model losses and read-outs on plain tensors: Bradley-Terry and ordinal.
 
-Shapes: B pairs or texts, K scores 1..K. Every function takes any floating dtype, computes and returns float32,
-leaves its inputs alone, and needs nothing but `import torch` to be pasted elsewhere. Losses are per pair, in nats
-(the rating loss has no unit): the caller averages.
+Shapes: B pairs or texts, K scores 1..K. Every function takes any floating dtype, computes and
+returns float32, and leaves its inputs alone. It needs nothing but `import torch` to be pasted
+elsewhere. Losses are per pair, in nats. The rating loss is per text and has no unit. The caller
+averages.
 """
 
 import torch
 
 
 def bradley_terry_loss(
-    chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor, margin: torch.Tensor | float | None = None
+    chosen_rewards: torch.Tensor,
+    rejected_rewards: torch.Tensor,
+    margin: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of preferring the chosen text under Bradley-Terry.
 
-        L = -log sigmoid(r_c - r_r - margin)        (Bradley & Terry 1952; margin: Llama 2, arXiv 2307.09288, eq. 2)
+        L = -log sigmoid(r_c - r_r - margin)
+        (Bradley & Terry 1952; margin: Llama 2, arXiv 2307.09288, eq. 2)
 
-    A constant reward has L = ln 2 = .6931 without margin; with one, its floor is higher (log(1 + e^margin)).
+    A constant reward has L = ln 2 = .6931 without a margin. With one, its floor is higher:
+    log(1 + e^margin).
 
     Args:
         chosen_rewards, rejected_rewards: (B,).
-        margin: (B,) or a number, in reward units: by how much the chosen reward should win. None is 0.
+        margin: (B,) or a number, in reward units: by how much the chosen reward should win. None
+            is 0.
     Returns:
         (B,) float32, nats; finite for any finite input.
     Raises:
@@ -30,15 +36,21 @@ def bradley_terry_loss(
     """
     if chosen_rewards.ndim != 1 or chosen_rewards.shape != rejected_rewards.shape:
         raise ValueError(
-            f"got chosen_rewards {tuple(chosen_rewards.shape)} and rejected_rewards {tuple(rejected_rewards.shape)}, "
-            "expected the same (B,): squeeze the last dimension of a one-label head"
+            f"got chosen_rewards {tuple(chosen_rewards.shape)} and rejected_rewards "
+            f"{tuple(rejected_rewards.shape)}, expected the same (B,): squeeze the last dimension "
+            "of a one-label head"
         )
     if isinstance(margin, torch.Tensor) and margin.ndim and margin.shape != chosen_rewards.shape:
-        raise ValueError(f"got margin {tuple(margin.shape)}, expected {tuple(chosen_rewards.shape)}: one margin per pair")
-    # Half precision goes up to float32; float64 stays, as its rewards may not fit into float32.
+        raise ValueError(
+            f"got margin {tuple(margin.shape)}, expected {tuple(chosen_rewards.shape)}: "
+            "one margin per pair"
+        )
+    # Half precision goes up to float32. float64 stays, as its rewards may not fit into float32.
     dtype = torch.promote_types(chosen_rewards.dtype, torch.float32)
-    difference = chosen_rewards.to(dtype) - rejected_rewards.to(dtype) - (0.0 if margin is None else margin)
-    # Two huge rewards can differ by more than float32 holds; logsigmoid (unlike log(1 + exp(-x))) is exact up to there.
+    margin = 0.0 if margin is None else margin
+    difference = chosen_rewards.to(dtype) - rejected_rewards.to(dtype) - margin
+    # Two huge rewards can differ by more than float32 holds. Up to there logsigmoid is exact,
+    # unlike log(1 + exp(-x)).
     limit = torch.finfo(torch.float32).max
     return -torch.nn.functional.logsigmoid(difference.clamp(-limit, limit).float())
 
@@ -60,56 +72,73 @@ def centering_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tens
     """
     if chosen_rewards.ndim != 1 or chosen_rewards.shape != rejected_rewards.shape:
         raise ValueError(
-            f"got chosen_rewards {tuple(chosen_rewards.shape)} and rejected_rewards {tuple(rejected_rewards.shape)}, "
-            "expected the same (B,): squeeze the last dimension of a one-label head"
+            f"got chosen_rewards {tuple(chosen_rewards.shape)} and rejected_rewards "
+            f"{tuple(rejected_rewards.shape)}, expected the same (B,): squeeze the last dimension "
+            "of a one-label head"
         )
     return (chosen_rewards.float() + rejected_rewards.float()).square()
 
 
-def ordinal_pairwise_loss(chosen_logits: torch.Tensor, rejected_logits: torch.Tensor, ties: str = "half") -> torch.Tensor:
-    """Negative log-probability that the chosen text scores higher, each score drawn from its own distribution.
+def ordinal_pairwise_loss(
+    chosen_logits: torch.Tensor, rejected_logits: torch.Tensor, ties: str = "half"
+) -> torch.Tensor:
+    """Negative log-probability that the chosen text scores higher than the rejected one.
 
-        L = -log[ P(S_c > S_r) + P(S_c = S_r) / 2 ],  S_c ~ softmax(z_c), S_r ~ softmax(z_r) over 1..K
-                                                                    (DPL, arXiv 2312.08358; "strict": no tie term)
+        L = -log[ P(S_c > S_r) + P(S_c = S_r) / 2 ],  S_c ~ softmax(z_c), S_r ~ softmax(z_r)
+        (DPL, arXiv 2312.08358; "strict": no tie term)
 
-    The best constant predictor has L = ln 2 = .6931 with ties="half", and -log((1 - 1/K) / 2) with ties="strict"
-    (.7985 for K = 10): above that a model has learned nothing. With random labels the strict loss of free logits is
-    lowest for a degenerate and a spread distribution. Pairs alone fix no scale: read a variance as uncertainty only with ratings.
+    Scores are 1..K. Each text's is drawn from its own distribution.
+
+    The best constant predictor has L = ln 2 = .6931 with ties="half", and -log((1 - 1/K) / 2) with
+    ties="strict" (.7985 for K = 10). Above that a model has learned nothing. With random labels,
+    the strict loss of free logits is lowest for a degenerate and a spread distribution. Pairs alone
+    fix no scale: read a variance as uncertainty only with ratings.
 
     Args:
         chosen_logits, rejected_logits: (B, K), K >= 2; column k - 1 is score k.
         ties: "half" counts a tie as half a win, "strict" as a loss.
     Returns:
-        (B,) float32, nats. In log space throughout: no epsilon, so the gradient of the worst mistakes survives.
+        (B,) float32, nats. Computed in log space throughout: there is no epsilon, so the gradient
+        of the worst mistakes survives.
     Raises:
         ValueError: shapes differ, K < 2, or another word for `ties`.
 
-    >>> uniform = torch.zeros(1, 10)
-    >>> ordinal_pairwise_loss(uniform, uniform), ordinal_pairwise_loss(uniform, uniform, ties="strict")
+    >>> flat = torch.zeros(1, 10)
+    >>> ordinal_pairwise_loss(flat, flat), ordinal_pairwise_loss(flat, flat, ties="strict")
     (tensor([0.6931]), tensor([0.7985]))
     """
-    if chosen_logits.ndim != 2 or chosen_logits.shape != rejected_logits.shape or chosen_logits.shape[1] < 2:
+    if (
+        chosen_logits.ndim != 2
+        or chosen_logits.shape != rejected_logits.shape
+        or chosen_logits.shape[1] < 2
+    ):
         raise ValueError(
-            f"got chosen_logits {tuple(chosen_logits.shape)} and rejected_logits {tuple(rejected_logits.shape)}, "
-            "expected the same (B, K) with K >= 2: a one-label head needs bradley_terry_loss"
+            f"got chosen_logits {tuple(chosen_logits.shape)} and rejected_logits "
+            f"{tuple(rejected_logits.shape)}, expected the same (B, K) with K >= 2: "
+            "a one-label head needs bradley_terry_loss"
         )
     if ties not in ("half", "strict"):
         raise ValueError(f"got ties={ties!r}, expected 'half' or 'strict'")
     score = torch.arange(chosen_logits.shape[1], device=chosen_logits.device)
-    chosen_higher = score[:, None] > score[None, :]  # (K, K): row = score of chosen, column = score of rejected
+    # (K, K): the row is the chosen text's score, the column the rejected text's
+    chosen_higher = score[:, None] > score[None, :]
+    tie = score[:, None] == score[None, :]
     tie_weight = 0.5 if ties == "half" else 0.0
-    log_weight = (chosen_higher + tie_weight * (score[:, None] == score[None, :])).log()  # log 1, log 1/2 or log 0
-    log_joint = chosen_logits.float().log_softmax(1)[:, :, None] + rejected_logits.float().log_softmax(1)[:, None, :]
-    return -(log_joint + log_weight).flatten(1).logsumexp(1)  # (B, K, K) -> (B,)
+    log_weight = (chosen_higher + tie_weight * tie).log()  # log 1, log 1/2 or log 0
+    chosen_logprobs = chosen_logits.float().log_softmax(1)
+    rejected_logprobs = rejected_logits.float().log_softmax(1)
+    log_joint = chosen_logprobs[:, :, None] + rejected_logprobs[:, None, :]  # (B, K, K)
+    return -(log_joint + log_weight).flatten(1).logsumexp(1)  # (B,)
 
 
 def ordinal_rating_loss(logits: torch.Tensor, ratings: torch.Tensor) -> torch.Tensor:
-    """Ranked probability score of a score distribution against a rating: proper, and it knows that 7 is near 8.
+    """Ranked probability score of a score distribution against a rating.
 
-        RPS = sum_k (F(k) - G(k))^2,  F(k) = P(S <= k),  G = the rating's own distribution function
-                                                                (Epstein 1969; equals EMD^2 on an ordered scale)
+        RPS = sum_k (F(k) - G(k))^2,  F(k) = P(S <= k),  G = the rating's distribution function
+        (Epstein 1969; equals EMD^2 on an ordered scale)
 
-    A fractional rating is split between its two neighbours: 6.25 is score 6 with weight .75 and score 7 with .25.
+    It is proper, and it knows that 7 is near 8. A fractional rating is split between its two
+    neighbours: 6.25 is score 6 with weight .75 and score 7 with .25.
 
     Args:
         logits: (B, K), column k - 1 is score k.
@@ -123,16 +152,20 @@ def ordinal_rating_loss(logits: torch.Tensor, ratings: torch.Tensor) -> torch.Te
     tensor([0.5556, 0.2222])
     """
     if logits.ndim != 2 or ratings.shape != logits.shape[:1]:
-        raise ValueError(f"got logits {tuple(logits.shape)} and ratings {tuple(ratings.shape)}, expected (B, K) and (B,)")
+        raise ValueError(
+            f"got logits {tuple(logits.shape)} and ratings {tuple(ratings.shape)}, "
+            "expected (B, K) and (B,)"
+        )
     num_scores = logits.shape[1]
     ratings = ratings.float()
     if not bool(((ratings >= 1) & (ratings <= num_scores)).all()):
         raise ValueError(
-            f"got ratings from {ratings.min().item():g} to {ratings.max().item():g}, expected 1 to {num_scores}: "
-            "map them to the model's scores first"
+            f"got ratings from {ratings.min().item():g} to {ratings.max().item():g}, "
+            f"expected 1 to {num_scores}: map them to the model's scores first"
         )
     score = torch.arange(1, num_scores + 1, device=logits.device)
-    rating_cdf = (score + 1 - ratings[:, None]).clamp(0, 1)  # (B, K): 0 below the rating, 1 above, linear between
+    # (B, K): 0 below the rating, 1 above, linear between
+    rating_cdf = (score + 1 - ratings[:, None]).clamp(0, 1)
     return (logits.float().softmax(1).cumsum(1) - rating_cdf).square().sum(1)
 
 

@@ -1,8 +1,8 @@
 """REINFORCE on plain tensors: baselines, the KL-shaped reward, the loss.
 
-A whole completion is one action (Back to Basics, arXiv 2402.14740): one reward, one advantage, the sum of its token
-log-probs. Shapes: B completions, T tokens. Everything returns float32, leaves its inputs alone, and needs nothing but
-`import torch` to be pasted elsewhere.
+A whole completion is one action (Back to Basics, arXiv 2402.14740): one reward, one advantage, the
+sum of its token log-probs. Shapes: B completions, T tokens. Everything returns float32 and leaves
+its inputs alone. It needs nothing but `import torch` to be pasted elsewhere.
 """
 
 import torch
@@ -11,16 +11,20 @@ import torch
 class MovingAverageBaseline:
     """The running mean of earlier rewards, subtracted from new ones.
 
-        A_i = R_i - b,   b = mean of all rewards of earlier batches        (REINFORCE with baseline, arXiv 2402.14740)
+        A_i = R_i - b,   b = mean of all rewards of earlier batches
+        (REINFORCE with baseline, arXiv 2402.14740)
 
-    b is read before this batch enters it: a baseline that holds the sample itself would shrink its gradient. The first
-    batch has no history, so each of its samples gets the mean of the others (a lone sample gets 0).
+    b is read before this batch enters it: a baseline that holds the sample itself would shrink its
+    gradient. The first batch has no history, so each of its samples gets the mean of the others. A
+    lone sample gets 0.
 
     Args:
-        decay: None for the cumulative mean over samples; a float in [0, 1) for an exponential average over batch
-            means, bias-corrected: b = sum_j (1 - d) d^(n-j) mean_j / (1 - d^n).
+        decay: None for the cumulative mean over samples. A float d in [0, 1) for an exponential
+            average over batch means, bias-corrected:
+            b = sum_j (1 - d) d^(n-j) mean_j / (1 - d^n).
     Raises:
-        ValueError: decay outside [0, 1), rewards that are not (B,) with B >= 1, a reward that is not finite.
+        ValueError: decay outside [0, 1), rewards that are not (B,) with B >= 1, or a reward that
+            is not finite.
 
     >>> baseline = MovingAverageBaseline()
     >>> baseline.advantages(torch.tensor([1.0, 3.0])), baseline.value
@@ -29,7 +33,7 @@ class MovingAverageBaseline:
     (tensor([0., 6.]), 3.5)
     """
 
-    def __init__(self, decay: float | None = None):
+    def __init__(self, decay: float | None = None) -> None:
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"got decay={decay}, expected None or a number in [0, 1)")
         self.decay = decay
@@ -42,19 +46,26 @@ class MovingAverageBaseline:
         return self._weighted_sum / self._weight if self._weight else 0.0
 
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
-        """Rewards (B,) minus the baseline from before them -> (B,) float32, detached; then takes them in."""
+        """Rewards (B,) minus the baseline from before them -> (B,) float32, detached.
+
+        The rewards then enter the baseline.
+        """
         if rewards.ndim != 1 or len(rewards) == 0:
             raise ValueError(f"got rewards {tuple(rewards.shape)}, expected (B,) with B >= 1")
         rewards = rewards.detach().float()
         mean = rewards.mean().item()
-        if not abs(mean) < float("inf"):  # also false for NaN: one such reward would stay in the mean for ever
-            raise ValueError("got a reward that is not finite, expected numbers: find the text that has it")
+        # NaN fails, too. One such reward would stay in the mean forever.
+        if not abs(mean) < float("inf"):
+            raise ValueError(
+                "got a reward that is not finite, expected numbers: find the text that has it"
+            )
         if self._weight:
             advantages = rewards - self.value
         elif len(rewards) == 1:
             advantages = rewards.clone()
         else:
-            advantages = (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))  # = R_i - mean of the others
+            # = R_i - mean of the others
+            advantages = (rewards - rewards.mean()) * (len(rewards) / (len(rewards) - 1))
         if self.decay is None:
             self._weighted_sum += mean * len(rewards)
             self._weight += len(rewards)
@@ -63,73 +74,99 @@ class MovingAverageBaseline:
             self._weight = self.decay * self._weight + (1 - self.decay)
         return advantages
 
-    def state_dict(self) -> dict:
-        """What `load_state_dict` needs to go on exactly here."""
+    def state_dict(self) -> dict[str, float | None]:
+        """What `load_state_dict` needs to resume exactly here."""
         return {"decay": self.decay, "weighted_sum": self._weighted_sum, "weight": self._weight}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from `state`. ValueError if it was made with another decay."""
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Resume from `state`. ValueError if it was made with another decay."""
         if state["decay"] != self.decay:
-            raise ValueError(f"got a state with decay={state['decay']}, expected decay={self.decay}: the same baseline")
+            raise ValueError(
+                f"got a state with decay={state['decay']}, expected decay={self.decay}: "
+                "the same baseline"
+            )
         self._weighted_sum, self._weight = state["weighted_sum"], state["weight"]
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """RLOO: each sample's reward minus the mean of the *other* samples of its prompt.
 
-        A_i = R_i - 1/(k-1) sum_{j != i} R_j = k/(k-1) (R_i - mean)        (Back to Basics, arXiv 2402.14740: RLOO)
+        A_i = R_i - 1/(k-1) sum_{j != i} R_j = k/(k-1) (R_i - mean)
+        (Back to Basics, arXiv 2402.14740: RLOO)
 
     Args:
-        rewards: (B,), the `group_size` samples of one prompt next to each other (`repeat_interleave`, not `repeat`).
+        rewards: (B,), the `group_size` samples of one prompt next to each other
+            (`repeat_interleave`, not `repeat`).
         group_size: k >= 2; divides B.
     Returns:
         (B,) float32, detached; sums to 0 in every group.
     Raises:
-        ValueError: group_size < 2 (there is no other sample), or B is no multiple of it.
+        ValueError: group_size < 2 (there is no other sample), or B is not a multiple of it.
 
     >>> leave_one_out_advantages(torch.tensor([3.0, 1.0, 2.0]), 3)
     tensor([ 1.5000, -1.5000,  0.0000])
     """
     if group_size < 2:
-        raise ValueError(f"got group_size={group_size}, expected 2 or more: a lone sample has no others to compare with")
+        raise ValueError(
+            f"got group_size={group_size}, expected 2 or more: a lone sample has no others to "
+            "compare with"
+        )
     if rewards.ndim != 1 or len(rewards) % group_size:
-        raise ValueError(f"got rewards {tuple(rewards.shape)}, expected (B,) with B a multiple of group_size={group_size}")
+        raise ValueError(
+            f"got rewards {tuple(rewards.shape)}, expected (B,) with B a multiple of "
+            f"group_size={group_size}"
+        )
     groups = rewards.detach().float().view(-1, group_size)  # (prompts, k)
     # Subtracting the mean first keeps all digits when rewards share a large offset.
     return ((groups - groups.mean(1, keepdim=True)) * (group_size / (group_size - 1))).flatten()
 
 
 def kl_penalized_rewards(
-    rewards: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, beta: float
+    rewards: torch.Tensor,
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    beta: float,
 ) -> torch.Tensor:
-    """The reward that REINFORCE ascends: the score minus the sequence's k1 estimate of KL(policy || anchor).
+    """The reward that REINFORCE ascends: the score minus beta times k1 of KL(policy || anchor).
 
-        r_beta(x, y) = r(x, y) - beta log(pi(y|x) / pi_anchor(y|x))        (WARP, arXiv 2406.16768, Algorithm 1)
+        r_beta(x, y) = r(x, y) - beta log(pi(y|x) / pi_anchor(y|x))
+        (WARP, arXiv 2406.16768, Algorithm 1)
 
-    Inside the reward, detached and summed over tokens, k1 gives the exact gradient of -beta KL; as a loss it gives
-    none, and k2, k3 or token-local credit give another (see the tests).
+    k1 is the estimate of the whole sequence. Inside the reward, detached and summed over tokens, it
+    gives the exact gradient of -beta KL. As a loss it gives none. k2, k3 or token-local credit give
+    another (see tests/test_reinforce.py).
 
     Args:
         rewards: (B,).
-        logprobs, ref_logprobs: (B, T) of the sampled tokens under policy and anchor, at one temperature, in nats.
+        logprobs, ref_logprobs: (B, T) of the sampled tokens under policy and anchor, at one
+            temperature, in nats.
         mask: (B, T), true for the completion's tokens up to and including its end token.
-        beta: >= 0, reward units per nat; it multiplies a KL(policy || anchor) and is subtracted.
+        beta: >= 0, reward units per nat. It multiplies KL(policy || anchor), and the product is
+            subtracted.
     Returns:
         (B,) float32, detached.
     Raises:
         ValueError: shapes do not fit, or beta < 0.
 
-    >>> k1 = torch.tensor([[0.5, -0.1, float("nan")]])
-    >>> kl_penalized_rewards(torch.tensor([1.0]), k1, torch.zeros(1, 3), torch.tensor([[True, True, False]]), beta=0.5)
+    >>> k1, mask = torch.tensor([[0.5, -0.1, float("nan")]]), torch.tensor([[True, True, False]])
+    >>> kl_penalized_rewards(torch.tensor([1.0]), k1, torch.zeros(1, 3), mask, beta=0.5)
     tensor([0.8000])
     """
-    if logprobs.ndim != 2 or not logprobs.shape == ref_logprobs.shape == mask.shape or rewards.shape != logprobs.shape[:1]:
+    if (
+        logprobs.ndim != 2
+        or not logprobs.shape == ref_logprobs.shape == mask.shape
+        or rewards.shape != logprobs.shape[:1]
+    ):
         raise ValueError(
             f"got rewards {tuple(rewards.shape)}, logprobs {tuple(logprobs.shape)}, ref_logprobs "
-            f"{tuple(ref_logprobs.shape)}, mask {tuple(mask.shape)}, expected (B,) and three times (B, T)"
+            f"{tuple(ref_logprobs.shape)}, mask {tuple(mask.shape)}, expected (B,) and three times "
+            "(B, T)"
         )
     if not beta >= 0:
-        raise ValueError(f"got beta={beta}, expected 0 or more: a negative beta rewards distance from the anchor")
+        raise ValueError(
+            f"got beta={beta}, expected 0 or more: a negative beta rewards distance from the anchor"
+        )
     if beta == 0:  # no KL at all: not even 0 times infinity, where the anchor forbids a token
         return rewards.detach().float().clone()
     k1 = (logprobs.detach().float() - ref_logprobs.detach().float()).masked_fill(~mask.bool(), 0.0)
@@ -139,13 +176,14 @@ def kl_penalized_rewards(
 def uncertainty_weights(variance: torch.Tensor, kind: str) -> torch.Tensor:
     """Weights for advantages from the variance of an ordinal reward model's score.
 
-        none: 1    inverse_std: 1/sigma    inverse_variance: 1/sigma^2    one_plus_std: 1/(1 + sigma)
+        none: 1   inverse_std: 1/sigma   inverse_variance: 1/sigma^2   one_plus_std: 1/(1 + sigma)
 
-    A weight that depends on the sample changes the objective: the expected gradient is that of E[w(y) (R(y) - b)],
-    not of E[R], and the baseline b is no longer neutral.
+    A weight that depends on the sample changes the objective. The expected gradient is that of
+    E[w(y) (R(y) - b)], not of E[R], and the baseline b is no longer neutral.
 
     Args:
-        variance: (B,) >= 0, scores squared; the inverse kinds take it as 1e-6 at least, so a saturated score stays finite.
+        variance: (B,) >= 0, scores squared. The inverse kinds take it as 1e-6 at least, so a
+            saturated score stays finite.
         kind: one of the four words above.
     Returns:
         (B,) float32, detached, > 0.
@@ -156,7 +194,10 @@ def uncertainty_weights(variance: torch.Tensor, kind: str) -> torch.Tensor:
     tensor([0.3333])
     """
     if kind not in ("none", "inverse_std", "inverse_variance", "one_plus_std"):
-        raise ValueError(f"got kind={kind!r}, expected 'none', 'inverse_std', 'inverse_variance' or 'one_plus_std'")
+        raise ValueError(
+            f"got kind={kind!r}, expected 'none', 'inverse_std', 'inverse_variance' or "
+            "'one_plus_std'"
+        )
     variance = variance.detach().float()
     if not bool((variance >= 0).all()):
         raise ValueError(f"got a variance of {variance.min().item():g}, expected 0 or more")
@@ -172,13 +213,15 @@ def importance_weights(
 ) -> torch.Tensor:
     """How much likelier each completion is under the policy than under the model that sampled it.
 
-        w = min(limit, pi(y|x) / mu(y|x)),    E_mu[w f(y)] = E_pi[f(y)] as long as no ratio passes the limit
+        w = min(limit, pi(y|x) / mu(y|x))
         (truncated importance sampling, Ionides 2008)
 
-    For samples of a copy of the policy in lower precision; 1 everywhere where the two agree.
+    E_mu[w f(y)] = E_pi[f(y)] as long as no ratio passes the limit. For samples of a copy of the
+    policy in lower precision; 1 everywhere where the two agree.
 
     Args:
-        logprobs, sampling_logprobs: (B, T) nats, of the policy and of the sampling; anything outside the mask.
+        logprobs, sampling_logprobs: (B, T) nats, of the policy and of the model that sampled;
+            anything outside the mask.
         mask: (B, T), true for tokens of the completion.
         limit: > 0, bounds the variance; what it cuts off is bias.
     Returns:
@@ -186,23 +229,30 @@ def importance_weights(
     Raises:
         ValueError: shapes that differ.
 
-    >>> importance_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -1.2]]), torch.tensor([[True, True]]))
+    >>> logprobs, sampling_logprobs = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.1, -1.2]])
+    >>> importance_weights(logprobs, sampling_logprobs, torch.tensor([[True, True]]))
     tensor([1.3499])
     """
     if logprobs.ndim != 2 or not logprobs.shape == sampling_logprobs.shape == mask.shape:
         shapes = [tuple(x.shape) for x in (logprobs, sampling_logprobs, mask)]
-        raise ValueError(f"got logprobs, sampling_logprobs, mask {shapes}, expected (B, T) for all three")
-    difference = (logprobs.detach().float() - sampling_logprobs.detach().float()).masked_fill(~mask.bool(), 0.0)
-    return difference.sum(1).exp().clamp(max=limit)
+        raise ValueError(
+            f"got logprobs, sampling_logprobs, mask {shapes}, expected (B, T) for all three"
+        )
+    log_ratio = logprobs.detach().float() - sampling_logprobs.detach().float()  # (B, T)
+    return log_ratio.masked_fill(~mask.bool(), 0.0).sum(1).exp().clamp(max=limit)
 
 
-def reinforce_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+def reinforce_loss(
+    logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor
+) -> torch.Tensor:
     """The loss whose gradient is the REINFORCE estimate, one value per completion.
 
-        L = -A sum_t mask_t log pi(y_t | x, y_<t)        (Williams 1992; the completion as one action: arXiv 2402.14740)
+        L = -A sum_t mask_t log pi(y_t | x, y_<t)
+        (Williams 1992; the completion as one action: arXiv 2402.14740)
 
-    The tokens are summed, never averaged: dividing by the length would favour short good and long bad completions.
-    The caller divides the sum over sequences by the size of the *whole* batch, so micro-batches change nothing.
+    The tokens are summed, never averaged: dividing by the length would favour short good and long
+    bad completions. The caller divides the sum over sequences by the size of the *whole* batch, so
+    micro-batches change nothing.
 
     Args:
         logprobs: (B, T), nats; the only input that gets a gradient.
@@ -219,8 +269,8 @@ def reinforce_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch
     """
     if logprobs.ndim != 2 or logprobs.shape != mask.shape or advantages.shape != logprobs.shape[:1]:
         raise ValueError(
-            f"got logprobs {tuple(logprobs.shape)}, mask {tuple(mask.shape)}, advantages {tuple(advantages.shape)}, "
-            "expected (B, T), (B, T) and (B,)"
+            f"got logprobs {tuple(logprobs.shape)}, mask {tuple(mask.shape)}, advantages "
+            f"{tuple(advantages.shape)}, expected (B, T), (B, T) and (B,)"
         )
     # masked_fill and not multiplication: 0 * NaN is NaN.
     return -advantages.detach().float() * logprobs.float().masked_fill(~mask.bool(), 0.0).sum(1)

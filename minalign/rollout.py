@@ -1,37 +1,127 @@
-"""Sampling completions with a key-value cache, and scoring them again in one pass.
+"""Sampling completions, and scoring them again in one pass: y ~ pi(.|x), and log pi(y|x).
 
-Prompts are padded on the left, so that every completion starts at the same column; positions come from the mask, so
-that padding shifts nobody. What is sampled is the full softmax of logits / temperature: what the log-probs describe.
+`sample` and `sequence_logprobs` are the plain functions. `generate` and `completion_logprobs` are
+the fast ones, with a key-value cache and without logits that nobody needs. Tests hold the fast ones
+to the plain ones.
+
+Prompts are padded on the left, so that every completion starts at the same column. Positions come
+from the mask, so that padding shifts nobody. What is sampled is the full softmax of logits /
+temperature: what the log-probs describe.
 """
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from .batches import length_parts, tokens_a_pass
-from .decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
 from .logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
+from .models.decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
+from .models.padding import length_parts, pad, tokens_per_pass
 
 
-class Rollout(NamedTuple):
-    """Completions without their prompts, T = tokens of the longest of them.
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    uniforms: torch.Tensor,
+    temperature: float,
+    eos_token_ids: int | list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample one completion per row, the plain way: a whole forward pass for each token.
 
-    tokens (B, T) long, pad_token_id after the end; mask (B, T) bool, true up to and including the end token;
-    logprobs (B, T) float32, nats, at the sampling temperature, 0 where the mask is false.
+        y_t = the first v with P(y <= v | x, y_<t) > u_t,  P = softmax(z_t / tau) summed up to v
+
+    This is what `generate` computes, without a cache: equal uniforms give equal tokens. Dropout is
+    off, and the model's mode is put back.
+
+    Args:
+        model: a transformers causal language model.
+        input_ids: (B, P) long, prompts padded on the left (any ids there).
+        attention_mask: (B, P), 1 or true for real tokens; each row has one at its end.
+        uniforms: (B, N) float64 in [0, 1), one number for each token, so at most N tokens.
+        temperature: tau > 0.
+        eos_token_ids: the end token, or all of them; the one drawn stays in the completion.
+    Returns:
+        tokens: (B, T) long, 0 after an end, with T the length of the longest completion.
+        mask: (B, T) bool, true up to and including the end token.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> config = GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    >>> prompt, uniforms = torch.tensor([[3, 4]]), torch.zeros(1, 5, dtype=torch.double)
+    >>> tokens, mask = sample(GPT2LMHeadModel(config), prompt, torch.ones_like(prompt),
+    ...                       uniforms=uniforms, temperature=1.0, eos_token_ids=2)
+    >>> tokens, mask.all()
+    (tensor([[0, 0, 0, 0, 0]]), tensor(True))
     """
+    ends = torch.tensor(eos_token_ids, device=input_ids.device).flatten()
+    real = attention_mask.bool()
+    ids = input_ids.masked_fill(~real, 0)
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    with dropout_off(model):
+        for uniform in uniforms.T:  # (B,)
+            positions = position_ids_from_mask(real)
+            logits = model(input_ids=ids, attention_mask=real.long(), position_ids=positions).logits
+            logprobs = (logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
+            cdf = logprobs.double().exp().cumsum(1)
+            drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(1).clamp(max=cdf.shape[1] - 1)
+            drawn = drawn.masked_fill(~running, 0)
+            ids = torch.cat([ids, drawn[:, None]], 1)
+            real = torch.cat([real, running[:, None]], 1)
+            running = running & ~torch.isin(drawn, ends)
+            if not running.any():
+                break
+    start = input_ids.shape[1]
+    return ids[:, start:], real[:, start:]
 
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    logprobs: torch.Tensor
+
+def sequence_logprobs(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Log-probs of sampled completions in one pass with gradients, the plain way: over full logits.
+
+        log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau)
+
+    `completion_logprobs` computes the same with less memory. Dropout is off, and the model's mode
+    is put back.
+
+    Args:
+        model: a transformers causal language model.
+        input_ids, attention_mask: (B, P), prompts padded on the left.
+        tokens, mask: (B, T), as `sample` returns them.
+        temperature: tau > 0, the one that the tokens were sampled at.
+    Returns:
+        (B, T) float32, nats, one for each token, 0 outside the mask.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> config = GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    >>> model, ids = GPT2LMHeadModel(config), torch.tensor([[3, 4, 5, 6]])
+    >>> ones = torch.ones(1, 2, dtype=torch.bool)
+    >>> sequence_logprobs(model, ids[:, :2], ones, ids[:, 2:], ones, temperature=1.0).shape
+    torch.Size([1, 2])
+    """
+    real = torch.cat([attention_mask.bool(), mask.bool()], 1)  # (B, P + T)
+    ids = torch.cat([input_ids, tokens], 1).masked_fill(~real, 0)
+    with dropout_off(model):
+        positions = position_ids_from_mask(real)
+        logits = model(input_ids=ids, attention_mask=real.long(), position_ids=positions).logits
+    start = input_ids.shape[1]  # each token is predicted by the logits one column earlier
+    logprobs = token_logprobs(logits[:, start - 1 : -1], ids[:, start:], temperature)
+    return logprobs.masked_fill(~mask.bool(), 0.0)
 
 
 @contextlib.contextmanager
 def dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode it was in, also after an error."""
+    """Evaluation mode inside. Afterwards each module has its own mode back, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -39,6 +129,19 @@ def dropout_off(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+class Rollout(NamedTuple):
+    """Completions without their prompts, T = tokens of the longest of them.
+
+    tokens: (B, T) long, pad_token_id after the end.
+    mask: (B, T) bool, true up to and including the end token.
+    logprobs: (B, T) float32, nats, at the sampling temperature, 0 where the mask is false.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
 
 
 @torch.no_grad()
@@ -54,33 +157,40 @@ def generate(
     generator: torch.Generator | None = None,
     uniforms: torch.Tensor | None = None,
 ) -> Rollout:
-    """Sample one completion per row: y_t ~ softmax(z_t / temperature), the whole vocabulary, until an end token.
+    """Sample one completion per row with a key-value cache, until an end token.
 
-    No top-k, no top-p, no penalties; the checkpoint's own generation config is ignored. Dropout is off, and the
-    model's mode is put back. The log-probs are those of the very draws.
+        y_t ~ softmax(z_t / tau), over the whole vocabulary
+
+    No top-k, no top-p, no penalties. The checkpoint's own generation config is ignored. Dropout is
+    off, and the model's mode is put back. The log-probs are those of the very draws. `sample` is
+    the plain version.
 
     Args:
-        model: a transformers causal language model with a key-value cache (not Mamba, not the first GPT).
+        model: a transformers causal language model with a key-value cache (not Mamba, not the
+            first GPT).
         input_ids: (B, P) long, prompts padded on the left (any ids there).
         attention_mask: (B, P), 1 or true for real tokens; each row has one at its end.
         max_new_tokens: >= 1; T is smaller where every row has ended before.
-        temperature: > 0.
+        temperature: tau > 0.
         eos_token_ids: the end token, or all of them; the one drawn stays in the completion.
         pad_token_id: fills the columns after the end.
         generator: source of the draws, on the model's device; None is torch's own.
-        uniforms: (B, max_new_tokens) float64 in [0, 1), the draws themselves, instead of a generator: what a row samples then
-            depends on its own numbers alone, not on the rows beside it.
+        uniforms: (B, max_new_tokens) float64 in [0, 1), the draws themselves, instead of a
+            generator. What a row samples then depends on its own numbers alone, not on the rows
+            beside it.
     Returns:
         Rollout(tokens, mask, logprobs), each (B, T), without a graph.
     Raises:
-        ValueError: a prompt that is empty or padded on the right, max_new_tokens < 1, temperature <= 0, prompt and
-            completion together longer than the model's context, or a model without a key-value cache.
+        ValueError: a prompt that is empty or padded on the right, max_new_tokens < 1,
+            temperature <= 0, prompt and completion together longer than the model's context,
+            uniforms of another shape, or a model without a key-value cache.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1))
-    >>> prompt = torch.tensor([[3, 4]])
-    >>> rollout = generate(model, prompt, torch.ones_like(prompt), max_new_tokens=5, temperature=1.0,
-    ...                    eos_token_ids=2, pad_token_id=0, generator=torch.Generator().manual_seed(0))
+    >>> config = GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    >>> prompt, generator = torch.tensor([[3, 4]]), torch.Generator().manual_seed(0)
+    >>> rollout = generate(GPT2LMHeadModel(config), prompt, torch.ones_like(prompt),
+    ...                    max_new_tokens=5, temperature=1.0, eos_token_ids=2, pad_token_id=0,
+    ...                    generator=generator)
     >>> rollout.tokens.shape == rollout.mask.shape == rollout.logprobs.shape
     True
     """
@@ -92,38 +202,47 @@ def generate(
         or not attention_mask[:, -1].all()
     ):
         raise ValueError(
-            f"got input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)}, expected the same "
-            "(B, P) with a real token at the end of each row: pad prompts on the left, and give each at least one token"
+            f"got input_ids {tuple(input_ids.shape)} and attention_mask "
+            f"{tuple(attention_mask.shape)}, expected the same (B, P) with a real token at the end "
+            "of each row: pad prompts on the left, and give each at least one token"
         )
     if max_new_tokens < 1 or not temperature > 0:
-        raise ValueError(f"got max_new_tokens={max_new_tokens}, temperature={temperature}, expected >= 1 and > 0")
+        raise ValueError(
+            f"got max_new_tokens={max_new_tokens}, temperature={temperature}, expected >= 1 and > 0"
+        )
     context = getattr(model.config, "max_position_embeddings", None)
     longest = int(attention_mask.sum(1).max())
     if context and longest + max_new_tokens > context:
         raise ValueError(
-            f"got a prompt of {longest} tokens and max_new_tokens={max_new_tokens}, expected at most {context} together "
-            "(the model's context): shorten one of them"
+            f"got a prompt of {longest} tokens and max_new_tokens={max_new_tokens}, expected at "
+            f"most {context} together (the model's context): shorten one of them"
         )
     if uniforms is None:
         uniforms = draw_uniforms(len(input_ids), max_new_tokens, input_ids.device, generator)
     if uniforms.shape != (len(input_ids), max_new_tokens):
         raise ValueError(
-            f"got uniforms {tuple(uniforms.shape)}, expected {(len(input_ids), max_new_tokens)}: one a row and token"
+            f"got uniforms {tuple(uniforms.shape)}, expected {(len(input_ids), max_new_tokens)}: "
+            "one per row and token"
         )
-    eos = torch.tensor([eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids), device=input_ids.device)
+    ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
+    eos = torch.tensor(ends, device=input_ids.device)
 
     cache = preallocated_cache(model.config, input_ids.shape[1] + max_new_tokens)
-    # Samples of one prompt share its pass: `prompts` are the different ones, `prompt_of` (B,) says which is whose
+    # Samples of one prompt share its pass. `prompts` are the different ones, and `prompt_of` (B,)
+    # says which is whose.
     real_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
-    prompts, prompt_of = torch.cat([real_ids, attention_mask.long()], 1).unique(dim=0, return_inverse=True)
+    ids_and_mask = torch.cat([real_ids, attention_mask.long()], dim=1)
+    prompts, prompt_of = ids_and_mask.unique(dim=0, return_inverse=True)
     next_ids, prompt_mask = prompts.chunk(2, dim=1)
     next_positions = position_ids_from_mask(prompt_mask)
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # of the batch that are still in the cache
+    # The rows of the batch that are still in the cache, and which of them have not ended.
+    rows = torch.arange(len(input_ids), device=input_ids.device)
     running = torch.ones_like(rows, dtype=torch.bool)
     tokens = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logprobs = torch.zeros_like(tokens, dtype=torch.float32)
-    with dropout_off(model), packed_linears(model):  # with dropout, the samples would be those of another policy
+    # With dropout, the samples would be those of another policy.
+    with dropout_off(model), packed_linears(model):
         for t in range(max_new_tokens):
             output = model(
                 input_ids=next_ids,
@@ -133,12 +252,14 @@ def generate(
                 use_cache=True,
                 logits_to_keep=1,
             )
-            if getattr(output, "past_key_values", None) is not cache:  # it would forget the prompt, and nothing would show it
+            # Such a model would forget the prompt, and nothing would show it.
+            if getattr(output, "past_key_values", None) is not cache:
                 raise ValueError(
-                    f"got a {model.config.model_type} model, which fills no key-value cache: expected a transformer"
+                    f"got a {model.config.model_type} model, which fills no key-value cache: "
+                    "expected a transformer"
                 )
             logits, positions = output.logits[:, -1], next_positions[:, -1:]
-            if t == 0:
+            if t == 0:  # from the different prompts to the rows of the batch
                 cache.batch_select_indices(prompt_of)
                 logits, positions = logits[prompt_of], positions[prompt_of]
             distribution = (logits.float() / temperature).log_softmax(1)  # (rows, V)
@@ -153,24 +274,28 @@ def generate(
             next_ids = drawn
             next_positions = positions + 1
             if t == 0 and can_be_fixed(model, cache):
+                first = (next_ids, next_positions, running)  # the tokens just drawn
+                columns = (uniforms, tokens, mask, logprobs)  # (B, max_new_tokens) each
                 decode_fixed(
-                    model, cache, attention_mask, next_ids, next_positions, running, uniforms, tokens, mask, logprobs,
-                    temperature=temperature, eos=eos,
-                )  # fmt: skip
-                t = int(mask.any(0).sum()) - 1
+                    model, cache, attention_mask, *first, *columns, temperature=temperature, eos=eos
+                )
                 break
-            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            # Rows that have ended leave. A few go on as dead weight: copying the cache costs, too.
+            new_column = torch.ones_like(attention_mask[:, :1])
+            attention_mask = torch.cat([attention_mask, new_column], dim=1)
+            # Rows that have ended leave. A few stay as dead weight: copying the cache costs, too.
             if left <= 0.75 * len(rows):
                 rows, next_ids, next_positions, attention_mask = (
                     x[running] for x in (rows, next_ids, next_positions, attention_mask)
                 )
                 cache.batch_select_indices(running.nonzero().squeeze(1))
                 running = running[running]
-    return Rollout(tokens[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
+    length = int(mask.any(0).sum())  # of the longest completion
+    return Rollout(tokens[:, :length], mask[:, :length], logprobs[:, :length])
 
 
-def draw_uniforms(rows: int, columns: int, device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+def draw_uniforms(
+    rows: int, columns: int, device: torch.device, generator: torch.Generator | None
+) -> torch.Tensor:
     """(rows, columns) float64 in [0, 1): all the chance that `generate` needs."""
     return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
 
@@ -182,10 +307,11 @@ def completion_logits(
     tokens: torch.Tensor,
     mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits that predict each token of sampled completions, in one pass with gradients, already aligned.
+    """Logits that predict each token of sampled completions, aligned, in one pass with gradients.
 
-    The result's [:, t] is the distribution that tokens[:, t] was drawn from: the logits one column earlier, so the
-    first comes from the last column of the prompt, whose width (not length) is the same for all rows.
+    The result's [:, t] is the distribution that tokens[:, t] was drawn from: the logits one column
+    earlier. So the first comes from the last column of the prompt, whose width (not length) is the
+    same for all rows.
 
     Args:
         model: a causal language model; dropout is off, and its mode is put back.
@@ -195,18 +321,22 @@ def completion_logits(
         (B, T, V) in the model's dtype. Positions outside the mask hold anything.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)).eval()
-    >>> ids = torch.tensor([[3, 4, 5, 6]])
-    >>> logits = completion_logits(model, ids[:, :2], torch.ones(1, 2), ids[:, 2:], torch.ones(1, 2))
+    >>> config = GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    >>> model, ids = GPT2LMHeadModel(config).eval(), torch.tensor([[3, 4, 5, 6]])
+    >>> ones = torch.ones(1, 2)
+    >>> logits = completion_logits(model, ids[:, :2], ones, ids[:, 2:], ones)
     >>> torch.equal(logits, model(ids).logits[:, 1:3])
     True
     """
+    inputs = _inputs(input_ids, attention_mask, tokens, mask)
     with dropout_off(model):
-        output = model(**_inputs(input_ids, attention_mask, tokens, mask), logits_to_keep=tokens.shape[1] + 1)
-    return output.logits[:, :-1]
+        logits = model(**inputs, logits_to_keep=tokens.shape[1] + 1).logits  # (B, T + 1, V)
+    return logits[:, :-1]
 
 
-def _inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> dict:
+def _inputs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+) -> dict[str, torch.Tensor | bool]:
     """Prompts and completions side by side, as a model takes them."""
     full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
     return {
@@ -226,25 +356,42 @@ def completion_logprobs(
     temperature: float,
     known_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-probs (B, T) of sampled completions in one pass with gradients, 0 outside the mask.
+    """Log-probs of sampled completions in one pass with gradients, without full logits.
 
-    `token_logprobs(completion_logits(...), tokens, temperature)`, but columns that are padding in every row are left out, and
-    the vocabulary is multiplied out for the tokens inside the mask alone, a chunk at a time (`known_grad` (B, T): see
-    token_logprobs_from_hidden). The arguments are those of `completion_logits`.
+        log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau)
+
+    Equals `token_logprobs(completion_logits(...), tokens, temperature)` inside the mask. Columns
+    that are padding in every row are left out. The vocabulary is multiplied out for the tokens
+    inside the mask alone, a chunk at a time. `sequence_logprobs` is the plain version.
+
+    Args:
+        model: a causal language model; dropout is off, and its mode is put back.
+        input_ids, attention_mask: (B, P), prompts padded on the left.
+        tokens, mask: (B, T) of a Rollout.
+        temperature: tau > 0, the one that the tokens were sampled at.
+        known_grad: (B, T) or None, see `token_logprobs_from_hidden`.
+    Returns:
+        (B, T) float32, nats, 0 outside the mask.
     """
     mask = mask.bool()
     prompt_columns, width = attention_mask.bool().any(0), int(mask.any(0).sum())
+    prompts = (input_ids[:, prompt_columns], attention_mask[:, prompt_columns])
     real = mask[:, :width]
-    narrow = (input_ids[:, prompt_columns], attention_mask[:, prompt_columns], tokens[:, :width].masked_fill(~real, 0), real)
+    real_tokens = tokens[:, :width].masked_fill(~real, 0)
     if has_plain_head(model):
         with dropout_off(model):
-            hidden = model.base_model(**_inputs(*narrow)).last_hidden_state[:, -width - 1 : -1]  # (B, T, D), one column earlier
+            inputs = _inputs(*prompts, real_tokens, real)
+            hidden = model.base_model(**inputs).last_hidden_state[:, -width - 1 : -1]  # (B, T, D)
         logprobs = token_logprobs_from_hidden(
-            hidden[real][None], model.get_output_embeddings().weight, tokens[mask][None], temperature,
+            hidden[real][None],
+            model.get_output_embeddings().weight,
+            tokens[mask][None],
+            temperature,
             known_grad=None if known_grad is None else known_grad[mask][None],
-        )  # fmt: skip
+        )
     else:
-        logprobs = token_logprobs(completion_logits(model, *narrow), narrow[2], temperature)[real]
+        logits = completion_logits(model, *prompts, real_tokens, real)
+        logprobs = token_logprobs(logits, real_tokens, temperature)[real]
     return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
 
 
@@ -258,32 +405,110 @@ def frozen_logprobs(
     temperature: float,
     micro_batch_size: int,
 ) -> torch.Tensor:
-    """`completion_logprobs` under a frozen model, without a graph, at most `micro_batch_size` rows of like length at a time."""
+    """`completion_logprobs` under a frozen model, without a graph.
+
+    At most `micro_batch_size` rows of like length go through the model at a time.
+    """
     logprobs = torch.zeros_like(mask, dtype=torch.float32)
-    for part in length_parts((attention_mask.sum(1) + mask.sum(1)).tolist(), micro_batch_size, tokens_a_pass(model)):
+    lengths = (attention_mask.sum(1) + mask.sum(1)).tolist()
+    for part in length_parts(lengths, micro_batch_size, tokens_per_pass(model)):
         rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
         logprobs[part] = completion_logprobs(model, *rows, temperature)
     return logprobs
 
 
-_PLAIN_HEADS = weakref.WeakKeyDictionary()
+_PLAIN_HEADS: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are hidden states times the LM head's weight and nothing else; tried out once for each model.
+    """Whether the logits are hidden states times the LM head's weight and nothing else.
 
     Some models scale their logits, squash them or add a bias: those take the way over full logits.
+    It is tried out once for each model.
     """
     if model not in _PLAIN_HEADS:
-        head, ids = model.get_output_embeddings(), torch.tensor([[0, 1, 1]], device=model.device)
+        head = model.get_output_embeddings()
+        ids = torch.tensor([[0, 1, 1]], device=model.device)
         plain = isinstance(head, torch.nn.Linear) and head.bias is None
         if plain:
             with dropout_off(model), torch.autocast(model.device.type, enabled=False):
-                hidden, logits = model.base_model(input_ids=ids).last_hidden_state, model(input_ids=ids).logits
-                plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
+                hidden = model.base_model(input_ids=ids).last_hidden_state
+                logits = model(input_ids=ids).logits
+                atol = 1e-3 * logits.abs().max().item()
+                plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=atol)
         if not plain:
-            print(f"  note: {model.config.model_type} does more to its logits than the LM head's product: log-probs take the way over "
-                  "full logits, which needs more memory")  # fmt: skip
+            print(
+                f"  note: {model.config.model_type} does more to its logits than the LM head's "
+                "product: log-probs take the way over full logits, which needs more memory"
+            )
         _PLAIN_HEADS[model] = plain
     return _PLAIN_HEADS[model]
+
+
+@torch.no_grad()
+def sample_completions(
+    policy: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    seed: int,
+    batch_size: int,
+) -> tuple[list[tuple[torch.Tensor, ...]], list[list[int]], list[bool]]:
+    """One completion per prompt, always the same for a seed, whatever the batch size.
+
+    Args:
+        policy: a causal language model, as in `generate`.
+        prompts: token ids of each.
+        temperature, max_new_tokens, eos_token_ids: as in `generate`.
+        seed: of all draws.
+        batch_size: prompts per pass.
+    Returns:
+        batches: (input_ids, attention_mask, tokens, mask) of each batch.
+        completions: ids of each, without its end token.
+        ended: which of them ended by themselves.
+    """
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    uniforms = draw_uniforms(len(prompts), max_new_tokens, policy.device, generator)
+    batches, completions, ended = [], [], []
+    for i in range(0, len(prompts), batch_size):
+        rows = slice(i, i + batch_size)
+        input_ids, attention_mask = pad(prompts[rows], "left", policy.device)
+        tokens, mask, _ = generate(
+            policy,
+            input_ids,
+            attention_mask,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=0,
+            uniforms=uniforms[rows],
+        )
+        batches.append((input_ids, attention_mask, tokens, mask))
+        ids, ends = split_end(tokens, mask, eos_token_ids)
+        completions += ids
+        ended += ends.tolist()
+    return batches, completions, ended
+
+
+def split_end(
+    tokens: torch.Tensor, mask: torch.Tensor, eos_token_ids: list[int]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Completions of a Rollout as lists of ids without end tokens, and which of them have one.
+
+    Args:
+        tokens, mask: (B, T) of a Rollout.
+        eos_token_ids: all end tokens.
+    Returns:
+        completions: B lists of ids.
+        ended: (B,) bool, whether a completion ended by itself.
+
+    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+    >>> split_end(torch.tensor([[5, 2, 0], [5, 6, 7]]), mask, [2])
+    ([[5], [5, 6, 7]], tensor([ True, False]))
+    """
+    is_end = torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)) & mask
+    lengths = (mask & ~is_end).sum(1).tolist()
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths)], is_end.any(1)

@@ -1,74 +1,102 @@
 """What a policy is trained on: the start policy, the reward, the prompts."""
 
-import copy
+from __future__ import annotations
+
 import random
+import typing
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from . import toy
-from .chat import TokenizedPrompt, encode_prompt, wants_chat
-from .checkpoint import end_token_ids, load_policy
-from .common import autocast, require
-from .data import Split, load_prompts
-from .evaluate import sample_completions
-from .flags import parse_span
-from .lora import AdapterView, adapter_parameters
+from .data import toy
+from .data.chat import TokenizedPrompt, wants_chat
+from .data.prompts import beginning, load_prompts, parse_span, tokenize_prompts
+from .data.splits import Split
+from .models.loading import end_token_ids, load_policy
+from .models.precision import autocast
+from .models.rewards import RewardFunction, RewardSum, load_rewards
 from .reward import RewardModel
-from .rewards import RewardFunction, RewardSum, load_rewards
+from .rollout import sample_completions
+from .running.errors import require
+
+if typing.TYPE_CHECKING:
+    from .running.flags import TaskFlags
 
 
 class Task(NamedTuple):
-    """The same for every run of one program."""
+    """The same for every run of one program.
 
-    start: torch.nn.Module  # the policy that kl_sft is measured from; never changed
-    tokenizer: object
+    start: the start policy, which kl_sft is measured from; never changed.
+    tokenizer: the start policy's.
+    reward: what scores completions.
+    train_prompts, eval_prompts: training and held-out prompts.
+    prompt_tokens: (low, high) where only so many ids of a training prompt are used, drawn anew
+        each time; None where all of them are.
+    eos_token_ids: every token that ends a completion.
+    measures: name -> a further measure of a whole text: the toy world's gold reward.
+    """
+
+    start: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
     reward: RewardModel | RewardFunction | RewardSum
     train_prompts: list[TokenizedPrompt]
     eval_prompts: list[TokenizedPrompt]
-    prompt_tokens: tuple[int, int] | None  # of each training prompt only so many ids, drawn anew each time
+    prompt_tokens: tuple[int, int] | None
     eos_token_ids: list[int]
-    measures: dict  # further functions of a whole text, by name: the toy world's gold reward
+    measures: dict[str, Callable[[str], float]]
 
 
-def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dtype) -> Task:
-    """Load by the flags of train_policy.py; without --dataset, the toy world, made on first use and kept."""
-    start, tokenizer = load_policy(config.model or toy.start_policy_folder())
+def load_task(
+    flags: TaskFlags,
+    model: str,
+    rewards: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int = 64,
+) -> Task:
+    """The start policy, the rewards and the prompts, loaded and printed.
+
+    Args:
+        flags: which prompts, how rewards are combined, and how completions are sampled.
+        model: the start policy. "" is the toy world's, which is made on first use and kept.
+        rewards: names of reward models, or module:function.
+        device: where the start policy and the rewards go.
+        dtype: of the forward passes.
+        batch_size: completions per pass, where rewards are standardised by the start policy's.
+    Raises:
+        UserError: something cannot be loaded, or does not go together. It is named.
+    """
+    start, tokenizer = load_policy(model or toy.start_policy_folder())
     start = start.to(device).requires_grad_(False)
-    eos_token_ids = end_token_ids(start, tokenizer)
-    parts = load_rewards(rewards, device, config.rm_average)
+    parts = load_rewards(rewards, device, flags.rm_average)
     for name, reward in parts.items():
         print(f"reward {name}: {reward.reading}")
-        require(config.uncertainty == "none" or reward.num_labels > 2,
-                f"--uncertainty {config.uncertainty}: --rm {name} is no distribution over scores: train one with "
-                "--loss ordinal")  # fmt: skip
-    if config.dataset:
-        data = Split(config.dataset, config.split, config.eval_split, config.eval_share, config.split_seed, config.subset)
-        chat = wants_chat(tokenizer, config.format)
-        train, evaluation, column = load_prompts(data, chat=chat, column=config.prompt_column)
+    models = [reward for reward in parts.values() if isinstance(reward, RewardModel)]
+    if flags.dataset:
+        chat = wants_chat(tokenizer, flags.format)
+        data = Split.from_flags(flags)
+        train, evaluation, column = load_prompts(data, chat=chat, column=flags.prompt_column)
         measures = {}
-        for name, r in parts.items():
-            if isinstance(r, RewardModel) and r.tokenizer.chat_template and isinstance(train[0], str):
+        for name, reward in parts.items():
+            if reward in models and reward.tokenizer.chat_template and isinstance(train[0], str):
                 print(f"  note: {name} was trained on chat, and scores these prompts as plain text")
     else:
-        train, evaluation = toy.prompts(seed=config.seed, eval_share=config.eval_share, split_seed=config.split_seed)
-        column, measures = "", {"gold": toy.gold_reward, "grammatical": lambda text: float(toy.parse(text) is not None)}
+        train, evaluation = toy.prompts(flags.seed, flags.eval_share, flags.split_seed)
+        column, measures = "", toy.MEASURES
 
-    span = parse_span("--prompt-tokens", config.prompt_tokens or ("5-15" if column == "text" else ""))
-    require(span is None or isinstance(train[0], str), "--prompt-tokens: chat prompts cannot be cut: leave it out")
-    contexts = [getattr(start.config, "max_position_embeddings", None)]
-    contexts += [reward.context - 2 for reward in parts.values() if isinstance(reward, RewardModel)]  # an end, a line break
-    room = min(context for context in contexts if context) - config.max_new_tokens if any(contexts) else None
-    limit = min(limit for limit in (config.max_prompt_tokens, room, 10**9) if limit is not None)
+    default = "5-15" if column == "text" else ""
+    span = parse_span("--prompt-tokens", flags.prompt_tokens or default)
     require(
-        limit > 0,
-        f"--max-new-tokens {config.max_new_tokens}: leaves no room for a prompt in a context of {limit + config.max_new_tokens}",
+        span is None or isinstance(train[0], str),
+        "--prompt-tokens: chat prompts cannot be cut: leave it out",
     )
+    limit = prompt_limit(start, models, flags)
     train = tokenize_prompts(tokenizer, train, limit, span, "training")
-    evaluation = tokenize_prompts(tokenizer, evaluation[: 4 * config.eval_prompts], limit, span, "held-out")[
-        : config.eval_prompts
-    ]
+    evaluation = evaluation[: 4 * flags.eval_prompts]  # not all of them: a few may be dropped
+    evaluation = tokenize_prompts(tokenizer, evaluation, limit, span, "held-out")
+    evaluation = evaluation[: flags.eval_prompts]
     if span:
         print(f"  of each the first {span[0]} to {span[1]} tokens, drawn anew each time")
         begin = tokenizer.bos_token_id is not None
@@ -76,65 +104,67 @@ def load_task(config, rewards: list[str], device: torch.device, dtype: torch.dty
         lengths = random.Random("evaluation")
         evaluation = [beginning(prompt, span, lengths) for prompt in evaluation]
 
-    reward = next(iter(parts.values()))
-    if config.rm_weights or config.standardize_rewards or len(parts) > 1:
-        weights = config.rm_weights or [1.0] * len(parts)
-        require(len(weights) == len(parts), f"--rm-weights: got {len(weights)}, expected one for each of {len(parts)} rewards")
-        reward = RewardSum(parts, weights)
-        lengths = random.Random("standardise")
-        prompts = random.Random(config.seed).sample(train, min(256, len(train)))
-        prompts = [beginning(prompt, span, lengths) for prompt in prompts]
+    eos_token_ids = end_token_ids(start, tokenizer)
+    task = Task(start, tokenizer, None, train, evaluation, span, eos_token_ids, measures)
+    if flags.rm_weights or flags.standardize_rewards or len(parts) > 1:
+        weights = flags.rm_weights or [1.0] * len(parts)
+        require(
+            len(weights) == len(parts),
+            f"--rm-weights: got {len(weights)}, expected one for each of {len(parts)} rewards",
+        )
         with autocast(device, dtype):
-            _, completions, _ = sample_completions(
-                start, tokenizer, prompts, temperature=config.temperature, max_new_tokens=config.max_new_tokens,
-                eos_token_ids=eos_token_ids, seed=config.seed, batch_size=config.micro_batch_size,
-            )  # fmt: skip
-            reward.fit(
-                {n: r.score_rollout(tokenizer, prompts, completions, config.micro_batch_size).rewards for n, r in parts.items()}
-            )
-        for name, mean, std in zip(parts, reward.means, reward.stds):
-            print(
-                f"reward {name}: {mean:.6g} +- {std:.4g} on {len(prompts)} samples of the start policy: standardised by these"
-            )
-    return Task(start, tokenizer, reward, train, evaluation, span, eos_token_ids, measures)
-
-
-def tokenize_prompts(tokenizer, prompts: list, limit: int, span: tuple[int, int] | None, kind: str) -> list[TokenizedPrompt]:
-    """Prompts as token ids; those over `limit` tokens (or, with a span, under its lower end) are dropped and counted."""
-    progress = tqdm(prompts, desc=f"{kind} prompts", leave=False)
-    rows = [TokenizedPrompt(encode_prompt(tokenizer, p), p if isinstance(p, list) else None) for p in progress]
-    if span is None:
-        kept = [row for row in rows if 0 < len(row.ids) <= limit]
-        reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)
+            reward = standardised_sum(parts, weights, task, flags, batch_size)
     else:
-        kept = [row for row in rows if len(row.ids) - (row.ids[:1] == [tokenizer.bos_token_id]) >= span[0]]
-        reason = f"shorter than {span[0]} tokens"
-        require(span[1] < limit, f"--prompt-tokens {span[1]}: expected fewer than {limit}: shorten it or --max-new-tokens")
-    if len(kept) < len(rows):
-        print(f"  dropped {len(rows) - len(kept)} of {len(rows)} {kind} prompts: {reason}")
-    require(bool(kept), f"no {kind} prompts left: all are {reason}: raise --max-prompt-tokens, or lower --max-new-tokens")
-    return kept
+        (reward,) = parts.values()
+    return task._replace(reward=reward)
 
 
-def beginning(prompt: TokenizedPrompt, span: tuple[int, int] | None, rng: random.Random) -> TokenizedPrompt:
-    """The first ids of a text, low..high of them, drawn by `rng`; the prompt itself where there is no span."""
-    return prompt if span is None else TokenizedPrompt(prompt.ids[: rng.randint(*span)])
+def prompt_limit(start: torch.nn.Module, models: Sequence[RewardModel], flags: TaskFlags) -> int:
+    """Tokens of the longest prompt that leaves room for a completion.
 
-
-def trained_and_anchor(
-    policy: torch.nn.Module, start: torch.nn.Module, config
-) -> tuple[list[torch.nn.Parameter], torch.nn.Module]:
-    """What is trained of a policy, and the model that its KL is measured from, which begins as the policy is now.
-
-    With adapters the anchor is the policy itself with its adapters off, or with an average of them. A fixed anchor that would be
-    a second copy of `start` is `start`.
+    --max-prompt-tokens may lower it. UserError where there is no room.
     """
-    if config.lora_rank:
-        trained = adapter_parameters(policy)
-        if config.anchor == "fixed":
-            return trained, start if isinstance(start, AdapterView) else AdapterView(policy, None)
-        return trained, AdapterView(policy, [parameter.detach().clone() for parameter in trained])
-    trained = list(policy.parameters())
-    if config.anchor == "fixed" and all(torch.equal(a, b) for a, b in zip(trained, start.parameters())):
-        return trained, start
-    return trained, copy.deepcopy(policy).requires_grad_(False)
+    contexts = [getattr(start.config, "max_position_embeddings", None)]
+    contexts += [model.context - 2 for model in models]  # an end token, a line break
+    context = min((context for context in contexts if context), default=10**9)
+    require(
+        context > flags.max_new_tokens,
+        f"--max-new-tokens {flags.max_new_tokens}: leaves no room for a prompt in a context of "
+        f"{context}",
+    )
+    return min(context - flags.max_new_tokens, flags.max_prompt_tokens or 10**9)
+
+
+def standardised_sum(
+    parts: dict[str, RewardModel | RewardFunction],
+    weights: Sequence[float],
+    task: Task,
+    flags: TaskFlags,
+    batch_size: int,
+) -> RewardSum:
+    """Weighted sum of rewards, each standardised by its scores of the start policy.
+
+    The scores are those of one completion for each of 256 training prompts.
+    """
+    reward = RewardSum(parts, weights)
+    lengths = random.Random("standardise")
+    count = min(256, len(task.train_prompts))
+    prompts = random.Random(flags.seed).sample(task.train_prompts, count)
+    prompts = [beginning(prompt, task.prompt_tokens, lengths) for prompt in prompts]
+    _, completions, _ = sample_completions(
+        task.start,
+        [prompt.ids for prompt in prompts],
+        temperature=flags.temperature,
+        max_new_tokens=flags.max_new_tokens,
+        eos_token_ids=task.eos_token_ids,
+        seed=flags.seed,
+        batch_size=batch_size,
+    )
+    batch = (task.tokenizer, prompts, completions, batch_size)
+    reward.fit({name: part.score_rollout(*batch).rewards for name, part in parts.items()})
+    for name, mean, std in zip(parts, reward.means, reward.stds):
+        print(
+            f"reward {name}: {mean:.6g} +- {std:.4g} on {count} samples of the start policy: "
+            "standardised by these"
+        )
+    return reward

@@ -1,0 +1,233 @@
+"""Preference pairs of a data set, and as token ids."""
+
+import bisect
+import functools
+import itertools
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from ..running.errors import UserError, require
+from .chat import Prompt, first_turn
+from .columns import CHOSEN_RATINGS, UNDERSTOOD, Pair, read_pair
+from .rows import number_cell, text_cell
+from .splits import Split, both_splits, divide, require_both
+
+
+class RatedPairs:
+    """All pairs of rated texts whose ratings differ by at least `min_gap`, made when asked for.
+
+    Twelve thousand positive and as many negative reviews are 156 million pairs. Here they cost one
+    list. With texts in order of rating, text j beats exactly the first `beaten(ratings[j])` texts.
+
+    Args:
+        texts, ratings: one of each per text.
+        min_gap: >= 0, in units of the ratings.
+
+    >>> pairs = RatedPairs(["bad", "good", "fine"], [0.0, 2.0, 1.0], min_gap=1.0)
+    >>> [(pair.chosen, pair.rejected) for pair in pairs]
+    [('fine', 'bad'), ('good', 'bad'), ('good', 'fine')]
+    """
+
+    def __init__(self, texts: Sequence[str], ratings: Sequence[float], min_gap: float) -> None:
+        order = sorted(range(len(texts)), key=lambda i: ratings[i])
+        self.texts = [texts[i] for i in order]
+        self.ratings = [ratings[i] for i in order]
+
+        def beaten(rating: float) -> int:
+            # The difference itself is compared: a bound r - min_gap would round.
+            by_gap = bisect.bisect_right(self.ratings, -min_gap, key=lambda other: other - rating)
+            # At min_gap 0 equal ratings are no pair.
+            return min(by_gap, bisect.bisect_left(self.ratings, rating))
+
+        # Pairs won by the texts up to this one.
+        self.end = list(itertools.accumulate(map(beaten, self.ratings)))
+
+    def __len__(self) -> int:
+        return self.end[-1] if self.end else 0
+
+    def __getitem__(self, k: int) -> Pair:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        winner = bisect.bisect_right(self.end, k)
+        loser = k - (self.end[winner - 1] if winner else 0)
+        return Pair(
+            "", self.texts[winner], self.texts[loser], self.ratings[winner], self.ratings[loser]
+        )
+
+
+def load_pairs(
+    data: Split, *, chat: bool | None = False, min_rating_gap: float = 1.0
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """Training and held-out pairs, split by prompt (by text where there are no prompts).
+
+    How the columns are read is printed. Two kinds of data are recognised by them:
+    - chosen, rejected: completions of `prompt`, or whole dialogues (messages, or the text of
+      hh-rlhf) that share their prompt. There may be ratings (chosen_rating and rejected_rating, or
+      score_chosen and score_rejected; see columns.CHOSEN_RATINGS) or a margin.
+    - text, rating (or label): all pairs with a gap of at least `min_rating_gap`, see RatedPairs.
+
+    Args:
+        data: which rows to read, and which of them are held out.
+        chat: what prompts become. True: messages. False: text. None: text, but messages are an
+            error.
+        min_rating_gap: in units of the ratings.
+    Returns:
+        Training pairs and held-out pairs.
+    Raises:
+        UserError: columns are missing, or a row (named by its number) has an empty text, a
+            non-string or a NaN.
+    """
+    rows, columns = both_splits(data)
+    rating = next((name for name in ("rating", "label") if name in columns), None)
+    if {"chosen", "rejected"} <= columns:
+        parts, reading = _ready_pairs(data, rows, columns, chat)
+    elif "text" in columns and rating:
+        parts = _rated_pairs(data, rows, rating, min_rating_gap)
+        reading = f"text by {rating}, gap >= {min_rating_gap:g}"
+    else:
+        raise UserError(
+            f"{data.dataset}: has columns {sorted(columns)}: expected {UNDERSTOOD['pairs']}"
+        )
+    train, evaluation = map(len, parts)
+    print(f"{data.dataset}: read as {reading}: {train} training and {evaluation} held-out pairs")
+    require_both(data, parts, "pairs")
+    return parts[0], parts[1]
+
+
+def _ready_pairs(
+    data: Split, rows: list[Sequence[dict]], columns: set[str], chat: bool | None
+) -> tuple[tuple[list[Pair], list[Pair]], str]:
+    """(training, held-out) pairs of the columns chosen and rejected, and how they were read."""
+    rating = next((name for name in CHOSEN_RATINGS if name in columns), "")
+    ratings = (rating, rating.replace("chosen", "rejected")) if rating else ()
+    reading = "chosen / rejected"
+    reading += f" rated by {rating}" * bool(rating) + ", margin" * ("margin" in columns)
+    read = functools.partial(read_pair, ratings=ratings, chat=chat)
+
+    def key(pair: Pair) -> str:
+        return first_turn(pair.prompt) if pair.prompt else pair.chosen
+
+    parts = divide(data, rows, read, key)
+    if ratings:
+        pairs = [*parts[0], *parts[1]]
+        right = sum(pair.chosen_rating >= pair.rejected_rating for pair in pairs)
+        share = right / max(1, len(pairs))
+        reading += f" (at least as high as the rejected one in {share:.1%})"
+    return parts, reading + ", as chat" * bool(chat)
+
+
+def _rated_pairs(
+    data: Split, rows: list[Sequence[dict]], column: str, min_gap: float
+) -> list[RatedPairs]:
+    """Training and held-out pairs of texts with ratings in `column`."""
+
+    def read(row: dict, where: str) -> tuple[str, float]:
+        return text_cell(row, "text", where), number_cell(row, column, where)
+
+    parts = []
+    for rated in divide(data, rows, read, lambda item: first_turn(item[0])):
+        texts, ratings = [text for text, _ in rated], [rating for _, rating in rated]
+        which = "held-out " * len(parts)
+        require(
+            len(set(ratings)) != 1,
+            f"{data.dataset}: {which}column {column!r} is always {next(iter(ratings), 0):g}: "
+            "expected several",
+        )
+        parts.append(RatedPairs(texts, ratings, min_gap))
+    return parts
+
+
+class Example(NamedTuple):
+    """Texts in order, the best first, as token ids, ready for the reward model.
+
+    Attributes:
+        texts: token ids; a pair has two texts.
+        ratings: one per text, or None where the data has none.
+        gap: by how much the first text is better.
+    """
+
+    texts: list[list[int]]
+    ratings: tuple[float, ...] | None
+    gap: float
+
+
+def encode_pairs(
+    pairs: Sequence[Pair],
+    encode_whole: Callable[[Prompt, str], list[int]],
+    *,
+    max_tokens: int,
+    max_pairs: int,
+    seed: int,
+    crop_words: tuple[int, int] | None = None,
+) -> list[Example]:
+    """At most `max_pairs` pairs, drawn by `seed`, as token ids.
+
+    Identical and over-long ones are dropped and counted.
+
+    Args:
+        pairs: of load_pairs.
+        encode_whole: (prompt, completion) -> token ids of the whole text.
+        max_tokens: per text.
+        max_pairs: how many are drawn where there are more.
+        seed: of that draw and of the crops.
+        crop_words: (low, high) keeps the beginning of each completion, low..high words drawn anew
+            each time: for a reward model that will score short continuations, not whole reviews.
+    """
+    rng = random.Random(seed)
+    indices = range(len(pairs))
+    if max_pairs < len(pairs):
+        indices = rng.sample(indices, max_pairs)
+
+    @functools.lru_cache(100_000)  # rated texts are in many pairs
+    def encode_once(text: str) -> list[int]:
+        return encode_whole("", text)
+
+    def encode(prompt: Prompt, completion: str) -> list[int]:
+        if crop_words:
+            count = rng.randint(*crop_words)
+            completion = re.match(rf"(?:\s*\S+){{0,{count}}}", completion)[0]
+        return encode_whole(prompt, completion) if prompt else encode_once(completion)
+
+    examples, identical, too_long = [], 0, 0
+    for i in tqdm(indices, desc="tokens of pairs", leave=False):
+        pair = pairs[i]
+        texts = [encode(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+        if max(map(len, texts)) > max_tokens:  # never cut: what is cut off may hold the difference
+            too_long += 1
+        elif texts[0] == texts[1]:
+            identical += 1
+        else:
+            examples.append(Example(texts, pair.ratings, pair.gap))
+    print(
+        f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} "
+        f"longer than {max_tokens} tokens dropped"
+    )
+    return examples
+
+
+def require_ratings(
+    where: str, pair: Pair, rating_coef: float | None, margin: float | None
+) -> None:
+    """UserError where a loss asks for ratings or margins that these data do not have."""
+    require(
+        bool(pair.ratings) or not rating_coef,
+        f"{where}: no chosen_rating and rejected_rating: --rating-coef needs both",
+    )
+    require(
+        bool(pair.ratings) or pair.margin is not None or not margin,
+        f"{where}: no margin and no ratings: --margin needs them",
+    )
+
+
+def require_rating_range(where: str, examples: Sequence[Example], low: float, high: float) -> None:
+    """UserError where a rating lies outside [low, high]."""
+    ratings = [rating for example in examples for rating in example.ratings]
+    require(
+        low <= min(ratings) and max(ratings) <= high,
+        f"{where}: ratings from {min(ratings):g} to {max(ratings):g}, outside --rating-range "
+        f"{low:g} {high:g}: give the scale of the data",
+    )

@@ -1,0 +1,149 @@
+"""Prompts of a data set, and as token ids."""
+
+import functools
+import json
+import random
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..running.errors import require
+from .batches import shuffled_forever
+from .chat import Prompt, TokenizedPrompt, encode_prompt, first_turn
+from .columns import UNDERSTOOD, read_prompt
+from .splits import Split, both_splits, divide, require_both
+
+
+def load_prompts(
+    data: Split, *, chat: bool | None = False, column: str = ""
+) -> tuple[list[Prompt], list[Prompt], str]:
+    """Training and held-out prompts, duplicates once, and the column they come from.
+
+    The split is that of pairs.load_pairs. Recognised columns: prompt, messages, chosen (a dialogue,
+    whose prompt is taken), text; or the one named.
+
+    Args:
+        data: which rows to read, and which of them are held out.
+        chat: what prompts become, see pairs.load_pairs.
+        column: the one to read. "": the first that is recognised.
+    Returns:
+        Training prompts, held-out prompts, and the column.
+    Raises:
+        UserError: the column is missing, or a row (named by its number) is not what it should be.
+    """
+    rows, columns = both_splits(data)
+    known = ("prompt", "messages", "chosen", "text")
+    column = column or next((name for name in known if name in columns), "")
+    require(
+        column in columns,
+        f"{data.dataset}: has columns {sorted(columns)}: expected "
+        f"{column or UNDERSTOOD['prompts']}",
+    )
+    chat = chat and column != "text"
+    read = functools.partial(read_prompt, column=column, chat=chat)
+    parts = [
+        list({json.dumps(prompt): prompt for prompt in part}.values())
+        for part in divide(data, rows, read, first_turn)
+    ]
+    train, evaluation = map(len, parts)
+    form = "as chat" if chat else "as text"
+    print(
+        f"{data.dataset}: {train} training and {evaluation} held-out prompts from {column!r}, "
+        f"{form}"
+    )
+    require_both(data, parts, "prompts")
+    return parts[0], parts[1], column
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> TokenizedPrompt:
+    """A prompt as the policy sees it."""
+    messages = prompt if isinstance(prompt, list) else None
+    return TokenizedPrompt(encode_prompt(tokenizer, prompt), messages)
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    limit: int,
+    span: tuple[int, int] | None,
+    kind: str,
+) -> list[TokenizedPrompt]:
+    """Prompts as token ids.
+
+    Those over `limit` tokens are dropped and counted. With a span, it is those under its lower end.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: of load_prompts.
+        limit: tokens per prompt.
+        span: (low, high), how many first tokens a prompt will be cut to, see `beginning`.
+        kind: which prompts they are, in words.
+    Raises:
+        UserError: no prompt is left, or `span` reaches up to `limit`.
+    """
+    rows = [tokenize(tokenizer, p) for p in tqdm(prompts, desc=f"{kind} prompts", leave=False)]
+    if span is None:
+        kept = [row for row in rows if 0 < len(row.ids) <= limit]
+        reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)
+    else:
+        begin = [tokenizer.bos_token_id]
+        kept = [row for row in rows if len(row.ids) - (row.ids[:1] == begin) >= span[0]]
+        reason = f"shorter than {span[0]} tokens"
+        require(
+            span[1] < limit,
+            f"--prompt-tokens {span[1]}: expected fewer than {limit}: "
+            "shorten it or --max-new-tokens",
+        )
+    if len(kept) < len(rows):
+        print(f"  dropped {len(rows) - len(kept)} of {len(rows)} {kind} prompts: {reason}")
+    require(
+        bool(kept),
+        f"no {kind} prompts left: all are {reason}: raise --max-prompt-tokens, or lower "
+        "--max-new-tokens",
+    )
+    return kept
+
+
+def beginning(
+    prompt: TokenizedPrompt, span: tuple[int, int] | None, rng: random.Random
+) -> TokenizedPrompt:
+    """The first ids of a text, low..high of them, drawn by `rng`.
+
+    Without a span, the prompt itself.
+    """
+    return prompt if span is None else TokenizedPrompt(prompt.ids[: rng.randint(*span)])
+
+
+def prompt_batches(
+    prompts: Sequence[TokenizedPrompt],
+    span: tuple[int, int] | None,
+    batch_size: int,
+    group_size: int,
+    seed: int,
+) -> Iterator[list[TokenizedPrompt]]:
+    """Endless batches of `batch_size` prompts, each `group_size` times in a row.
+
+    Each prompt comes once per epoch, in an order that differs between epochs and seeds. With a span
+    it is cut anew each time, see `beginning`.
+    """
+    order, lengths = shuffled_forever(prompts, seed), random.Random(seed)
+    while True:
+        count = batch_size // group_size
+        different = [beginning(next(order), span, lengths) for _ in range(count)]
+        yield [prompt for prompt in different for _ in range(group_size)]
+
+
+def parse_span(name: str, text: str) -> tuple[int, int] | None:
+    """(5, 15) from "5-15", (10, 10) from "10", None from "".
+
+    Raises:
+        UserError: anything else; `name` is the flag that it came from.
+    """
+    if not text:
+        return None
+    low, dash, high = text.partition("-")
+    high = high if dash else low
+    fits = low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)
+    require(fits, f"{name} {text}: expected a number or a range, such as 10 or 5-15")
+    return int(low), int(high)

@@ -1,0 +1,69 @@
+"""Folders of models: written atomically, and where in a run they lie. Nothing heavy is imported."""
+
+import contextlib
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..running.errors import UserError, is_out_of_memory
+
+# What broken checkpoints raise.
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError)
+LOADING_ERRORS += (SafetensorError, pickle.UnpicklingError)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, synced and renamed to `folder` at the end.
+
+    A reader sees the old folder or the new one.
+
+    Raises:
+        UserError: the disk is full or read-only. The old folder is untouched then.
+    """
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in (*new.rglob("*"), new):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # On a full disk torch raises RuntimeError, safetensors SafetensorError.
+        shutil.rmtree(new, ignore_errors=True)
+        # What is written may be made inside, such as the toy world's reward model.
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{folder}: cannot be written ({first_line(error)}): what was there is whole; "
+            "make room there"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def model_folder(path: str) -> str:
+    """Where a model lies.
+
+    A run's folder stands for the `model` folder in it. Hub ids and model folders stand for
+    themselves.
+    """
+    inner = Path(path) / "model"
+    return str(inner) if inner.is_dir() else path
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,65 @@
+"""Rows of token ids -> tensors: padding, and parts of like length."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+
+def pad(
+    rows: Sequence[list[int]], side: str, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids -> input_ids (B, T) and attention_mask (B, T), both long.
+
+    Id 0 fills up, since the mask alone says what is real.
+
+    >>> pad([[5, 6], [7]], side="left")
+    (tensor([[5, 6],
+            [0, 7]]), tensor([[1, 1],
+            [0, 1]]))
+    """
+    width = max(map(len, rows))
+    padded_ids, padded_mask = [], []
+    for row in rows:
+        ids, ones, gap = list(row), [1] * len(row), [0] * (width - len(row))
+        padded_ids.append(gap + ids if side == "left" else ids + gap)
+        padded_mask.append(gap + ones if side == "left" else ones + gap)
+    return torch.tensor(padded_ids).to(device), torch.tensor(padded_mask).to(device)
+
+
+def length_parts(
+    lengths: Sequence[int], max_rows: int, max_tokens: float = math.inf
+) -> list[list[int]]:
+    """Indices in parts, longest first.
+
+    A part is cut, too, where padding would cost more than another pass: a row under 3/4 of its
+    part's longest opens a new part once the part holds 1,024 tokens.
+
+    Args:
+        lengths: tokens of each row.
+        max_rows: rows per part.
+        max_tokens: tokens per part, with padding; a longer row goes alone.
+
+    >>> length_parts([300, 10, 1100, 280, 20], max_rows=8)
+    [[2], [0, 3, 4, 1]]
+    >>> length_parts([300, 10, 1100, 280, 20], max_rows=8, max_tokens=600)
+    [[2], [0, 3], [4, 1]]
+    """
+    parts = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        part = parts[-1] if parts else []
+        longest = lengths[part[0]] if part else 0
+        full = len(part) == max_rows or (len(part) + 1) * longest > max_tokens
+        if not part or full or (len(part) * longest >= 1024 and lengths[i] < 0.75 * longest):
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def tokens_per_pass(model: PreTrainedModel) -> float:
+    """`max_tokens` of a pass.
+
+    On a CPU, hidden states of 1 MiB: more of them leave its cache, cost memory, and are no faster.
+    """
+    return 2**18 // model.config.hidden_size if model.device.type == "cpu" else math.inf

@@ -1,0 +1,187 @@
+"""Several reward models, or another kind: Python functions, weighted sums, averaged weights."""
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data.chat import Prompt, TokenizedPrompt, decode_parts
+from ..reward import RewardModel, Scores
+from ..running.errors import UserError, require
+
+
+class RewardFunction:
+    """A Python function as a reward: f(prompts, completions) -> one number for each.
+
+    It is called with two lists of equal length. Prompts are texts (or lists of messages where the
+    prompts are chat). Completions are texts without their end token.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[[list[Prompt], list[str]], Sequence[float]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name, self.function, self.device = name, function, device
+        self.reading, self.num_labels = "Python function", 1
+
+    @classmethod
+    def from_name(cls, name: str, device: torch.device | str = "cpu") -> "RewardFunction":
+        """From "module:function", looked for in the current folder, too.
+
+        Raises:
+            UserError: it cannot be imported.
+        """
+        module, _, function = name.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
+        try:
+            return cls(name, getattr(importlib.import_module(module), function), device)
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"--rm {name}: cannot be imported ({error}): expected module:function"
+            ) from error
+        finally:
+            sys.path.pop(0)
+
+    def score_rollout(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenizedPrompt],
+        completions: Sequence[list[int]],
+        batch_size: int,
+    ) -> Scores:
+        """As RewardModel.score_rollout. The texts are those of the rollout, decoded.
+
+        Raises:
+            UserError: the function does not return one number for each completion.
+        """
+        texts = [
+            decode_parts(tokenizer, prompt.ids, completion)
+            for prompt, completion in zip(prompts, completions)
+        ]
+        asked = [prompt.messages or text for prompt, (text, _) in zip(prompts, texts)]
+        values = list(self.function(asked, [answer for _, answer in texts]))
+        require(
+            len(values) == len(texts) and all(isinstance(v, (int, float)) for v in values),
+            f"--rm {self.name}: got {values!r:.60} for {len(texts)} completions, expected one "
+            "number for each",
+        )
+        rewards = torch.tensor([float(value) for value in values], device=self.device)
+        return Scores(rewards, None, {})
+
+
+class RewardSum:
+    """A weighted sum of several rewards, each standardised by its own scores of the start policy.
+
+        r = sum_i w_i (r_i - mean_i) / std_i
+
+    So every part has the same say, and beta means the same whatever the scale of a reward model.
+    `fit` sets mean and std.
+    """
+
+    def __init__(
+        self, rewards: dict[str, RewardModel | RewardFunction], weights: Sequence[float]
+    ) -> None:
+        self.rewards, self.weights = rewards, list(weights)
+        self.means, self.stds = [0.0] * len(rewards), [1.0] * len(rewards)
+        self.num_labels = min(reward.num_labels for reward in rewards.values())
+        self.reading = " + ".join(
+            f"{weight:g} {name} ({reward.reading})"
+            for weight, (name, reward) in zip(self.weights, rewards.items())
+        )
+
+    def score_rollout(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[TokenizedPrompt],
+        completions: Sequence[list[int]],
+        batch_size: int,
+    ) -> Scores:
+        """As RewardModel.score_rollout. Variances add up as those of independent scores."""
+        total, variance, parts = 0.0, 0.0, {}
+        scales = zip(self.weights, self.means, self.stds)
+        for (name, reward), (weight, mean, std) in zip(self.rewards.items(), scales):
+            scores = reward.score_rollout(tokenizer, prompts, completions, batch_size)
+            parts[name] = scores.rewards
+            total = total + weight * (scores.rewards - mean) / std
+            if variance is None or scores.variance is None:
+                variance = None
+            else:
+                variance = variance + (weight / std) ** 2 * scores.variance
+        return Scores(total, variance, parts if len(parts) > 1 else {})
+
+    def fit(self, parts: dict[str, torch.Tensor]) -> None:
+        """Set mean and standard deviation of each reward from its scores of the start policy.
+
+        Args:
+            parts: name -> scores (N,), in the order of the rewards.
+        Raises:
+            UserError: all scores of a reward are equal, or one is not finite.
+        """
+        for i, (name, scores) in enumerate(parts.items()):
+            self.means[i], self.stds[i] = scores.mean().item(), scores.std(correction=0).item()
+            require(
+                math.isfinite(self.stds[i]) and self.stds[i] > 0,
+                f"--rm {name}: scores of the start policy have mean {self.means[i]:g} and "
+                f"deviation {self.stds[i]:g}: cannot be standardised",
+            )
+
+
+def average_weights(models: Sequence[RewardModel]) -> RewardModel:
+    """One reward model whose weights are the mean of several.
+
+        theta = 1/M sum_m theta_m        (WARM, Rame et al. 2024, arXiv 2401.12187, eq. 1)
+
+    They must share their architecture, and should have started from one body and one head: those
+    that train_rm.py makes from one --model with different --seed do. Overwrites the first.
+
+    Raises:
+        UserError: they differ in architecture or vocabulary.
+    """
+    states = [dict(reward.model.named_parameters()) for reward in models]
+    shapes = [{name: weight.shape for name, weight in state.items()} for state in states]
+    vocabulary = models[0].tokenizer.get_vocab()
+    for other, its_shapes in zip(models[1:], shapes[1:]):
+        require(
+            its_shapes == shapes[0] and other.tokenizer.get_vocab() == vocabulary,
+            "--rm-average: the reward models differ in architecture or vocabulary: "
+            "average those of one --model",
+        )
+    with torch.no_grad():
+        for name, parameter in states[0].items():
+            parameter.copy_(torch.stack([state[name] for state in states]).mean(0))
+    return models[0]
+
+
+def load_rewards(
+    names: Sequence[str], device: torch.device, average: bool = False
+) -> dict[str, RewardModel | RewardFunction]:
+    """Each reward by its name.
+
+    Args:
+        names: each module:function, or a reward model.
+        device: where they score.
+        average: return one reward model instead, the mean of all.
+    Raises:
+        UserError: a name is given twice or cannot be loaded, or `average` finds fewer than two
+            reward models, or a function among them.
+    """
+    rewards = {}
+    for name in names:
+        require(name not in rewards, f"--rm {name}: given twice")
+        is_function = re.fullmatch(r"[A-Za-z_][\w.]*:\w+", name) and not Path(name).exists()
+        kind = RewardFunction.from_name if is_function else RewardModel.from_pretrained
+        rewards[name] = kind(name, device)
+    if not average:
+        return rewards
+    require(
+        len(rewards) > 1 and all(isinstance(reward, RewardModel) for reward in rewards.values()),
+        "--rm-average: expected several reward models after --rm",
+    )
+    return {f"average of {len(rewards)}": average_weights(list(rewards.values()))}

@@ -1,0 +1,123 @@
+"""How a training step's completions are drawn, in whatever precision."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from .. import reinforce, rollout
+from ..data.chat import TokenizedPrompt
+from . import precision
+from .padding import pad
+
+
+class Samples(NamedTuple):
+    """This process's completions of a batch: B rows, prompts of P columns, completions of T.
+
+    Attributes:
+        prompts: B prompts.
+        completions: ids of B completions without their end token.
+        ended: (B,) bool, which of them have one.
+        input_ids, attention_mask: (B, P) long, the prompts padded on the left.
+        tokens, mask: (B, T) of a Rollout, end tokens included.
+        logprobs: (B, T) float32, nats, the policy's own; 0 outside the mask, without a graph.
+        importance: (B,) float32, what each sample counts; 1 where the policy itself drew it.
+    """
+
+    prompts: list[TokenizedPrompt]
+    completions: list[list[int]]
+    ended: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    importance: torch.Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and completion."""
+        return (self.attention_mask.sum(1) + self.mask.sum(1)).tolist()
+
+    def rows(self, rows: list[int] | slice = slice(None)) -> tuple[torch.Tensor, ...]:
+        """(input_ids, attention_mask, tokens, mask) of these rows: what log-probs are taken of."""
+        return tuple(x[rows] for x in (self.input_ids, self.attention_mask, self.tokens, self.mask))
+
+
+class SamplingConfig(Protocol):
+    """What a Sampler reads of a configuration.
+
+    Attributes:
+        seed: of all draws.
+        temperature: > 0.
+        max_new_tokens: per completion.
+        micro_batch_size: rows per pass where log-probs are taken again.
+    """
+
+    seed: int
+    temperature: float
+    max_new_tokens: int
+    micro_batch_size: int
+
+
+class Sampler:
+    """Draws y ~ pi_theta(.|x), and takes log pi_theta(y|x).
+
+    In float32 the policy itself draws. In bfloat16 a copy with rounded weights does, made anew for
+    each batch. The log-probs are then taken once more from the policy, in the pass that an anchor's
+    come from, and each sample counts by `reinforce.importance_weights`.
+
+    Args:
+        policy: pi_theta.
+        eos_token_ids: as in rollout.generate.
+        config: seed, temperature and sizes.
+        dtype: of the forward passes.
+        mine: this process's rows of a batch. Every process draws the whole batch's numbers.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        eos_token_ids: list[int],
+        config: SamplingConfig,
+        dtype: torch.dtype,
+        mine: slice = slice(None),
+    ) -> None:
+        self.policy, self.eos_token_ids, self.config = policy, eos_token_ids, config
+        self.dtype, self.mine = dtype, mine
+        self.copy = precision.sampling_copy(policy, dtype)
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether a rounded copy draws."""
+        return self.copy is not self.policy
+
+    def sample(self, prompts: list[TokenizedPrompt]) -> Samples:
+        """One completion for each of this process's share of the batch's prompts."""
+        config, device = self.config, self.policy.device
+        shape = (len(prompts), config.max_new_tokens)
+        uniforms = rollout.draw_uniforms(*shape, device, self.generator)[self.mine]
+        prompts = prompts[self.mine]
+        input_ids, attention_mask = pad([prompt.ids for prompt in prompts], "left", device)
+        precision.refresh_(self.copy, self.policy)
+        tokens, mask, logprobs = rollout.generate(
+            self.copy,
+            input_ids,
+            attention_mask,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=0,
+            uniforms=uniforms,
+        )
+        batch = (input_ids, attention_mask, tokens, mask)
+        sampling_logprobs = logprobs
+        if self.rounded:
+            with precision.autocast(device, self.dtype):
+                logprobs = rollout.frozen_logprobs(
+                    self.policy, *batch, config.temperature, config.micro_batch_size
+                )
+        importance = reinforce.importance_weights(logprobs, sampling_logprobs, mask)
+        completions, ended = rollout.split_end(tokens, mask, self.eos_token_ids)
+        return Samples(prompts, completions, ended, *batch, logprobs, importance)

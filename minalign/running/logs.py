@@ -1,0 +1,106 @@
+"""The logs of a run: files of JSON lines, a printed table, TensorBoard."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .errors import UserError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file under another name, then rename it: a reader sees the old or the new file.
+
+    Raises:
+        UserError: the disk is full or read-only.
+    """
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): make room there") from error
+
+
+class JsonLines:
+    """A file of one JSON object per line, written line by line: a killed run keeps what it had.
+
+    `last` is the last row, or None.
+
+    Args:
+        last_step: rows up to this step stay, where a run is resumed. 0 begins the file anew.
+    """
+
+    def __init__(self, path: Path, last_step: int = 0) -> None:
+        kept = []
+        for line in path.read_bytes().splitlines() if last_step and path.exists() else []:
+            # The last line of a killed run may be torn.
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                kept += [row for row in [json.loads(line)] if row["step"] <= last_step]
+        self.path, self.last = path, kept[-1] if kept else None
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        # Unbuffered: a buffer would try again at exit what a full disk refused.
+        self.file = open(path, "ab", buffering=0)
+
+    def append(self, row: dict) -> None:
+        """Write one line. A number that is not finite becomes null, since JSON has none.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        try:
+            self.file.write(f"{json.dumps(row)}\n".encode())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}): make room there"
+            ) from error
+        self.last = row
+
+
+class MetricsLog:
+    """<folder>/metrics.jsonl, a printed table of some columns, and TensorBoard's files on request.
+
+    Args:
+        last_step: rows up to this step stay, where a run is resumed.
+    """
+
+    def __init__(self, folder: Path, last_step: int = 0, tensorboard: bool = False) -> None:
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+        self.lines = JsonLines(folder / "metrics.jsonl", last_step)
+        self.start = time.monotonic() - (self.lines.last["seconds"] if self.lines.last else 0)
+        self.printed = 0
+
+    def write(
+        self, step: int, metrics: dict[str, float], columns: dict[str, str] | None = None
+    ) -> None:
+        """Append {"step": step, "seconds": since the start, **metrics}, and print some of it.
+
+        Args:
+            columns: metric -> heading, of the printed table. None prints nothing.
+        """
+        seconds = round(time.monotonic() - self.start, 3)
+        self.lines.append({"step": step, "seconds": seconds, **metrics})
+        if self.board:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
+        if columns:
+            if self.printed % 25 == 0:
+                tqdm.write(" step" + "".join(f"{heading:>8}" for heading in columns.values()))
+            tqdm.write(f"{step:5d}" + "".join(f"{_short(metrics[name]):>8}" for name in columns))
+            self.printed += 1
+
+
+def _short(value: float) -> str:
+    # + 0.0 makes 0.00 of -0.00.
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{round(value, 2) + 0.0:.2f}"

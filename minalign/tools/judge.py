@@ -1,0 +1,393 @@
+"""Two policies compared, pair by pair, by a language model as judge.
+
+    python -m minalign judge --a runs/policy-1 --b runs/sft --prompts prompts.jsonl \\
+        --judge Qwen/Qwen2.5-7B-Instruct
+    python -m minalign judge --a new.jsonl --b old.jsonl \\
+        --judge https://api.openai.com/v1 --judge-model gpt-4o-mini
+
+--a and --b are policies (a run, a folder, a hub id), whose completions of --prompts are sampled, or
+.jsonl files of prompt and completion. Of a file and a policy, the policy answers the file's
+prompts. Every pair is asked in both orders. Where both orders name one side, the pair is a win or a
+loss. Where both say tie, it is a tie. Where they disagree, it is counted as inconsistent, and
+scored as a tie. A pair with an answer that is not a verdict (unparsable) or that never came
+(failed) is counted and not scored.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from ..data.rows import read_rows, text_cell
+from ..running.device import pick_device, pick_dtype
+from ..running.errors import UserError, require
+from ..running.flags import DeviceFlags, dashed, flag, parse_flags
+from ..running.logs import write_atomic
+from ..running.run import new_run
+from .asking import EndpointJudge, LocalJudge, Reply
+from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
+
+FAILURES_IN_A_ROW = 20  # then the judge is taken to be gone
+
+SAMPLED_TOGETHER = 64  # prompts between two steps of the progress bar
+
+# Flags that may have another value on --resume: when and where it runs, not what is asked.
+FREE_ON_RESUME = ("out", "resume", "device", "dtype", "batch_size", "timeout", "retries")
+
+
+@dataclass
+class Config(DeviceFlags):
+    """Judging."""
+
+    a: str = flag(
+        "", "a policy, or a .jsonl file of prompts and completions: wins and losses are its own"
+    )
+    b: str = flag(
+        "",
+        "what it is compared with: a policy or a .jsonl file with the same prompts in the same "
+        "order",
+    )
+    judge: str = flag(
+        "", "a chat model (folder or hub id), or an OpenAI-compatible endpoint as http(s)://host/v1"
+    )
+    judge_model: str = flag(
+        "", "name of the model at the endpoint; its key is read from OPENAI_API_KEY"
+    )
+    criterion: str = flag(
+        "which answer is more helpful, correct and clear",
+        "what makes an answer better, told to the judge",
+    )
+    judge_tokens: int = flag(
+        512, "tokens of the judge's answer: one cut off is unparsable", "[1, inf)"
+    )
+    timeout: float | None = flag(
+        None, "seconds to wait for the endpoint (default: 120)", "(0, inf)"
+    )
+    retries: int | None = flag(
+        None, "requests repeated after a timeout or HTTP 429 or 5xx (default: 4)", "[0, 20]"
+    )
+    batch_size: int = flag(8, "completions sampled, and questions asked, at a time", "[1, inf)")
+    seed: int = flag(0, "seed of sampling (b's is one more) and of the intervals")
+    out: str = flag("", "folder for answers and results (default: the next free runs/judge-N)")
+    resume: bool = flag(False, "resume the run in --out: what is answered is not asked again")
+    prompts: str = flag(
+        "", "prompts of two policies: a .jsonl, .csv or .parquet file, a folder or a hub id"
+    )
+    column: str | None = flag(None, "column of the prompts in --prompts (default: prompt)")
+    max_new_tokens: int | None = flag(
+        None, "tokens of a policy's completion (default: 128)", "[1, inf)"
+    )
+    temperature: float | None = flag(
+        None, "of a policy's sampling; no top-k, no top-p (default: 1.0)", "(0, inf)"
+    )
+    format: str | None = flag(
+        None,
+        "a policy's prompts as its chat template or as plain text (default: auto, chat where it "
+        "has one)",
+        ("auto", "chat", "plain"),
+    )
+
+
+class Pair(NamedTuple):
+    """A prompt as text, and the completions of both sides."""
+
+    prompt: str
+    a: str
+    b: str
+
+
+def is_file(path: str) -> bool:
+    """Whether a side is a file of completions, not a policy."""
+    return path.endswith((".jsonl", ".jsonl.gz"))
+
+
+def is_endpoint(judge: str) -> bool:
+    """Whether the judge is asked over HTTP."""
+    return judge.startswith(("http://", "https://"))
+
+
+def resolve(config: Config) -> Config:
+    """Check the flags together, and fill in defaults.
+
+    Raises:
+        UserError: a flag is missing, or some make no sense together.
+    """
+    for name in ("a", "b", "judge"):
+        require(bool(getattr(config, name)), f"--{name} is missing (see --help)")
+    sampling = {"column": "prompt", "max_new_tokens": 128, "temperature": 1.0, "format": "auto"}
+    endpoint = {"timeout": 120.0, "retries": 4}
+    files = [side for side in (config.a, config.b) if is_file(side)]
+    for side in files:
+        require(
+            Path(side).is_file(),
+            f"{side}: no such file: give a .jsonl file of prompt and completion, or a policy",
+        )
+    for name in sampling:
+        fits = len(files) < 2 or getattr(config, name) is None
+        why = "is for sampling, and --a and --b are files: leave it out"
+        require(fits, f"{dashed(name)} {why}")
+    if files:
+        require(not config.prompts, f"--prompts: {files[0]} has prompts already: leave it out")
+        require(
+            config.column is None,
+            "--column needs --prompts: a file of completions has its prompts in 'prompt'",
+        )
+    else:
+        what = "what the two policies are to answer"
+        require(bool(config.prompts), f"--prompts is missing: {what}")
+    for name in ("judge_model", *endpoint):
+        fits = is_endpoint(config.judge) or getattr(config, name) in (None, "")
+        require(fits, f"{dashed(name)} needs an endpoint as --judge, http(s)://host/v1")
+    require(
+        not is_endpoint(config.judge) or bool(config.judge_model),
+        "--judge-model is missing: the endpoint's model to ask",
+    )
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    return Config(**(sampling | endpoint | given))
+
+
+def load_pairs(config: Config) -> list[Pair]:
+    """The prompts and both sides' completions, read or sampled.
+
+    Raises:
+        UserError: a file has other prompts than the first.
+    """
+    rows = {side: read_rows(side) for side in (config.a, config.b) if is_file(side)}
+    source = next(iter(rows), config.prompts)
+    asked = rows[source] if rows else read_rows(source)
+    prompts = read_prompts(asked, source, config.column, False)
+    sides = []
+    for name, side, seed in (("--a", config.a, config.seed), ("--b", config.b, config.seed + 1)):
+        if not is_file(side):
+            sides.append(sample(side, name, asked, source, config, seed))
+            continue
+        same = read_prompts(rows[side], side, "prompt", False)
+        different = (i for i, (x, y) in enumerate(zip(prompts, same), 1) if x != y)
+        difference = next(different, min(len(prompts), len(same)) + 1)
+        require(
+            prompts == same,
+            f"{side}: row {difference}: its prompt is not that of {source}: expected the same, in "
+            "order",
+        )
+        numbered = enumerate(rows[side], 1)
+        sides.append([text_cell(r, "completion", f"{side}: row {i}", True) for i, r in numbered])
+    return list(map(Pair, prompts, *sides))
+
+
+def read_prompts(rows: Sequence[dict], source: str, column: str, chat: bool | None) -> list:
+    """The prompts in rows, as messages or as text, see data.prompts.load_prompts.
+
+    Args:
+        source: of the rows, for error messages.
+        column: of the prompts.
+        chat: whether as messages; None: as text, and messages are an error.
+    Raises:
+        UserError: a prompt would be dropped.
+    """
+    from ..data.columns import Dropped, read_prompt
+
+    prompts = [
+        read_prompt(row, f"{source}: row {number}", column, chat)
+        for number, row in enumerate(rows, 1)
+    ]
+    for number, prompt in enumerate(prompts, 1):
+        if isinstance(prompt, Dropped):
+            raise UserError(f"{source}: row {number}: {prompt.reason}: fix or remove the row")
+    return prompts
+
+
+def sample(
+    path: str, flag_name: str, rows: Sequence[dict], source: str, config: Config, seed: int
+) -> list[str]:
+    """A policy's completions of the prompts in rows, as texts.
+
+    Args:
+        path: of the policy.
+        flag_name: the flag that names it, for error messages.
+        source: of the rows, for error messages.
+        seed: of sampling.
+    Raises:
+        UserError: a prompt and its completion do not fit into the policy's context.
+    """
+    from ..data.chat import decode_parts, encode_prompt, wants_chat
+    from ..models.loading import end_token_ids, load_policy
+    from ..models.precision import autocast
+    from ..rollout import sample_completions
+
+    device, _ = pick_device(config.device)
+    policy, tokenizer = load_policy(path, flag_name)
+    prompts = read_prompts(rows, source, config.column, wants_chat(tokenizer, config.format))
+    rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, rows_of_ids))
+    context = getattr(policy.config, "max_position_embeddings", None)
+    require(
+        not context or longest + config.max_new_tokens <= context,
+        f"{flag_name} {path}: prompts of up to {longest} tokens and --max-new-tokens "
+        f"{config.max_new_tokens} exceed its context of {context}: shorten one of them",
+    )
+    policy, dtype = policy.to(device), pick_dtype(config.dtype, device)
+    texts = []
+    starts = range(0, len(rows_of_ids), SAMPLED_TOGETHER)
+    for i in tqdm(starts, desc=f"completions of {flag_name}", unit="batch"):
+        part = rows_of_ids[i : i + SAMPLED_TOGETHER]
+        with autocast(device, dtype):
+            _, completions, _ = sample_completions(
+                policy,
+                part,
+                temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens,
+                eos_token_ids=end_token_ids(policy, tokenizer),
+                seed=seed + 2 * i,
+                batch_size=config.batch_size,
+            )
+        for ids, completion in zip(part, completions):
+            texts.append(decode_parts(tokenizer, ids, completion)[1])
+    return texts
+
+
+class Answers:
+    """<folder>/answers.jsonl, with every reply as it came.
+
+    `replies` has the last one to each question: (pair, order) -> reply.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.replies = folder / "answers.jsonl", {}
+        # What follows the last line end is left out: half a line of a run that was killed.
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                key = row.pop("pair"), row.pop("order")
+                self.replies[key] = Reply(**row)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{self.path}: line {number}: no answer: remove it, and it is asked again"
+                ) from error
+        write_atomic(self.path, "".join(f"{line}\n" for line in lines))
+        self.file = open(self.path, "a")
+
+    def add(self, pair: int, order: str, reply: Reply) -> None:
+        """Keep a reply, on disk at once."""
+        self.replies[pair, order] = reply
+        self.file.write(json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n")
+        self.file.flush()
+
+
+def ask_all(
+    judge: LocalJudge | EndpointJudge, pairs: Sequence[Pair], answers: Answers, criterion: str
+) -> None:
+    """Ask every question that has no answer yet. Pairs count from 1.
+
+    Raises:
+        UserError: the judge seems to be gone.
+    """
+    every = [(number, order) for number in range(1, len(pairs) + 1) for order in ORDERS]
+    missing = [key for key in every if key not in answers.replies or answers.replies[key].error]
+    questions = []
+    for number, order in missing:
+        pair = pairs[number - 1]
+        first, second = (getattr(pair, side) for side in order)
+        questions.append(make_question(pair.prompt, first, second, criterion))
+    failures = 0
+    with contextlib.closing(judge.answers(questions)) as replies:
+        for i, reply in tqdm(replies, total=len(missing), desc="answers", unit="answer"):
+            answers.add(*missing[i], reply)
+            failures = failures + 1 if reply.error else 0
+            kept = sum(not reply.error for reply in answers.replies.values())
+            require(
+                failures < FAILURES_IN_A_ROW,
+                f"--judge: {failures} questions in a row failed (last: {reply.error}): fix that, "
+                f"and resume with --resume --out {answers.path.parent}: {kept} answers are kept",
+            )
+
+
+def read_reply(reply: Reply) -> str:
+    """The verdict in a reply: 1, 2, tie, unparsable or failed.
+
+    An answer that was cut off is unparsable, whatever it ends with.
+    """
+    if reply.error:
+        return "failed"
+    return (not reply.cut and parse_verdict(reply.text)) or "unparsable"
+
+
+def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
+    """Write every answer beside what it is about."""
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            "pair order prompt completion_a completion_b answer verdict winner error".split()
+        )
+        for number, pair in enumerate(pairs, 1):
+            for order in ORDERS:
+                reply = answers.replies[number, order]
+                verdict = read_reply(reply)
+                said = [reply.text, verdict, winner(order, verdict), reply.error]
+                writer.writerow([number, order, *pair, *said])
+
+
+def check_resumed(config: Config) -> Path:
+    """The folder of the run to resume.
+
+    Raises:
+        UserError: there is none, or it ran with other flags.
+    """
+    path = Path(config.out) / "config.json"
+    require(
+        bool(config.out) and path.is_file(),
+        f"--resume: no run at --out {config.out!r} (no config.json there)",
+    )
+    ran = json.loads(path.read_text())
+    for name, value in dataclasses.asdict(config).items():
+        fits = name in FREE_ON_RESUME or ran.get(name) == value
+        require(
+            fits,
+            f"--resume: {config.out} ran with {dashed(name)} {ran.get(name)}, now {value}: give "
+            "the same, or another --out",
+        )
+    return path.parent
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags, ask, report."""
+    config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
+    folder = check_resumed(config) if config.resume else new_run(config.out, "judge")
+    if is_endpoint(config.judge):
+        limits = config.judge_tokens, config.batch_size, config.timeout, config.retries
+        judge = EndpointJudge(config.judge, config.judge_model, *limits)
+    else:
+        judge = LocalJudge(
+            config.judge, config.device, config.dtype, config.judge_tokens, config.batch_size
+        )
+    if config.resume:
+        lines = (folder / "pairs.jsonl").read_text().splitlines()
+        pairs = [Pair(**json.loads(line)) for line in lines]
+    else:
+        pairs = load_pairs(config)
+        lines = [json.dumps(pair._asdict()) + "\n" for pair in pairs]
+        write_atomic(folder / "pairs.jsonl", "".join(lines))
+        # Last: a folder with a config can be resumed.
+        content = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_atomic(folder / "config.json", content)
+    answers = Answers(folder)
+    ask_all(judge, pairs, answers, config.criterion)
+
+    verdicts = [
+        [read_reply(answers.replies[number, order]) for order in ORDERS]
+        for number in range(1, len(pairs) + 1)
+    ]
+    results = summarise(verdicts, config.seed)
+    write_csv(folder / "answers.csv", pairs, answers)
+    write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    print(f"a: {config.a}, b: {config.b}, judge: {config.judge_model or config.judge}")
+    print(table(results))
+    for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:
+        print(f"failed: {reason}")
+    print(f"written to {folder}")
