@@ -1,4 +1,4 @@
-"""Shared fixtures: the numerical tests run on the CPU and, where there is one, on the GPU as well."""
+"""Shared fixtures: the numerical tests run on the CPU and, where there is one, also on the GPU."""
 
 import pytest
 import torch

@@ -15,7 +15,9 @@ from minalign.losses import (
     score_variance,
 )
 
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6, check_dtype=False, check_device=False)
+close = partial(
+    torch.testing.assert_close, rtol=1e-5, atol=1e-6, check_dtype=False, check_device=False
+)
 FLOAT_MAX = torch.finfo(torch.float32).max
 TIE_WEIGHT = {"half": 0.5, "strict": 0.0}
 
@@ -30,16 +32,20 @@ def one_hot(scores, num_scores=10, sharpness=100.0):
     return sharpness * torch.nn.functional.one_hot(torch.tensor(scores) - 1, num_scores).float()
 
 
-# --- Bradley-Terry ---------------------------------------------------------------------------------------------------
+# --- Bradley-Terry
 
 
-@pytest.mark.parametrize("margin", [None, 0.76, torch.tensor(0.76), torch.tensor([0.0, 1.0, -2.0, 3.0])])
+@pytest.mark.parametrize(
+    "margin", [None, 0.76, torch.tensor(0.76), torch.tensor([0.0, 1.0, -2.0, 3.0])]
+)
 def test_bradley_terry_is_log1p_exp_of_minus_the_difference(device, margin):
     chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, 0.5, -3.0])
     margins = torch.as_tensor(0.0 if margin is None else margin).expand(4).tolist()
-    expected = [math.log1p(math.exp(-(c - r - m))) for c, r, m in zip(chosen.tolist(), rejected.tolist(), margins)]
+    rows = zip(chosen.tolist(), rejected.tolist(), margins)
+    expected = [math.log1p(math.exp(-(c - r - m))) for c, r, m in rows]
     margin = margin.to(device) if isinstance(margin, torch.Tensor) else margin
-    close(bradley_terry_loss(chosen.to(device), rejected.to(device), margin), torch.tensor(expected))
+    losses = bradley_terry_loss(chosen.to(device), rejected.to(device), margin)
+    close(losses, torch.tensor(expected))
 
 
 def test_bradley_terry_gradient_is_the_probability_of_the_wrong_order():
@@ -52,17 +58,19 @@ def test_bradley_terry_gradient_is_the_probability_of_the_wrong_order():
 
 
 def test_bradley_terry_is_linear_in_the_worst_mistakes(device):
-    """B5: log(1 + exp(-x)) is infinite here; the last difference does not even fit into float32."""
+    """log(1 + exp(-x)) is infinite here. The last difference does not even fit into float32."""
     chosen = torch.tensor([-200.0, 200.0, -FLOAT_MAX, FLOAT_MAX, -FLOAT_MAX], device=device)
     rejected = torch.tensor([0.0, 0.0, 0.0, -FLOAT_MAX, FLOAT_MAX], device=device)
-    assert bradley_terry_loss(chosen, rejected).tolist() == pytest.approx([200.0, 0.0, FLOAT_MAX, 0.0, FLOAT_MAX])
+    losses = bradley_terry_loss(chosen, rejected).tolist()
+    assert losses == pytest.approx([200.0, 0.0, FLOAT_MAX, 0.0, FLOAT_MAX])
 
 
 def test_a_margin_raises_the_floor_of_a_constant_reward():
-    """B18: losses with different margins cannot be compared with each other, only with their own floor."""
+    """Losses of different margins cannot be compared with each other, only with their own floor."""
     constant = torch.zeros(1)
     assert bradley_terry_loss(constant, constant).item() == pytest.approx(0.6931, abs=1e-4)
-    assert bradley_terry_loss(constant, constant, margin=0.76).item() == pytest.approx(1.144, abs=1e-3)
+    with_margin = bradley_terry_loss(constant, constant, margin=0.76)
+    assert with_margin.item() == pytest.approx(1.144, abs=1e-3)
 
 
 def test_centering_penalty_pulls_the_sum_of_a_pair_to_zero(device):
@@ -74,7 +82,7 @@ def test_centering_penalty_pulls_the_sum_of_a_pair_to_zero(device):
     assert chosen.grad.tolist() == rejected.grad.tolist() == [6.0, 0.0, -4.0]
 
 
-# --- ordinal, pairs --------------------------------------------------------------------------------------------------
+# --- ordinal, pairs
 
 
 @pytest.mark.parametrize("ties", ["half", "strict"])
@@ -88,51 +96,62 @@ def test_ordinal_loss_equals_a_double_loop_over_scores(device, num_scores, ties)
             for j in range(num_scores):
                 win += p[i] * q[j] * (1.0 if i > j else TIE_WEIGHT[ties] if i == j else 0.0)
         expected.append(-math.log(win))
-    close(ordinal_pairwise_loss(chosen.to(device), rejected.to(device), ties), torch.tensor(expected))
+    losses = ordinal_pairwise_loss(chosen.to(device), rejected.to(device), ties)
+    close(losses, torch.tensor(expected))
 
 
 def test_ties_count_half_unless_told_otherwise():
     chosen, rejected = torch.randn(2, 4, 5)
     half = ordinal_pairwise_loss(chosen, rejected, ties="half")
     assert torch.equal(ordinal_pairwise_loss(chosen, rejected), half)
-    close(half.neg().exp() + ordinal_pairwise_loss(rejected, chosen).neg().exp(), torch.ones(4))  # one of the two wins
+    # one of the two wins
+    close(half.neg().exp() + ordinal_pairwise_loss(rejected, chosen).neg().exp(), torch.ones(4))
 
 
 @pytest.mark.parametrize("ties", ["half", "strict"])
 def test_ordinal_loss_is_small_only_if_the_winner_scores_higher(ties):
-    """B13: with the mask inverted, winner 10 against loser 1 costs the most instead of nothing."""
+    """With the mask inverted, winner 10 against loser 1 costs the most instead of nothing."""
     loss = ordinal_pairwise_loss(one_hot([10, 6, 5, 1]), one_hot([1, 5, 6, 10]), ties)
     close(loss[:2], torch.zeros(2))
     assert (loss[2:] > 90).all()
 
 
 def test_floors_of_a_head_that_knows_nothing(device):
-    """B14: a strict loss above .7985, or a half-tie loss above .6931, is worse than a uniform head."""
+    """A strict loss above .7985, or a half-tie loss above .6931, is worse than a uniform head."""
     uniform = torch.zeros(1, 10, device=device)
-    assert ordinal_pairwise_loss(uniform, uniform, ties="strict").item() == pytest.approx(0.7985, abs=1e-4)
-    assert ordinal_pairwise_loss(uniform, uniform, ties="half").item() == pytest.approx(math.log(2), abs=1e-6)
+    strict = ordinal_pairwise_loss(uniform, uniform, ties="strict")
+    half = ordinal_pairwise_loss(uniform, uniform, ties="half")
+    assert strict.item() == pytest.approx(0.7985, abs=1e-4)
+    assert half.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("ties", ["half", "strict"])
 @pytest.mark.parametrize("gap", [0.0, 70.0, 200.0])
 def test_ordinal_gradient_is_exact_even_where_the_probability_underflows(device, gap, ties):
-    """B15: P = 1 (random heads), 1e-30 and 1e-87 (not a float32). An epsilon inside the log makes the last two zero."""
-    chosen = (torch.randn(1, 5) + gap * torch.eye(5)[:1]).to(device).requires_grad_()  # sure of score 1
-    rejected = (torch.randn(1, 5) + gap * torch.eye(5)[-1:]).to(device).requires_grad_()  # sure of score 5
+    """P is about 1 (random heads), 1e-30 and 1e-87 (not a float32).
+
+    An epsilon inside the log would make the last two gradients zero.
+    """
+    sure_of_1, sure_of_5 = gap * torch.eye(5)[:1], gap * torch.eye(5)[-1:]
+    chosen = (torch.randn(1, 5) + sure_of_1).to(device).requires_grad_()
+    rejected = (torch.randn(1, 5) + sure_of_5).to(device).requires_grad_()
     loss = ordinal_pairwise_loss(chosen, rejected, ties)
     loss.sum().backward()
 
     p, q = softmax(chosen[0].detach()), softmax(rejected[0].detach())
-    beats = [sum(q[:k]) + TIE_WEIGHT[ties] * q[k] for k in range(5)]  # P(the rejected one loses to score k)
-    loses = [sum(p[k + 1 :]) + TIE_WEIGHT[ties] * p[k] for k in range(5)]  # P(the chosen one beats score k)
+    # P(the rejected one loses to score k) and P(the chosen one beats score k)
+    beats = [sum(q[:k]) + TIE_WEIGHT[ties] * q[k] for k in range(5)]
+    loses = [sum(p[k + 1 :]) + TIE_WEIGHT[ties] * p[k] for k in range(5)]
     win = sum(p[k] * beats[k] for k in range(5))
+    chosen_grad = torch.tensor([-p[k] * (beats[k] - win) / win for k in range(5)])
+    rejected_grad = torch.tensor([-q[k] * (loses[k] - win) / win for k in range(5)])
     close(loss, torch.tensor([-math.log(win)]))
-    close(chosen.grad[0], torch.tensor([-p[k] * (beats[k] - win) / win for k in range(5)]), rtol=1e-4)
-    close(rejected.grad[0], torch.tensor([-q[k] * (loses[k] - win) / win for k in range(5)]), rtol=1e-4)
+    close(chosen.grad[0], chosen_grad, rtol=1e-4)
+    close(rejected.grad[0], rejected_grad, rtol=1e-4)
     assert chosen.grad.abs().max() > 0.01
 
 
-# --- ordinal, ratings ------------------------------------------------------------------------------------------------
+# --- ordinal, ratings
 
 
 def test_rating_loss_equals_a_loop_and_splits_fractional_ratings(device):
@@ -140,31 +159,37 @@ def test_rating_loss_equals_a_loop_and_splits_fractional_ratings(device):
     logits = 2 * torch.randn(len(ratings), 5)
     expected = []
     for p, rating in zip(map(softmax, logits), ratings):
-        target = [0.0] * 7  # one for each score 0..6; 6.25 would be score 6 with .75 and score 7 with .25
+        # One for each score 0..6. 6.25 would be score 6 with .75 and score 7 with .25.
+        target = [0.0] * 7
         target[math.floor(rating)] += 1 - rating % 1
         target[math.floor(rating) + 1] += rating % 1
         expected.append(sum((sum(p[:k]) - sum(target[: k + 1])) ** 2 for k in range(1, 6)))
-    close(ordinal_rating_loss(logits.to(device), torch.tensor(ratings, device=device)), torch.tensor(expected))
+    losses = ordinal_rating_loss(logits.to(device), torch.tensor(ratings, device=device))
+    close(losses, torch.tensor(expected))
 
 
 def test_rating_loss_knows_that_seven_is_near_eight():
     loss = ordinal_rating_loss(one_hot([8, 7, 5, 1, 1]), torch.tensor([8, 8, 8, 8, 10]))
-    close(loss, torch.tensor([0.0, 1.0, 3.0, 7.0, 9.0]))  # a sure head pays its distance from the rating
+    # a sure head pays its distance from the rating
+    close(loss, torch.tensor([0.0, 1.0, 3.0, 7.0, 9.0]))
 
 
 def test_rating_loss_is_proper():
-    """The truth minimises its own expected loss: sum_k truth(k) dL(z, k)/dz = 0 at softmax(z) = truth."""
+    """The truth minimises its own expected loss.
+
+    sum_k truth(k) dL(z, k)/dz = 0 at softmax(z) = truth.
+    """
     logits = torch.randn(1, 6, requires_grad=True)
     truth = logits.detach().softmax(1)[0]
     (truth * ordinal_rating_loss(logits.expand(6, 6), torch.arange(1, 7))).sum().backward()
     close(logits.grad, torch.zeros(1, 6))
 
 
-# --- read-outs -------------------------------------------------------------------------------------------------------
+# --- read-outs
 
 
 def test_a_sure_head_reads_its_score_without_variance(device):
-    """B16."""
+    """A mean of sigmoids over the ten logits, say, would never move."""
     logits = one_hot(list(range(1, 11))).to(device)
     close(expected_score(logits), torch.arange(1.0, 11.0))
     close(score_variance(logits), torch.zeros(10))
@@ -173,7 +198,10 @@ def test_a_sure_head_reads_its_score_without_variance(device):
 def test_read_outs_equal_loops_over_scores(device):
     logits = 2 * torch.randn(4, 5)
     mean = [sum(k * p for k, p in enumerate(softmax(z), start=1)) for z in logits]
-    variance = [sum((k - m) ** 2 * p for k, p in enumerate(softmax(z), start=1)) for z, m in zip(logits, mean)]
+    variance = [
+        sum((k - m) ** 2 * p for k, p in enumerate(softmax(z), start=1))
+        for z, m in zip(logits, mean)
+    ]
     close(expected_score(logits.to(device)), torch.tensor(mean))
     close(score_variance(logits.to(device)), torch.tensor(variance))
 
@@ -184,7 +212,7 @@ def test_a_head_that_knows_nothing_reads_the_middle():
     assert score_variance(uniform).item() == pytest.approx((10**2 - 1) / 12)
 
 
-# --- what holds for all ----------------------------------------------------------------------------------------------
+# --- what holds for all
 
 REWARDS, RATINGS = torch.tensor([0.3, -1.2, 2.1]), torch.tensor([1.0, 2.5, 4.0])
 SCORES = torch.linspace(-2, 3, 12).view(3, 4)
@@ -200,8 +228,10 @@ CALLS = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("function, arguments", CALLS)
-def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, function, arguments, dtype):
-    """B6: bfloat16 arithmetic ties half of all scores near 5."""
+def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(
+    device, function, arguments, dtype
+):
+    """In bfloat16 arithmetic half of all scores near 5 would be ties."""
     arguments = [argument.to(device, dtype) for argument in arguments]
     before = [argument.clone() for argument in arguments]
     result = function(*arguments)
@@ -213,18 +243,21 @@ def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, f
 @pytest.mark.parametrize(
     "function, arguments, got",
     [
-        (bradley_terry_loss, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),  # would broadcast against a margin
+        # would broadcast against a margin
+        (bradley_terry_loss, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),
         (bradley_terry_loss, (torch.zeros(3), torch.zeros(1)), r"\(3,\) .* \(1,\)"),
         (bradley_terry_loss, (torch.zeros(3), torch.zeros(3), torch.zeros(2)), r"\(2,\)"),
         (centering_penalty, (torch.zeros(3), torch.zeros(2)), r"\(3,\) .* \(2,\)"),
         (centering_penalty, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),
         (ordinal_pairwise_loss, (torch.zeros(3), torch.zeros(3)), r"\(3,\)"),
         (ordinal_pairwise_loss, (torch.zeros(3, 4), torch.zeros(3, 5)), r"\(3, 4\) .* \(3, 5\)"),
-        (ordinal_pairwise_loss, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),  # K = 1 orders nothing
+        # K = 1 orders nothing
+        (ordinal_pairwise_loss, (torch.zeros(3, 1), torch.zeros(3, 1)), r"\(3, 1\)"),
         (ordinal_pairwise_loss, (torch.zeros(3, 4), torch.zeros(3, 4), "drop"), "'drop'"),
         (ordinal_rating_loss, (torch.zeros(4), torch.zeros(4)), r"\(4,\)"),
         (ordinal_rating_loss, (torch.zeros(3, 4), torch.ones(3, 1)), r"\(3, 1\)"),
-        (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([0.5, 4.0])), "0.5 to 4"),  # scores start at 1
+        # scores start at 1
+        (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([0.5, 4.0])), "0.5 to 4"),
         (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([1.0, 4.5])), "1 to 4.5"),
         (ordinal_rating_loss, (torch.zeros(2, 4), torch.tensor([1.0, math.nan])), "nan"),
         (expected_score, (torch.zeros(3),), r"\(3,\)"),

@@ -8,25 +8,42 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from minalign import toy
-from minalign.common import UserError
-from minalign.merge import ema_update_, lerp, liti, merge_policies, slerp, slerp_many, task_vector
-from minalign.merge_folders import main as merge_main
+import minalign.merge as merge_module
+from minalign.data import toy
+from minalign.merge import (
+    ema_update_,
+    lerp,
+    liti,
+    merge_policies,
+    slerp,
+    slerp_coefficients,
+    slerp_many,
+    task_vector,
+)
+from minalign.running.errors import UserError
+from minalign.tools.merge import main as merge_main
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def pair_at(angle, norm_a=1.0, norm_b=1.0, size=50, seed=0):
     """Two float64 vectors at exactly that angle, in a random plane."""
-    plane, _ = torch.linalg.qr(torch.randn(size, 2, dtype=torch.double, generator=torch.Generator().manual_seed(seed)))
+    plane, _ = torch.linalg.qr(torch.randn(size, 2, dtype=torch.double, generator=seeded(seed)))
     a, b = plane.T
     return norm_a * a, norm_b * (math.cos(angle) * a + math.sin(angle) * b)
 
 
-@pytest.mark.parametrize("angle", [1e-7, 1e-4, 1e-2, 0.5, math.pi / 2, 2.0, 3.0, math.pi - 1e-2, math.pi - 1e-4])
+@pytest.mark.parametrize(
+    "angle", [1e-7, 1e-4, 1e-2, 0.5, math.pi / 2, 2.0, 3.0, math.pi - 1e-2, math.pi - 1e-4]
+)
 @pytest.mark.parametrize("lam", [0.3, 0.5, 0.9])
 def test_slerp_is_the_closed_form_at_every_angle(device, angle, lam):
     a, b = pair_at(angle, norm_b=1.3)
     expected = (math.sin((1 - lam) * angle) * a + math.sin(lam * angle) * b) / math.sin(angle)
-    torch.testing.assert_close(slerp(a.to(device), b.to(device), lam).cpu().double(), expected, rtol=1e-6, atol=1e-6)
+    merged = slerp(a.to(device), b.to(device), lam).cpu().double()
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_slerp_keeps_the_norm_and_starts_at_a():
@@ -38,9 +55,12 @@ def test_slerp_keeps_the_norm_and_starts_at_a():
     assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
 
 
-@pytest.mark.parametrize(("other", "norm"), [(0.5, 0.791), (0.8, 0.906), (1.0, 1.0), (1.25, 1.132), (2.0, 1.581)])
+@pytest.mark.parametrize(
+    ("other", "norm"), [(0.5, 0.791), (0.8, 0.906), (1.0, 1.0), (1.25, 1.132), (2.0, 1.581)]
+)
 def test_slerp_weighs_raw_task_vectors_so_unequal_norms_do_not_keep_the_norm(other, norm):
-    assert slerp(*pair_at(math.pi / 2, 1.0, other), 0.5).norm().item() == pytest.approx(norm, abs=1e-3)
+    merged = slerp(*pair_at(math.pi / 2, 1.0, other), 0.5)
+    assert merged.norm().item() == pytest.approx(norm, abs=1e-3)
 
 
 def test_singular_pairs_fall_back_on_lerp():
@@ -50,12 +70,17 @@ def test_singular_pairs_fall_back_on_lerp():
     torch.testing.assert_close(slerp(d, torch.zeros_like(d), 0.5), 0.5 * d)
     assert not slerp(torch.zeros(3), torch.zeros(3), 0.5).any()
     # One-element tensors are always parallel or opposite: the naive formula gives thousands.
-    torch.testing.assert_close(slerp(torch.tensor([1e-3]), torch.tensor([-1e-3]), 0.5), torch.tensor([0.0]))
+    merged = slerp(torch.tensor([1e-3]), torch.tensor([-1e-3]), 0.5)
+    torch.testing.assert_close(merged, torch.tensor([0.0]))
 
 
 @pytest.mark.parametrize(
     ("count", "weights"),
-    [(3, [0.612, 0.612, 0.5]), (4, [0.566, 0.566, 0.462, 0.383]), (5, [0.538, 0.538, 0.439, 0.364, 0.309])],
+    [
+        (3, [0.612, 0.612, 0.5]),
+        (4, [0.566, 0.566, 0.462, 0.383]),
+        (5, [0.538, 0.538, 0.439, 0.364, 0.309]),
+    ],
 )
 def test_the_recursion_weighs_orthonormal_vectors_as_the_paper_does(count, weights):
     merged = slerp_many(list(torch.eye(count)))
@@ -79,16 +104,23 @@ def test_a_single_policy_is_returned_bit_for_bit():
 
 def llama(seed, tie=True, dtype=torch.float32):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, tie_word_embeddings=tie)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tie,
+    )
     return LlamaForCausalLM(config).to(dtype)
 
 
 def fine_tuned(model, seed, scale=0.01):
-    generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model)
+    model, generator = copy.deepcopy(model), seeded(seed)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator) * scale * (1 + parameter.numel() % 3)
+        noise = torch.randn(parameter.shape, generator=generator) * scale
+        noise = noise * (1 + parameter.numel() % 3)  # some tensors move further than others
         parameter.data.add_(noise.to(parameter.dtype))
     return model
 
@@ -99,48 +131,62 @@ def flat(state, names):
 
 @pytest.mark.parametrize("scope", ["layer", "tensor", "model"])
 def test_each_group_is_merged_by_its_own_angle(scope):
-    """Against slerp on the concatenated group, and the identity SLERP = LERP / cos(angle / 2) at lam = 1/2."""
+    """Against slerp on the concatenated group, and an identity.
+
+    At lam = 1/2, SLERP = LERP / cos(angle / 2).
+    """
     start = llama(0)
     init = dict(start.named_parameters())
     thetas = [dict(fine_tuned(start, seed).named_parameters()) for seed in (1, 2)]
     merged, report = merge_policies(init, thetas, scope=scope)
     groups = {}
     for name in init:
-        layer = ".".join(name.split(".")[:3]) if ".layers." in name else name.removesuffix(".weight")
-        groups.setdefault({"layer": layer, "tensor": name, "model": "model"}[scope], []).append(name)
+        in_layer = ".layers." in name
+        layer = ".".join(name.split(".")[:3]) if in_layer else name.removesuffix(".weight")
+        group = {"layer": layer, "tensor": name, "model": "model"}[scope]
+        groups.setdefault(group, []).append(name)
     assert set(report) == set(groups)
-    assert len(groups) == {"layer": 4, "tensor": len(init), "model": 1}[scope]  # 2 layers, embedding, final norm
+    # 2 layers, embedding, final norm
+    assert len(groups) == {"layer": 4, "tensor": len(init), "model": 1}[scope]
     for group, names in groups.items():
         a, b = (flat(theta, names) - flat(init, names) for theta in thetas)
         delta = flat(merged, names) - flat(init, names)
         torch.testing.assert_close(delta, slerp(a, b, 0.5).double(), atol=2e-7, rtol=1e-4)
         angle = math.acos(torch.dot(a, b) / a.norm() / b.norm())
-        assert report[group]["angle"] == pytest.approx(math.degrees(angle), abs=1e-4)  # dot products in float32
+        # dot products in float32
+        assert report[group]["angle"] == pytest.approx(math.degrees(angle), abs=1e-4)
         assert report[group]["norms"] == pytest.approx([a.norm().item(), b.norm().item()])
-        torch.testing.assert_close(delta, lerp(a, b, 0.5).double() / math.cos(angle / 2), atol=2e-7, rtol=1e-4)
+        from_lerp = lerp(a, b, 0.5).double() / math.cos(angle / 2)
+        torch.testing.assert_close(delta, from_lerp, atol=2e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-3, 1e15])
 @pytest.mark.parametrize("angle", [1e-4, 0.5, 2.0, 3.1, math.pi - 1e-4, math.pi])
 def test_merging_states_is_slerp_at_every_angle_and_size(device, angle, scale):
-    """In float32 as in float64: near the singular angles, and where squares leave float32's range, the state's merge takes float64."""
+    """In float32 as in float64.
+
+    The states' merge takes float64 near the singular angles, and where squares leave float32's
+    range.
+    """
     a, b = (v.float() * scale for v in pair_at(angle, norm_b=3.0))
     init = {"w": torch.zeros_like(a, device=device)}
     merged, report = merge_policies(init, [{"w": a.to(device)}, {"w": b.to(device)}])
     torch.testing.assert_close(merged["w"].cpu(), slerp(a, b, 0.5), rtol=1e-4, atol=1e-4 * scale)
-    assert report["w"]["angle"] == pytest.approx(math.degrees(angle), abs=2e-3)  # float32 weights do not know it better
+    # float32 weights do not know it better
+    assert report["w"]["angle"] == pytest.approx(math.degrees(angle), abs=2e-3)
     assert report["w"]["norms"] == pytest.approx([scale, 3 * scale], rel=1e-5)
 
 
 def test_angles_of_many_elements_are_exact():
-    """Sums of a million float32 products: taken one after the other they would be off by some 1e-6."""
+    """Sums of a million float32 products, taken one after the other, would be off by some 1e-6."""
     torch.manual_seed(0)
     a = torch.randn(2**20)
     b = 2 * a + torch.randn(2**20)
     _, report = merge_policies({"w": torch.zeros_like(a)}, [{"w": a}, {"w": b}])
-    (a, b), found = (a.double(), b.double()), report["w"]
-    assert found["angle"] == pytest.approx(math.degrees(math.acos(a @ b / a.norm() / b.norm())), abs=1e-5)
-    assert found["norms"] == pytest.approx([a.norm().item(), b.norm().item()], rel=1e-7)
+    a, b = a.double(), b.double()
+    angle = math.degrees(math.acos(a @ b / a.norm() / b.norm()))
+    assert report["w"]["angle"] == pytest.approx(angle, abs=1e-5)
+    assert report["w"]["norms"] == pytest.approx([a.norm().item(), b.norm().item()], rel=1e-7)
 
 
 def test_a_third_policy_opposite_to_the_merge_of_two_does_not_blow_up():
@@ -151,7 +197,8 @@ def test_a_third_policy_opposite_to_the_merge_of_two_does_not_blow_up():
         merged, _ = merge_policies({"w": torch.zeros_like(a)}, [{"w": delta} for delta in deltas])
         torch.testing.assert_close(merged["w"], slerp_many(deltas))
     a, b = (v.float() for v in pair_at(2 * math.pi / 3))
-    merged, _ = merge_policies({"w": torch.zeros_like(a)}, [{"w": a}, {"w": b}, {"w": -a - b}], "slerp-symmetric")
+    states = [{"w": a}, {"w": b}, {"w": -a - b}]
+    merged, _ = merge_policies({"w": torch.zeros_like(a)}, states, "slerp-symmetric")
     assert merged["w"].norm() < 1e-6  # no mean direction: the mean
 
 
@@ -162,38 +209,42 @@ def test_ends_of_the_path_are_the_policies_bit_for_bit():
 
 
 def test_scopes_agree_on_one_tensor_and_differ_on_two():
+    def merged(states, scope):
+        return next(iter(merge_policies(states[0], states[1:], scope=scope)[0].values()))
+
     one = [{"w": torch.randn(6)} for _ in range(3)]
-    results = [merge_policies(one[0], one[1:], scope=scope)[0]["w"] for scope in ("layer", "tensor", "model")]
-    torch.testing.assert_close(results[0], results[1])
-    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(merged(one, "layer"), merged(one, "tensor"))
+    torch.testing.assert_close(merged(one, "layer"), merged(one, "model"))
     two = [{"layers.0.a": torch.randn(6), "layers.0.b": torch.randn(6)} for _ in range(3)]
-    by_tensor = merge_policies(two[0], two[1:], scope="tensor")[0]["layers.0.a"]
-    assert not torch.allclose(by_tensor, merge_policies(two[0], two[1:], scope="layer")[0]["layers.0.a"], atol=1e-3)
+    assert not torch.allclose(merged(two, "tensor"), merged(two, "layer"), atol=1e-3)
 
 
 def test_lam_is_the_weight_of_the_second_policy():
-    """Reversal cannot be seen at .5."""
+    """At .5 a reversal could not be seen."""
     init, states = {"w": torch.zeros(2)}, [{"w": row} for row in torch.eye(2)]
     expected = torch.tensor([math.sin(0.7 * math.pi / 2), math.sin(0.3 * math.pi / 2)])
     torch.testing.assert_close(merge_policies(init, states, lam=0.3)[0]["w"], expected)
-    torch.testing.assert_close(merge_policies(init, states, "lerp", lam=0.3)[0]["w"], torch.tensor([0.7, 0.3]))
+    by_lerp = merge_policies(init, states, "lerp", lam=0.3)[0]["w"]
+    torch.testing.assert_close(by_lerp, torch.tensor([0.7, 0.3]))
 
 
 def test_symmetric_slerp_knows_no_order_and_the_recursion_does():
     init = {"w": torch.zeros(8)}
-    states = [{"w": torch.randn(8, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
-    one, other = (merge_policies(init, order, "slerp-symmetric")[0]["w"] for order in (states, states[::-1]))
+    states = [{"w": torch.randn(8, generator=seeded(seed))} for seed in range(3)]
+    orders = (states, states[::-1])
+    one, other = (merge_policies(init, order, "slerp-symmetric")[0]["w"] for order in orders)
     torch.testing.assert_close(one, other)
     unit = sum(state["w"] / state["w"].norm() for state in states)
-    torch.testing.assert_close(one, unit / unit.norm() * sum(state["w"].norm() for state in states) / 3)
-    one, other = (merge_policies(init, order)[0]["w"] for order in (states, states[::-1]))
+    norm = sum(state["w"].norm() for state in states) / 3
+    torch.testing.assert_close(one, unit / unit.norm() * norm)
+    one, other = (merge_policies(init, order)[0]["w"] for order in orders)
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_merging_task_vectors_is_not_merging_weights():
     """SLERP of whole weights is about LERP: the update would shrink to .7."""
     init = {"w": torch.ones(1000)}
-    deltas = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) * 0.01 for seed in (0, 1)]
+    deltas = [torch.randn(1000, generator=seeded(seed)) * 0.01 for seed in (0, 1)]
     merged = merge_policies(init, [{"w": 1 + delta} for delta in deltas])[0]["w"] - 1
     assert merged.norm().item() == pytest.approx(deltas[0].norm().item(), rel=0.1)
 
@@ -202,28 +253,35 @@ def test_bfloat16_states_are_merged_in_float32():
     init = {"w": torch.randn(4096).bfloat16()}
     states = [{"w": (init["w"].float() + 0.01 * torch.randn(4096)).bfloat16()} for _ in range(2)]
     merged, _ = merge_policies(init, states)
-    upcast, _ = merge_policies({"w": init["w"].float()}, [{"w": state["w"].float()} for state in states])
+    init_32, *states_32 = [{"w": state["w"].float()} for state in (init, *states)]
+    upcast, _ = merge_policies(init_32, states_32)
     assert merged["w"].dtype == torch.bfloat16
     assert torch.equal(merged["w"], upcast["w"].bfloat16())
     assert task_vector(states[0], init)["w"].dtype == torch.float32
 
 
 def test_tied_weights_count_once():
-    start = llama(0)
-    states = [fine_tuned(start, seed).state_dict() for seed in (1, 2)]
-    merged, report = merge_policies(start.state_dict(), states, scope="model")
-    untied = [{k: v for k, v in s.items() if k != "lm_head.weight"} for s in (start.state_dict(), *states)]
-    _, expected = merge_policies(untied[0], untied[1:], scope="model")
+    models = [llama(0), fine_tuned(llama(0), 1), fine_tuned(llama(0), 2)]
+    init, *states = (model.state_dict() for model in models)
+    merged, report = merge_policies(init, states, scope="model")
+    for state in (init, *states):
+        del state["lm_head.weight"]
+    _, expected = merge_policies(init, states, scope="model")
     assert report["model"]["angle"] == expected["model"]["angle"]
     assert merged["lm_head.weight"] is merged["model.embed_tokens.weight"]
 
 
 def test_buffers_are_the_inits_and_inputs_stay_as_they_are():
     init = {"w": torch.randn(5), "steps": torch.tensor([299]), "flag": torch.tensor([True])}
-    states = [{"w": torch.randn(5), "steps": torch.tensor([300]), "flag": torch.tensor([False])} for _ in range(2)]
+    states = [
+        {"w": torch.randn(5), "steps": torch.tensor([300]), "flag": torch.tensor([False])}
+        for _ in range(2)
+    ]
     before = copy.deepcopy([init, *states])
     for result in (merge_policies(init, states)[0], liti(init, states[0], 0.5)):
-        assert result["steps"].item() == 299 and result["steps"].dtype == torch.int64 and result["flag"].item()
+        assert result["steps"].item() == 299
+        assert result["steps"].dtype == torch.int64
+        assert result["flag"].item()
         result["w"].zero_()
         result["steps"].zero_()
     for state, kept in zip([init, *states], before):
@@ -245,13 +303,16 @@ def test_ema_follows_its_closed_form_in_float32_under_a_bfloat16_model():
     for _ in range(200):
         # Through state_dict, where the tied embedding is listed twice: it must move once.
         ema_update_(list(ema.state_dict().values()), list(moved.state_dict().values()), mu=0.01)
-    for name, theta in moved.named_parameters():
-        expected = theta.detach().double() - (1 - 0.01) ** 200 * (theta.detach().double() - init[name])
-        torch.testing.assert_close(dict(ema.named_parameters())[name].detach().double(), expected, rtol=1e-5, atol=1e-5)
+    averages = dict(ema.named_parameters())
+    for name, parameter in moved.named_parameters():
+        theta = parameter.detach().double()
+        expected = theta - (1 - 0.01) ** 200 * (theta - init[name])
+        average = averages[name].detach().double()
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bad_merges_are_refused_by_name():
-    init, state = {"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(3)}
+    init, state = ({"a": torch.ones(2), "b": torch.ones(3)} for _ in range(2))
     for broken in ({"a": torch.ones(2)}, init | {"c": torch.ones(1)}, init | {"b": torch.ones(4)}):
         with pytest.raises(ValueError, match="'[bc]'"):
             merge_policies(init, [state, broken])
@@ -288,12 +349,21 @@ def saved(tmp_path):
     return tmp_path, models
 
 
+def merge(folder, names, *more):
+    """`python -m minalign merge` of the named models into `merged`."""
+    models = [f"{folder}/{name}" for name in names.split()]
+    merge_main(
+        ["--init", f"{folder}/init", "--models", *models, "--out", f"{folder}/merged", *more]
+    )
+
+
 @pytest.mark.parametrize("shard_bytes", [2**27, 50_000])
-def test_merging_folders_equals_merging_in_memory_bit_for_bit(saved, monkeypatch, shard_bytes, capsys):
+def test_merging_folders_equals_merging_in_memory_bit_for_bit(saved, monkeypatch, shard_bytes):
     folder, models = saved
-    monkeypatch.setattr("minalign.merge_folders.SHARD_BYTES", shard_bytes)
-    merge_main(["--init", f"{folder}/init", "--models", f"{folder}/b", f"{folder}/c", "--out", f"{folder}/merged"])
-    expected, report = merge_policies(models["init"].state_dict(), [models["b"].state_dict(), models["c"].state_dict()])
+    monkeypatch.setattr("minalign.tools.merge.SHARD_BYTES", shard_bytes)
+    merge(folder, "b c")
+    init, *states = (models[name].state_dict() for name in ("init", "b", "c"))
+    expected, report = merge_policies(init, states)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
@@ -304,7 +374,7 @@ def test_merging_folders_equals_merging_in_memory_bit_for_bit(saved, monkeypatch
 
 def test_merging_folders_moves_by_eta(saved):
     folder, models = saved
-    merge_main(["--init", f"{folder}/init", "--models", f"{folder}/b", "--eta", "0.25", "--out", f"{folder}/merged"])
+    merge(folder, "b", "--eta", "0.25")
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     expected = liti(models["init"].state_dict(), models["b"].state_dict(), 0.25)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.state_dict().items())
@@ -316,11 +386,76 @@ def test_folders_that_do_not_belong_together_are_refused_and_nothing_is_left(sav
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(folder / "b")
     with pytest.raises(UserError, match="tokenizer"):
-        merge_main(["--init", f"{folder}/init", "--models", f"{folder}/b", "--out", f"{folder}/merged"])
+        merge(folder, "b")
     models["init"].resize_token_embeddings(50)
     models["init"].save_pretrained(folder / "c", max_shard_size="100KB")
     with pytest.raises(UserError, match="embed_tokens"):
-        merge_main(["--init", f"{folder}/init", "--models", f"{folder}/c", "--out", f"{folder}/merged"])
+        merge(folder, "c")
     with pytest.raises(UserError, match="safetensors"):
-        merge_main(["--init", f"{folder}/init", "--models", f"{folder}/none", "--out", f"{folder}/merged"])
+        merge(folder, "none")
     assert not (folder / "merged").exists()
+
+
+# --- coefficients --------------------------------------------------------------------------------
+
+
+def recursion(deltas, lam=None):
+    """Equation 26 on the vectors themselves, one after the other, in float64."""
+    merged = deltas[0]
+    for m, delta in enumerate(deltas[1:], 2):
+        weight = 1 / m if lam is None else lam
+        cosine = (merged @ delta) / (merged.norm() * delta.norm())
+        angle = cosine.clamp(-1, 1).acos()
+        if angle.sin() < 1e-6:
+            merged = (1 - weight) * merged + weight * delta
+        else:
+            first, second = ((1 - weight) * angle).sin(), (weight * angle).sin()
+            merged = (first * merged + second * delta) / angle.sin()
+    return merged
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_coefficients_from_dot_products_are_those_of_the_recursion(count):
+    deltas = torch.randn(count, 40, dtype=torch.double) + 0.5
+    weights = slerp_coefficients(deltas @ deltas.T)
+    assert weights.dtype == torch.double and weights.shape == (count,)
+    torch.testing.assert_close(weights @ deltas, recursion(deltas), rtol=1e-10, atol=1e-12)
+
+
+def test_lam_is_the_weight_of_the_later_vector():
+    deltas = torch.randn(2, 40, dtype=torch.double)
+    for lam in (0.0, 0.2, 0.5, 1.0):
+        weights = slerp_coefficients(deltas @ deltas.T, lam)
+        torch.testing.assert_close(weights @ deltas, recursion(deltas, lam))
+    assert slerp_coefficients(deltas @ deltas.T, 0.0).tolist() == [1.0, 0.0]
+    assert slerp_coefficients(deltas @ deltas.T, 1.0)[1] == 1.0
+
+
+@pytest.mark.parametrize("second", [2.0, -1.0, 0.0])
+def test_where_there_is_no_arc_the_coefficients_are_those_of_lerp(second):
+    """Parallel, opposite, zero."""
+    a = torch.randn(40, dtype=torch.double)
+    deltas = torch.stack([a, second * a])
+    assert slerp_coefficients(deltas @ deltas.T, 0.3).tolist() == [0.7, 0.3]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (0, 0)])
+def test_coefficients_need_a_square_of_dot_products(shape):
+    with pytest.raises(ValueError, match="expected \\(M, M\\)"):
+        slerp_coefficients(torch.zeros(shape, dtype=torch.double))
+
+
+def test_slerp_slerp_many_and_merge_policies_take_the_same_coefficients(monkeypatch):
+    """What the equation table names is what runs."""
+    calls, real = [], merge_module.slerp_coefficients
+
+    def recorded(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(merge_module, "slerp_coefficients", recorded)
+    a, b = torch.randn(4, 5), torch.randn(4, 5)
+    merged, _ = merge_policies({"w": torch.zeros(4, 5)}, [{"w": a}, {"w": b}])
+    for other in (slerp(a, b, 0.5), slerp_many([a, b])):
+        torch.testing.assert_close(merged["w"], other, rtol=1e-5, atol=1e-6)
+    assert len(calls) >= 3

@@ -1,7 +1,8 @@
-"""REINFORCE by exact enumeration: for a policy small enough to list every completion, expected gradients are sums.
+"""REINFORCE by exact enumeration: where every completion can be listed, expectations are sums.
 
-The policy is a table of logits, one row per prefix, over the words 0, 1 and the end token 2. The estimators see what a
-training step sees (tokens, log-probs, mask, rewards); the truth is autograd of E[r] - beta KL, in double precision.
+The policy is a table of logits, one row per prefix, over the words 0, 1 and the end token 2. The
+estimators see what a training step sees: tokens, log-probs, mask, rewards. The truth is autograd
+of E[r] - beta KL, in double precision.
 """
 
 import math
@@ -20,10 +21,12 @@ from minalign.reinforce import (
     uncertainty_weights,
 )
 
-close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5, check_dtype=False, check_device=False)
+close = partial(
+    torch.testing.assert_close, rtol=1e-4, atol=1e-5, check_dtype=False, check_device=False
+)
 INF, NAN = math.inf, math.nan
 
-# --- a world that can be enumerated ----------------------------------------------------------------------------------
+# --- a world that can be enumerated
 
 VOCABULARY, END, MAX_TOKENS, TEMPERATURE, BETA = 3, 2, 3, 0.7, 0.5
 
@@ -36,27 +39,36 @@ def complete(prefix=()):
 
 
 COMPLETIONS = complete()  # 15, of lengths 1, 2 and 3
-PREFIXES = sorted({completion[:t] for completion in COMPLETIONS for t in range(len(completion))})  # 7
+PREFIXES = sorted({c[:t] for c in COMPLETIONS for t in range(len(c))})  # 7
 
 random = torch.Generator().manual_seed(0)
 THETA = torch.randn(len(PREFIXES), VOCABULARY, generator=random)
 ANCHOR = torch.randn(len(PREFIXES), VOCABULARY, generator=random)
-REWARDS = 2 + torch.randn(len(COMPLETIONS), generator=random)  # an offset, or no baseline would matter
+# an offset, or no baseline would matter
+REWARDS = 2 + torch.randn(len(COMPLETIONS), generator=random)
 
-TOKENS = torch.tensor([completion + (END,) * (MAX_TOKENS - len(completion)) for completion in COMPLETIONS])  # pad == eos
-ROWS = torch.tensor([[PREFIXES.index(c[:t]) if t < len(c) else 0 for t in range(MAX_TOKENS)] for c in COMPLETIONS])
+TOKENS = torch.tensor([c + (END,) * (MAX_TOKENS - len(c)) for c in COMPLETIONS])  # pad == eos
+ROWS = torch.tensor(
+    [[PREFIXES.index(c[:t]) if t < len(c) else 0 for t in range(MAX_TOKENS)] for c in COMPLETIONS]
+)
 MASK = completion_mask(TOKENS, END)
-PAIRS = torch.cartesian_prod(torch.arange(len(COMPLETIONS)), torch.arange(len(COMPLETIONS)))  # (225, 2)
+NUMBERS = torch.arange(len(COMPLETIONS))
+PAIRS = torch.cartesian_prod(NUMBERS, NUMBERS)  # (225, 2)
 
 
 def completion_logprobs(theta):
     """log pi(y) of every completion, token by token in double precision."""
     table = (theta.double() / TEMPERATURE).log_softmax(1)
-    return torch.stack([sum(table[PREFIXES.index(c[:t]), c[t]] for t in range(len(c))) for c in COMPLETIONS])
+    return torch.stack(
+        [sum(table[PREFIXES.index(c[:t]), c[t]] for t in range(len(c))) for c in COMPLETIONS]
+    )
 
 
 def true_gradient(beta=BETA, rewards=REWARDS):
-    """Autograd of E[r] - beta KL(policy || anchor) = sum_y pi(y) [r(y) - beta log(pi(y) / anchor(y))]."""
+    """Autograd of E[r] - beta KL(policy || anchor).
+
+    It is sum_y pi(y) [r(y) - beta log(pi(y) / anchor(y))].
+    """
     theta = THETA.double().requires_grad_()
     logprobs, anchor_logprobs = completion_logprobs(theta), completion_logprobs(ANCHOR)
     objective = (logprobs.exp() * (rewards - beta * (logprobs - anchor_logprobs))).sum()
@@ -64,7 +76,10 @@ def true_gradient(beta=BETA, rewards=REWARDS):
 
 
 def expected_gradient(advantages_of, shaped=None, loss=reinforce_loss):
-    """E[-gradient of the mean loss] of a batch of two samples, over all 225 batches that the policy can draw."""
+    """E[-gradient of the mean loss] of a batch of two samples.
+
+    The expectation is over all 225 batches that the policy can draw.
+    """
     theta = THETA.clone().requires_grad_()
     logprobs = token_logprobs(theta[ROWS], TOKENS, TEMPERATURE)
     anchor_logprobs = token_logprobs(ANCHOR[ROWS], TOKENS, TEMPERATURE)
@@ -100,7 +115,7 @@ def plain(rewards):
     return rewards
 
 
-# --- the gradient is exact -------------------------------------------------------------------------------------------
+# --- the gradient is exact
 
 
 def test_the_enumeration_is_complete():
@@ -120,13 +135,19 @@ def test_the_enumeration_is_complete():
     ],
 )
 def test_expected_gradient_is_that_of_reward_minus_beta_kl(advantages_of):
-    """D2, D9, D10, E3: any baseline, variable lengths, a tempered policy, KL in the reward, and not a percent lost."""
+    """With any baseline, variable lengths, a tempered policy and KL in the reward.
+
+    Not a percent of it is lost.
+    """
     close(expected_gradient(advantages_of), true_gradient())
 
 
 @pytest.mark.parametrize("limit, exact", [(INF, True), (2.0, False)])
 def test_samples_of_another_policy_count_by_their_ratio(limit, exact):
-    """Drawn by the anchor, weighted to the policy: the same expected gradient, as long as no ratio is cut."""
+    """Drawn by the anchor and weighted to the policy: the same expected gradient.
+
+    It is another as soon as ratios are cut.
+    """
     theta = THETA.clone().requires_grad_()
     logprobs, drawn_by = (token_logprobs(x[ROWS], TOKENS, TEMPERATURE) for x in (theta, ANCHOR))
     garbage = logprobs.masked_fill(~MASK, NAN)
@@ -140,19 +161,22 @@ def test_samples_of_another_policy_count_by_their_ratio(limit, exact):
     assert error < 1e-5 if exact else error > 0.05
 
 
-# --- the classic mistakes are not ------------------------------------------------------------------------------------
+# --- the classic mistakes are not
 
 
 def test_a_baseline_that_holds_the_sample_shrinks_the_gradient():
-    """D9, D10: by 1 - 1/N of all that it holds, so the step size would depend on batch and history."""
+    """By 1 - 1/N of all N that it holds, so that the step size depends on batch and history."""
+
+    def updated_too_early(rewards):
+        return rewards - (4.0 + 0.0 + 2.0 + rewards.sum()) / 5
+
     including_itself = expected_gradient(lambda rewards: rewards - rewards.mean())
     close(including_itself, (1 - 1 / 2) * true_gradient())
-    updated_too_early = expected_gradient(lambda rewards: rewards - (4.0 + 0.0 + 2.0 + rewards.sum()) / 5)
-    close(updated_too_early, (1 - 1 / 5) * true_gradient())
+    close(expected_gradient(updated_too_early), (1 - 1 / 5) * true_gradient())
 
 
 def test_k1_as_a_loss_regularises_nothing():
-    """Its expected gradient is E[grad log pi] = 0, whatever the anchor (which has no gradient itself)."""
+    """Its expected gradient is E[grad log pi] = 0, whatever the anchor, which has no gradient."""
     gradient = expected_gradient(plain, loss=lambda logprobs, mask, _: (logprobs * mask).sum(1))
     close(gradient, torch.zeros_like(THETA))
 
@@ -164,11 +188,14 @@ def test_k2_and_k3_do_not_belong_in_the_reward(estimator):
 
 
 def test_a_token_pays_for_the_kl_of_all_that_it_leads_to():
-    """D13: token by token, k1 needs its future sum (reward-to-go); a token's own k1 is not enough."""
+    """Token by token, k1 needs its future sum (reward-to-go). A token's own k1 is not enough."""
 
     def error(k1_of_token):  # (15, 3)
         advantages = (REWARDS[:, None] - BETA * k1_of_token)[PAIRS.flatten()]
-        loss = lambda logprobs, mask, _: -(advantages * logprobs * mask).sum(1)  # noqa: E731
+
+        def loss(logprobs, mask, _):
+            return -(advantages * logprobs * mask).sum(1)
+
         return relative_error(expected_gradient(plain, loss=loss))
 
     k1 = log_ratios()
@@ -177,17 +204,17 @@ def test_a_token_pays_for_the_kl_of_all_that_it_leads_to():
 
 
 def divided_by_length(logprobs, mask, advantages):
-    """E3: favours short good and long bad completions."""
+    """Favours short good and long bad completions."""
     return reinforce_loss(logprobs, mask, advantages) / mask.sum(1)
 
 
 def with_pads(logprobs, mask, advantages):
-    """D4."""
+    """As if what stands after the end had been chosen."""
     return reinforce_loss(logprobs, torch.ones_like(mask), advantages)
 
 
 def with_gradient_through_the_kl(logprobs, mask, advantages):
-    """D3: pushes every sample down."""
+    """Pushes every sample down."""
     sums = (logprobs * mask).sum(1)
     return -(advantages - BETA * (sums - sums.detach())) * sums
 
@@ -199,7 +226,7 @@ def test_classic_mistakes_have_another_gradient(loss):
 
 @pytest.mark.parametrize("kind", ["inverse_std", "inverse_variance", "one_plus_std"])
 def test_uncertainty_weights_change_the_objective(kind):
-    """D15: the gradient becomes that of E[w(y) (r(y) - b)], and b matters."""
+    """The gradient becomes that of E[w(y) (r(y) - b)], and b matters."""
     weights = uncertainty_weights(torch.linspace(0.1, 3, len(COMPLETIONS)), kind)
 
     def gradient(b):
@@ -213,17 +240,18 @@ def test_uncertainty_weights_change_the_objective(kind):
     assert (gradient(0.0) - gradient(2.0)).norm() > 0.1 * gradient(0.0).norm()
 
 
-# --- moving average baseline -----------------------------------------------------------------------------------------
+# --- moving average baseline
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_the_value_from_before_the_batch_is_subtracted(device, decay):
-    """D10."""
+    """With the batch in its own baseline the gradient would be too small."""
     baseline = MovingAverageBaseline(decay)
     assert baseline.value == 0.0
     baseline.advantages(torch.tensor([1.0, 3.0], device=device))
     assert isinstance(baseline.value, float) and baseline.value == pytest.approx(2.0)
-    close(baseline.advantages(torch.tensor([5.0, 2.0, 12.0], device=device)), torch.tensor([3.0, 0.0, 10.0]))
+    advantages = baseline.advantages(torch.tensor([5.0, 2.0, 12.0], device=device))
+    close(advantages, torch.tensor([3.0, 0.0, 10.0]))
     assert baseline.value != pytest.approx(2.0)
 
 
@@ -246,12 +274,16 @@ def test_cumulative_mean_counts_samples_not_batches():
 
 
 def test_exponential_average_is_free_of_the_zero_that_it_started_from():
-    """sum_j (1 - d) d^(n-j) mean_j / (1 - d^n); a constant reward is its own average from the first batch on."""
+    """sum_j (1 - d) d^(n-j) mean_j / (1 - d^n).
+
+    A constant reward is its own average from the first batch on.
+    """
     d, batches = 0.9, [torch.randn(4) for _ in range(5)]
+    means = [batch.mean().item() for batch in batches]
     baseline, constant = MovingAverageBaseline(d), MovingAverageBaseline(d)
     for n in range(1, 6):
         baseline.advantages(batches[n - 1])
-        weighted = sum((1 - d) * d ** (n - j) * batches[j - 1].mean().item() for j in range(1, n + 1))
+        weighted = sum((1 - d) * d ** (n - j) * means[j - 1] for j in range(1, n + 1))
         assert baseline.value == pytest.approx(weighted / (1 - d**n), abs=1e-6)
         constant.advantages(torch.tensor([7.0, 7.0]))
         assert constant.value == pytest.approx(7.0)
@@ -259,7 +291,7 @@ def test_exponential_average_is_free_of_the_zero_that_it_started_from():
 
 @pytest.mark.parametrize("decay", [None, 0.0, 0.9])
 def test_a_restored_baseline_goes_on_exactly_where_it_was(decay):
-    """G1."""
+    """A resumed run is the same run."""
     baseline, restored = MovingAverageBaseline(decay), MovingAverageBaseline(decay)
     baseline.advantages(torch.randn(3))
     state = baseline.state_dict()
@@ -274,7 +306,7 @@ def test_a_restored_baseline_goes_on_exactly_where_it_was(decay):
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_a_reward_that_is_not_finite_is_refused_and_leaves_no_trace(bad):
-    """G6: it would stay in the mean for ever."""
+    """It would stay in the mean for ever."""
     baseline = MovingAverageBaseline()
     baseline.advantages(torch.tensor([1.0, 3.0]))
     with pytest.raises(ValueError, match="got .*not finite.*expected"):
@@ -282,39 +314,43 @@ def test_a_reward_that_is_not_finite_is_refused_and_leaves_no_trace(bad):
     assert baseline.value == 2.0
 
 
-# --- leave-one-out ---------------------------------------------------------------------------------------------------
+# --- leave-one-out
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others(device):
-    """D9: with the sample in its own mean this would be [1, -1, 0]."""
+    """With the sample in its own mean the advantages would be [1, -1, 0]."""
     rewards = torch.tensor([3.0, 1.0, 2.0], device=device)
-    assert leave_one_out_advantages(rewards, 3).tolist() == [1.5, -1.5, 0.0]
-    assert leave_one_out_advantages(rewards + 1e7, 3).tolist() == [1.5, -1.5, 0.0]  # B10: an offset takes no digits
+    for offset in (0.0, 1e7):  # an offset takes no digits
+        assert leave_one_out_advantages(rewards + offset, 3).tolist() == [1.5, -1.5, 0.0]
 
 
 def test_samples_of_a_prompt_lie_next_to_each_other():
-    """C11: the layout of repeat_interleave, never of repeat."""
+    """The layout is that of repeat_interleave, never of repeat."""
     rewards = torch.tensor([0.0, 2.0, 10.0, 30.0])
     assert leave_one_out_advantages(rewards, 2).tolist() == [-2.0, 2.0, -20.0, 20.0]
 
 
 def test_leave_one_out_equals_a_loop_over_groups(device):
     rewards = torch.randn(4, 5)
-    expected = [[r - (sum(group) - r) / 4 for r in group] for group in rewards.tolist()]
-    close(leave_one_out_advantages(rewards.flatten().to(device), 5), torch.tensor(expected).flatten())
+    expected = [r - (sum(group) - r) / 4 for group in rewards.tolist() for r in group]
+    close(leave_one_out_advantages(rewards.flatten().to(device), 5), torch.tensor(expected))
 
 
-# --- the shaped reward -----------------------------------------------------------------------------------------------
+# --- the shaped reward
 
 
 def test_shaped_reward_pays_beta_for_each_nat_of_the_whole_completion(device):
-    """D1, D5: likelier under the policy than under the anchor costs; summed, not averaged; signed, not clamped."""
+    """What is likelier under the policy than under the anchor costs.
+
+    The log-ratio is summed over tokens, not averaged. It is signed and not clamped.
+    """
+    rewards = torch.tensor([10.0, 10.0], device=device)
     logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -21.0, -3.0]], device=device)
     ref_logprobs = torch.tensor([[-2.0, -4.0, -9.0], [-21.0, -1.0, -4.0]], device=device)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]], device=device)
-    shaped = kl_penalized_rewards(torch.tensor([10.0, 10.0], device=device), logprobs, ref_logprobs, mask, beta=0.5)
-    close(shaped, torch.tensor([10.0 - 0.5 * (1 + 2), 10.0 - 0.5 * 20]))  # D19: 20 nats are 20 nats
-    unchanged = kl_penalized_rewards(torch.tensor([10.0, 10.0], device=device), logprobs, ref_logprobs, mask, beta=0.0)
+    shaped = kl_penalized_rewards(rewards, logprobs, ref_logprobs, mask, beta=0.5)
+    close(shaped, torch.tensor([10.0 - 0.5 * (1 + 2), 10.0 - 0.5 * 20]))  # 20 nats are 20 nats
+    unchanged = kl_penalized_rewards(rewards, logprobs, ref_logprobs, mask, beta=0.0)
     assert unchanged.tolist() == [10.0, 10.0]
 
 
@@ -325,31 +361,37 @@ def test_k1_in_the_shaped_reward_is_kl_k1():
 
 
 def test_nothing_flows_through_a_shaped_reward_or_an_advantage():
-    """D3."""
+    """A gradient through either would push every sample down."""
     rewards, logprobs, ref_logprobs = torch.randn(4), torch.randn(4, 3), torch.randn(4, 3)
     for tensor in (rewards, logprobs, ref_logprobs):
         tensor.requires_grad_()
     first, later = MovingAverageBaseline(), MovingAverageBaseline()
     later.advantages(torch.zeros(1))
+    kinds = ("none", "inverse_std", "inverse_variance", "one_plus_std")
     for result in [
         kl_penalized_rewards(rewards, logprobs, ref_logprobs, torch.ones(4, 3), beta=0.1),
         leave_one_out_advantages(rewards, 2),
         first.advantages(rewards),
         MovingAverageBaseline().advantages(rewards[:1]),
         later.advantages(rewards),
-        *(uncertainty_weights(rewards.square(), kind) for kind in ("none", "inverse_std", "inverse_variance", "one_plus_std")),
+        *(uncertainty_weights(rewards.square(), kind) for kind in kinds),
     ]:
         assert not result.requires_grad
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------
+# --- the loss
 
 
 def test_loss_is_minus_the_advantage_times_the_sum_of_the_logprobs(device):
-    """E1, E3: its gradient is -A for every token of the completion, whatever the length, and nothing else has one."""
-    logprobs = torch.tensor([[-2.0, -1.0, -4.0], [-0.5, -7.0, -7.0]], device=device, requires_grad=True)
+    """Its gradient is -A for every token of the completion, whatever the length.
+
+    Nothing else has a gradient.
+    """
+    rows = [[-2.0, -1.0, -4.0], [-0.5, -7.0, -7.0]]
+    logprobs = torch.tensor(rows, device=device, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]], device=device)
     advantages = torch.tensor([3.0, -1.0], device=device, requires_grad=True)
-    loss = reinforce_loss(logprobs, torch.tensor([[1, 1, 1], [1, 0, 0]], device=device), advantages)
+    loss = reinforce_loss(logprobs, mask, advantages)
     assert loss.tolist() == [21.0, -0.5]
     loss.sum().backward()
     assert logprobs.grad.tolist() == [[-3.0, -3.0, -3.0], [1.0, 0.0, 0.0]]
@@ -359,7 +401,7 @@ def test_loss_is_minus_the_advantage_times_the_sum_of_the_logprobs(device):
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 99.0])
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.long, torch.float32])
 def test_positions_outside_the_mask_change_nothing(device, garbage, mask_dtype):
-    """D4. Multiplying by the mask would not do: 0 * NaN is NaN."""
+    """Multiplying by the mask would not do: 0 * NaN is NaN."""
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=mask_dtype, device=device)
     clean = torch.randn(2, 4, device=device).masked_fill(~mask.bool(), 0.0)
     dirty = clean.masked_fill(~mask.bool(), garbage).requires_grad_()
@@ -374,7 +416,7 @@ def test_positions_outside_the_mask_change_nothing(device, garbage, mask_dtype):
 
 
 def test_a_completion_that_is_all_masked_has_no_loss_and_no_gradient(device):
-    """C9: dividing by its length would be 0/0."""
+    """Dividing by its length would be 0/0."""
     logprobs = torch.full((2, 3), NAN, device=device, requires_grad=True)
     loss = reinforce_loss(logprobs, torch.zeros(2, 3, device=device), torch.ones(2, device=device))
     loss.sum().backward()
@@ -384,7 +426,7 @@ def test_a_completion_that_is_all_masked_has_no_loss_and_no_gradient(device):
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 15])
 def test_micro_batches_leave_the_gradient_as_it_is(micro_batch_size):
-    """E2: completions of unequal length, each divided by the whole batch's size."""
+    """Completions of unequal length, each divided by the whole batch's size."""
     theta = THETA.clone().requires_grad_()
     for part in torch.arange(len(COMPLETIONS)).split(micro_batch_size):
         logprobs = token_logprobs(theta[ROWS[part]], TOKENS[part], TEMPERATURE)
@@ -394,7 +436,7 @@ def test_micro_batches_leave_the_gradient_as_it_is(micro_batch_size):
     close(theta.grad, reference.grad)
 
 
-# --- uncertainty weights ---------------------------------------------------------------------------------------------
+# --- uncertainty weights
 
 
 @pytest.mark.parametrize(
@@ -408,10 +450,11 @@ def test_micro_batches_leave_the_gradient_as_it_is(micro_batch_size):
 )
 def test_uncertainty_weights_of_variance_one_four_and_zero(device, kind, expected):
     """A saturated head has variance 0: its weight is large, not infinite."""
-    close(uncertainty_weights(torch.tensor([1.0, 4.0, 0.0], device=device), kind), torch.tensor(expected))
+    variance = torch.tensor([1.0, 4.0, 0.0], device=device)
+    close(uncertainty_weights(variance, kind), torch.tensor(expected))
 
 
-# --- what holds for all ----------------------------------------------------------------------------------------------
+# --- what holds for all
 
 LOGPROBS, ONES = torch.linspace(-3, -0.1, 12).view(4, 3), torch.ones(4, 3, dtype=torch.bool)
 CALLS = [
@@ -430,14 +473,20 @@ CALLS = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("function, arguments", CALLS)
-def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, function, arguments, dtype):
+def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(
+    device, function, arguments, dtype
+):
     arguments = [x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in arguments]
     before = [argument.clone() for argument in arguments]
     result = function(*arguments)
     assert result.dtype == torch.float32 and result.shape == arguments[0].shape[:1]
-    assert torch.equal(result, function(*(x.float() if x.is_floating_point() else x for x in arguments)))
+    in_float32 = [x.float() if x.is_floating_point() else x for x in arguments]
+    assert torch.equal(result, function(*in_float32))
     assert all(torch.equal(argument, copy) for argument, copy in zip(arguments, before))
     assert all(result.data_ptr() != argument.data_ptr() for argument in arguments)
+
+
+STATE_OF_ANOTHER, FIRST = MovingAverageBaseline().state_dict(), LOGPROBS[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -446,16 +495,16 @@ def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, f
         (MovingAverageBaseline, (1.0,), "decay=1.0"),  # would never move
         (MovingAverageBaseline, (-0.1,), "decay=-0.1"),
         (MovingAverageBaseline, (NAN,), "decay=nan"),
-        (MovingAverageBaseline(0.9).load_state_dict, (MovingAverageBaseline().state_dict(),), "decay=None"),
+        (MovingAverageBaseline(0.9).load_state_dict, (STATE_OF_ANOTHER,), "decay=None"),
         (MovingAverageBaseline().advantages, (torch.zeros(2, 1),), r"\(2, 1\)"),
         (MovingAverageBaseline().advantages, (torch.zeros(0),), r"\(0,\)"),
-        (leave_one_out_advantages, (torch.zeros(4), 1), "group_size=1"),  # alone: advantage 0 forever
+        (leave_one_out_advantages, (torch.zeros(4), 1), "group_size=1"),  # alone: 0 for ever
         (leave_one_out_advantages, (torch.zeros(4), 3), r"\(4,\)"),
         (leave_one_out_advantages, (torch.zeros(2, 2), 2), r"\(2, 2\)"),
         (kl_penalized_rewards, (torch.zeros(3), LOGPROBS, LOGPROBS, ONES, 0.1), r"\(3,\)"),
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS, LOGPROBS[:, :2], ONES, 0.1), r"\(4, 2\)"),
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS, LOGPROBS, ONES[:, :1], 0.1), r"\(4, 1\)"),
-        (kl_penalized_rewards, (torch.zeros(4), LOGPROBS[:, 0], LOGPROBS[:, 0], ONES[:, 0], 0.1), r"\(4,\)"),
+        (kl_penalized_rewards, (torch.zeros(4), FIRST, FIRST, ONES[:, 0], 0.1), r"\(4,\)"),
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS, LOGPROBS, ONES, -0.1), "beta=-0.1"),
         (kl_penalized_rewards, (torch.zeros(4), LOGPROBS, LOGPROBS, ONES, NAN), "beta=nan"),
         (importance_weights, (LOGPROBS, LOGPROBS[:, :2], ONES), r"\(4, 2\)"),
@@ -466,7 +515,8 @@ def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(device, f
         (uncertainty_weights, (torch.tensor([1.0, NAN]), "inverse_std"), "nan"),
         (reinforce_loss, (LOGPROBS[0], ONES[0], torch.zeros(3)), r"\(3,\)"),
         (reinforce_loss, (LOGPROBS, ONES[:, :1], torch.zeros(4)), r"\(4, 1\)"),
-        (reinforce_loss, (LOGPROBS, ONES, torch.zeros(4, 1)), r"\(4, 1\)"),  # would broadcast to (4, 4)
+        # would broadcast to (4, 4)
+        (reinforce_loss, (LOGPROBS, ONES, torch.zeros(4, 1)), r"\(4, 1\)"),
     ],
 )
 def test_errors_say_what_was_got_and_expected(function, arguments, got):

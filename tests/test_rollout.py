@@ -1,6 +1,7 @@
-"""Sampling and scoring again: what was recorded while sampling is what one pass over the whole text gives.
+"""Sampling and scoring: what sampling recorded is what one pass over the whole text gives.
 
-Models have dropout, and weights large enough that a wrong position, mask or temperature shows."""
+Models have dropout, and weights so large that a wrong position, mask or temperature shows.
+"""
 
 import copy
 import math
@@ -23,54 +24,76 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-)  # fmt: skip
+)
 
 import minalign.rollout as rollout_module
-from minalign.decode import can_be_fixed, packed_linears, preallocated_cache
 from minalign.logprobs import exact_kl, kl_k1, position_ids_from_mask, token_logprobs
-from minalign.rollout import completion_logits, completion_logprobs, draw_uniforms, frozen_logprobs, generate, has_plain_head
+from minalign.models.decode import can_be_fixed, packed_linears, preallocated_cache
+from minalign.rollout import (
+    completion_logits,
+    completion_logprobs,
+    draw_uniforms,
+    frozen_logprobs,
+    generate,
+    has_plain_head,
+    sequence_logprobs,
+)
+from minalign.rollout import sample as plain_sample
 
 VOCABULARY, CONTEXT, EOS = 24, 32, 2
 PAD = VOCABULARY + 7  # outside the embedding on purpose
 
 
 def make_model(family, device="cpu", vocabulary=VOCABULARY):
+    """A random model of two layers.
+
+    GPT-2 has learned positions: padding that shifts them shows. Bloom has its positions (ALiBi)
+    from the mask alone, where transformers guesses other models' masks from positions.
+    """
     torch.manual_seed(0)
-    if family == "gpt2":  # learned positions: padding that shifts them shows
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=vocabulary, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
-                resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=EOS, eos_token_id=EOS,
-            )
-        ).to(device).eval()  # fmt: skip
-    if family == "bloom":  # positions (ALiBi) from the mask alone; transformers guesses other models' masks from positions
-        return BloomForCausalLM(
-            BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3, hidden_dropout=0.2)
-        ).to(device).eval()  # fmt: skip
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3, attention_dropout=0.2,
+    shared = dict(vocab_size=vocabulary, initializer_range=0.3)
+    if family == "gpt2":
+        sizes = dict(n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2)
+        dropout = dict(resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
+        config = GPT2Config(bos_token_id=EOS, eos_token_id=EOS, **shared, **sizes, **dropout)
+        model = GPT2LMHeadModel(config)
+    elif family == "bloom":
+        sizes = dict(hidden_size=32, n_layer=2, n_head=2)
+        model = BloomForCausalLM(BloomConfig(hidden_dropout=0.2, **shared, **sizes))
+    else:
+        config = LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            attention_dropout=0.2,
+            **shared,
         )
-    ).to(device).eval()  # fmt: skip
+        model = LlamaForCausalLM(config)
+    return model.to(device).eval()
 
 
 def left_padded(lengths, device="cpu", extra=0, vocabulary=VOCABULARY):
     """Random prompts, padded on the left by PAD to the longest and `extra` columns more."""
-    width = max(lengths) + extra
-    ids = torch.randint(0, vocabulary, (len(lengths), width), generator=torch.Generator().manual_seed(1))
+    width, generator = max(lengths) + extra, torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (len(lengths), width), generator=generator)
     mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
     return ids.masked_fill(~mask, PAD).to(device), mask.to(device)
 
 
-def sample(model, ids, mask, seed=2, **changes):  # a seed that ends some rows and not others in every case below
-    settings = dict(max_new_tokens=10, temperature=0.7, eos_token_ids=[EOS], pad_token_id=PAD) | changes
-    return generate(model, ids, mask, generator=torch.Generator(ids.device).manual_seed(seed), **settings)
+def sample(model, ids, mask, seed=2, **changes):
+    """In every case below, this seed ends some rows and not others."""
+    settings = dict(max_new_tokens=10, temperature=0.7, eos_token_ids=[EOS], pad_token_id=PAD)
+    generator = torch.Generator(ids.device).manual_seed(seed)
+    return generate(model, ids, mask, generator=generator, **(settings | changes))
 
 
 def rescored(model, ids, mask, rollout, temperature=0.7):
     logits = completion_logits(model, ids, mask, rollout.tokens, rollout.mask)
-    return token_logprobs(logits, rollout.tokens.masked_fill(~rollout.mask, 0), temperature).masked_fill(~rollout.mask, 0.0)
+    tokens = rollout.tokens.masked_fill(~rollout.mask, 0)
+    return token_logprobs(logits, tokens, temperature).masked_fill(~rollout.mask, 0.0)
 
 
 def bare_logprobs(model, prompt, completion, temperature):
@@ -87,15 +110,18 @@ def test_sampling_logprobs_are_those_of_the_scoring_pass(family, device):
     model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 4, device)
     rollout = sample(model, ids, mask)
     assert not rollout.mask.all(), "the case needs rows of unequal length"
-    torch.testing.assert_close(rescored(model, ids, mask, rollout), rollout.logprobs, atol=1e-5, rtol=0)
+    again = rescored(model, ids, mask, rollout)
+    torch.testing.assert_close(again, rollout.logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
 def test_frozen_logprobs_do_not_depend_on_the_micro_batch(micro_batch_size, device):
     model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9, 1, 6] * 4, device)
     rollout = sample(model, ids, mask, pad_token_id=0)
-    logprobs = frozen_logprobs(model, ids, mask, rollout.tokens, rollout.mask, 0.7, micro_batch_size)
-    torch.testing.assert_close(logprobs.masked_fill(~rollout.mask, 0.0), rollout.logprobs, atol=1e-5, rtol=0)
+    completions = (rollout.tokens, rollout.mask)
+    logprobs = frozen_logprobs(model, ids, mask, *completions, 0.7, micro_batch_size)
+    real = logprobs.masked_fill(~rollout.mask, 0.0)
+    torch.testing.assert_close(real, rollout.logprobs, atol=1e-5, rtol=0)
     assert not logprobs.requires_grad
 
 
@@ -112,7 +138,8 @@ def test_logprobs_of_a_padded_row_are_those_of_the_bare_row(family, device):
     for row in range(4):
         prompt, completion = ids[row][mask[row]], rollout.tokens[row][rollout.mask[row]]
         bare = bare_logprobs(model, prompt, completion, 0.7)
-        torch.testing.assert_close(rollout.logprobs[row][rollout.mask[row]], bare, atol=1e-5, rtol=0)
+        recorded = rollout.logprobs[row][rollout.mask[row]]
+        torch.testing.assert_close(recorded, bare, atol=1e-5, rtol=0)
 
 
 @families
@@ -127,10 +154,13 @@ def test_completion_logits_are_those_one_column_earlier(family, device):
 @families
 def test_a_row_is_independent_of_its_batch_mates(family):
     model, (ids, mask) = make_model(family), left_padded([3, 9, 1, 6])
-    together = sample(model, ids, mask, temperature=1e-4)  # no chance left, so that rows can be compared alone
+    # no chance left, so that rows can be compared alone
+    together = sample(model, ids, mask, temperature=1e-4)
     for row in range(4):
-        alone = sample(model, ids[row : row + 1][:, mask[row]], mask[row : row + 1][:, mask[row]], temperature=1e-4)
-        assert alone.tokens[0][alone.mask[0]].tolist() == together.tokens[row][together.mask[row]].tolist()
+        prompt = ids[row][mask[row]][None]
+        alone = sample(model, prompt, torch.ones_like(prompt).bool(), temperature=1e-4)
+        expected = together.tokens[row][together.mask[row]]
+        assert alone.tokens[0][alone.mask[0]].tolist() == expected.tolist()
 
 
 @families
@@ -143,26 +173,39 @@ def test_extra_left_padding_changes_nothing(family, device):
 
 def test_ids_under_the_padding_change_nothing(device):
     model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9], device)
-    other = ids.masked_fill(~mask, 5)
-    assert all(torch.equal(a, b) for a, b in zip(sample(model, ids, mask), sample(model, other, mask)))
+    rollout, other = sample(model, ids, mask), sample(model, ids.masked_fill(~mask, 5), mask)
+    assert all(torch.equal(a, b) for a, b in zip(rollout, other))
 
 
 def test_completions_come_as_often_as_the_model_says(device):
-    """Chi-square over all completions of up to two tokens, for a checkpoint that asks for greedy decoding."""
+    """Chi squared over all completions of up to two tokens.
+
+    The checkpoint asks for greedy decoding, which must not count.
+    """
     vocabulary, temperature, draws = 6, 1.5, 20_000
     model = make_model("gpt2", device, vocabulary)
     model.generation_config.update(
-        do_sample=False, top_k=1, top_p=0.1, repetition_penalty=3.0, eos_token_id=4, min_new_tokens=2
+        do_sample=False,
+        top_k=1,
+        top_p=0.1,
+        repetition_penalty=3.0,
+        eos_token_id=4,
+        min_new_tokens=2,
     )
     prompt = torch.tensor([3, 1, 5], device=device)
     ids = torch.cat([torch.full((2,), PAD, device=device), prompt]).repeat(draws, 1)
     rollout = sample(model, ids, ids != PAD, temperature=temperature, max_new_tokens=2)
 
-    completions = [(EOS,)] + [(a, b) for a in range(vocabulary) if a != EOS for b in range(vocabulary)]
-    drawn = Counter(tuple(row[:n]) for row, n in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist()))
-    with torch.no_grad():
-        logprobs = [bare_logprobs(model, prompt, torch.tensor(c, device=device), temperature).sum().item() for c in completions]
-    expected = [draws * math.exp(logprob) for logprob in logprobs]
+    pairs = [(a, b) for a in range(vocabulary) if a != EOS for b in range(vocabulary)]
+    completions = [(EOS,), *pairs]
+    rows, lengths = rollout.tokens.tolist(), rollout.mask.sum(1).tolist()
+    drawn = Counter(tuple(row[:length]) for row, length in zip(rows, lengths))
+    expected = []
+    for completion in completions:
+        tokens = torch.tensor(completion, device=device)
+        with torch.no_grad():
+            logprob = bare_logprobs(model, prompt, tokens, temperature).sum().item()
+        expected.append(draws * math.exp(logprob))
     assert sum(expected) == pytest.approx(draws, rel=1e-4) and min(expected) > 5
     chi_square = sum((drawn[c] - e) ** 2 / e for c, e in zip(completions, expected))
     freedom = len(completions) - 1
@@ -170,7 +213,8 @@ def test_completions_come_as_often_as_the_model_says(device):
 
 
 def test_a_completion_ends_with_its_first_end_token(device):
-    model, (ids, mask) = make_model("llama", device, vocabulary=8), left_padded([2] * 64, device, vocabulary=8)
+    model = make_model("llama", device, vocabulary=8)
+    (ids, mask) = left_padded([2] * 64, device, vocabulary=8)
     tokens, kept, logprobs = sample(model, ids, mask, eos_token_ids=[2, 7], temperature=2.0)
     last = []
     for row in range(64):
@@ -205,16 +249,19 @@ def test_dropout_is_off_in_train_mode(family):
     model, (ids, mask) = make_model(family), left_padded([3, 9])
     rollout, again = sample(model.eval(), ids, mask), sample(model.train(), ids, mask)
     assert all(torch.equal(a, b) for a, b in zip(rollout, again))
-    assert torch.equal(rescored(model.train(), ids, mask, rollout), rescored(model.eval(), ids, mask, rollout))
+    in_train_mode = rescored(model.train(), ids, mask, rollout)
+    assert torch.equal(in_train_mode, rescored(model.eval(), ids, mask, rollout))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_callers_model_and_tensors_are_as_before(training):
     model, (ids, mask) = make_model("gpt2").train(training), left_padded([3, 9])
-    generation_config, before = copy.deepcopy(model.generation_config.to_dict()), (ids.clone(), mask.clone())
+    generation_config = copy.deepcopy(model.generation_config.to_dict())
+    before = (ids.clone(), mask.clone())
     rollout = sample(model, ids, mask)
     completion_logits(model, ids, mask, rollout.tokens, rollout.mask)
-    assert model.training is training and all(module.training is training for module in model.modules())
+    assert model.training is training
+    assert all(module.training is training for module in model.modules())
     assert model.generation_config.to_dict() == generation_config
     assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
 
@@ -230,14 +277,15 @@ def test_kl_of_a_policy_to_its_copy_is_zero(family, device):
     reference = copy.deepcopy(model)
     rollout = sample(model, ids, mask)
     k1 = kl_k1(rollout.logprobs, rescored(reference, ids, mask, rollout)).sum(1)
-    logits = [completion_logits(m, ids, mask, rollout.tokens, rollout.mask) for m in (model, reference)]
+    texts = (ids, mask, rollout.tokens, rollout.mask)
+    logits = [completion_logits(each, *texts) for each in (model, reference)]
     assert k1.abs().max() < 1e-5 and exact_kl(*logits, 0.7).abs().max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @families
 def test_gradient_checkpointing_changes_nothing(family):
-    """Transformers switches the cache off where it is on in train mode (C13)."""
+    """Transformers switches the cache off where checkpointing is on in train mode."""
     model, (ids, mask) = make_model(family), left_padded([3, 9])
     plain = sample(model, ids, mask)
     model.gradient_checkpointing_enable()
@@ -247,7 +295,8 @@ def test_gradient_checkpointing_changes_nothing(family):
 def test_draws_follow_the_generator(device):
     model, (ids, mask) = make_model("gpt2", device), left_padded([3, 9, 1, 6], device)
     first, again, other = (sample(model, ids, mask, seed).tokens for seed in (0, 0, 1))
-    assert torch.equal(first, again) and not (first.shape == other.shape and torch.equal(first, other))
+    assert torch.equal(first, again)
+    assert not (first.shape == other.shape and torch.equal(first, other))
     settings = dict(max_new_tokens=10, temperature=0.7, eos_token_ids=EOS, pad_token_id=PAD)
     free = []
     for seed in (0, 0, 1):
@@ -258,48 +307,60 @@ def test_draws_follow_the_generator(device):
 
 def test_samples_of_one_prompt_differ(device):
     model, ids = make_model("gpt2", device), torch.tensor([[3, 4, 5]] * 8, device=device)
-    assert len({tuple(row) for row in sample(model, ids, torch.ones_like(ids)).tokens.tolist()}) == 8
+    tokens = sample(model, ids, torch.ones_like(ids)).tokens
+    assert len({tuple(row) for row in tokens.tolist()}) == 8
 
 
 def test_logprobs_of_a_bfloat16_model_are_float32():
     model, (ids, mask) = make_model("gpt2").bfloat16(), left_padded([3, 9])
     logprobs = sample(model, ids, mask).logprobs
     assert logprobs.dtype == torch.float32
-    assert not torch.equal(logprobs, logprobs.bfloat16().float()), "a log-softmax in bfloat16, only cast afterwards"
+    in_bfloat16 = torch.equal(logprobs, logprobs.bfloat16().float())
+    assert not in_bfloat16, "a log-softmax in bfloat16, only cast afterwards"
 
 
 def test_prompt_and_completion_may_fill_the_context():
     model, (ids, mask) = make_model("gpt2"), left_padded([CONTEXT - 2, 3])
     assert sample(model, ids, mask, max_new_tokens=2, eos_token_ids=[]).tokens.shape == (2, 2)
-    with pytest.raises(ValueError, match=f"prompt of {CONTEXT - 2} tokens and max_new_tokens=3, expected at most {CONTEXT}"):
+    message = f"prompt of {CONTEXT - 2} tokens and max_new_tokens=3, expected at most {CONTEXT}"
+    with pytest.raises(ValueError, match=message):
         sample(model, ids, mask, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"max_new_tokens": 0}, "max_new_tokens=0"),
-    ({"temperature": 0.0}, "temperature=0.0"),
-    ({"temperature": -1.0}, "temperature=-1.0"),
-    ({"temperature": float("nan")}, "temperature=nan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+    ],
+)
 def test_settings_without_meaning_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         sample(make_model("gpt2"), *left_padded([3, 9]), **changes)
 
 
-@pytest.mark.parametrize("ids, mask", [
-    ([[1, 2, 0]], [[1, 1, 0]]),  # padded on the right
-    ([[1, 2], [0, 0]], [[1, 1], [0, 0]]),  # an empty prompt
-    ([[1, 2]], [[1, 1, 1]]),
-    ([1, 2], [1, 1]),
-    ([[], []], [[], []]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ids, mask",
+    [
+        ([[1, 2, 0]], [[1, 1, 0]]),  # padded on the right
+        ([[1, 2], [0, 0]], [[1, 1], [0, 0]]),  # an empty prompt
+        ([[1, 2]], [[1, 1, 1]]),
+        ([1, 2], [1, 1]),
+        ([[], []], [[], []]),
+    ],
+)
 def test_prompts_not_padded_on_the_left_are_refused(ids, mask):
     with pytest.raises(ValueError, match="pad prompts on the left"):
         sample(make_model("gpt2"), torch.tensor(ids).long(), torch.tensor(mask))
 
 
 def test_a_model_without_a_key_value_cache_is_refused():
-    """Mamba takes the cache, ignores it and forgets the prompt: log-probs of another text, without a sign."""
+    """Mamba takes the cache, ignores it and forgets the prompt.
+
+    Its log-probs would be those of another text, without a sign.
+    """
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1))
@@ -315,42 +376,61 @@ def test_an_error_leaves_each_module_in_its_mode():
     assert model.training and not model.transformer.drop.training
 
 
-# --- the fast way and its slow twin ----------------------------------------------------------------------------------
+# --- the fast way and its slow twin
 
 
 @families
 @pytest.mark.parametrize("known", [False, True])
 def test_logprobs_of_real_tokens_alone_are_those_of_full_logits(family, known, device):
-    """Values and all gradients; columns of padding on both sides, which the fast way leaves out."""
+    """Values and all gradients. Columns of padding on both sides are left out by the fast way."""
     model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 4, device, extra=2)
     drawn = sample(model, ids, mask, pad_token_id=0)
-    tokens, kept = (torch.cat([x, torch.zeros_like(x[:, :2])], 1) for x in (drawn.tokens, drawn.mask))  # and two columns more
+    tokens, kept = (torch.nn.functional.pad(x, (0, 2)) for x in (drawn.tokens, drawn.mask))
     weights = torch.randn(kept.shape, generator=torch.Generator().manual_seed(5)).to(device)
 
     def run(logprobs):
         model.zero_grad()
-        (logprobs.masked_fill(~kept, 0.0) * weights).sum().backward()
-        return logprobs.detach().masked_fill(~kept, 0.0), [p.grad.clone() for p in model.parameters()]
+        logprobs = logprobs.masked_fill(~kept, 0.0)
+        (logprobs * weights).sum().backward()
+        return logprobs.detach(), [p.grad.clone() for p in model.parameters()]
 
-    slow, slow_grads = run(token_logprobs(completion_logits(model, ids, mask, tokens, kept), tokens, 0.7))
-    fast, fast_grads = run(completion_logprobs(model, ids, mask, tokens, kept, 0.7, weights if known else None))
+    texts, known_grad = (ids, mask, tokens, kept), weights if known else None
+    slow, slow_grads = run(token_logprobs(completion_logits(model, *texts), tokens, 0.7))
+    fast, fast_grads = run(completion_logprobs(model, *texts, 0.7, known_grad))
     assert has_plain_head(model)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
     for got, want in zip(fast_grads, slow_grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    pad_token_id=0,
+)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: GPTJForCausalLM(GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, rotary_dim=4)),  # a bias
-    lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=16, final_logit_softcapping=2.0, pad_token_id=0)),
-    lambda: GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0, pad_token_id=0)),
-])  # fmt: skip
-def test_models_that_do_more_to_their_logits_take_the_slow_way(make):
+@pytest.mark.parametrize(
+    "model_class, config",
+    [
+        # a bias
+        (
+            GPTJForCausalLM,
+            GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, rotary_dim=4),
+        ),
+        # a softcap
+        (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=2.0)),
+        # a scale
+        (GraniteForCausalLM, GraniteConfig(**SIZES, logits_scaling=8.0)),
+    ],
+)
+def test_models_that_do_more_to_their_logits_take_the_slow_way(model_class, config):
     torch.manual_seed(0)
-    model = make().eval()
+    model = model_class(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     ids, mask = left_padded([3, 5])
@@ -363,13 +443,17 @@ def test_models_that_do_more_to_their_logits_take_the_slow_way(make):
 def test_rows_that_have_ended_leave_the_batch():
     model, (ids, mask) = make_model("gpt2"), left_padded([3, 9, 1, 6] * 8)
     rows = []
-    hook = model.register_forward_pre_hook(lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
     ends = [EOS, 5, 9, 11]
     drawn = sample(model, ids, mask, max_new_tokens=20, eos_token_ids=ends)
     hook.remove()
-    running = [32] + drawn.mask[:, :-1].logical_and(~torch.isin(drawn.tokens[:, :-1], torch.tensor(ends))).sum(0).tolist()
+    ended = torch.isin(drawn.tokens, torch.tensor(ends))
+    running = [32, *(drawn.mask & ~ended)[:, :-1].sum(0).tolist()]
     assert rows == sorted(rows, reverse=True) and rows[0] == 32 and rows[-1] < 16
-    assert all(run <= row and (row == run or run > 0.75 * row) for row, run in zip(rows, running, strict=True))
+    for row, run in zip(rows, running, strict=True):
+        assert run <= row and (row == run or run > 0.75 * row)
     torch.testing.assert_close(rescored(model, ids, mask, drawn), drawn.logprobs, atol=1e-5, rtol=0)
     assert (drawn.tokens[~drawn.mask] == PAD).all()
 
@@ -378,11 +462,13 @@ def test_a_row_samples_by_its_own_numbers_whatever_rows_are_beside_it():
     model, (ids, mask) = make_model("gpt2", "cpu"), left_padded([3, 9, 1, 6] * 2, "cpu")
     uniforms = draw_uniforms(8, 10, ids.device, torch.Generator().manual_seed(2))
     whole = sample(model, ids, mask, uniforms=uniforms)
-    assert torch.equal(whole.tokens, sample(model, ids, mask).tokens), "a generator of this seed draws the same"
+    by_seed = sample(model, ids, mask)
+    assert torch.equal(whole.tokens, by_seed.tokens), "a generator of this seed draws the same"
     for rows in (slice(0, 3), slice(3, 8), slice(7, 8)):
         part = sample(model, ids[rows], mask[rows], uniforms=uniforms[rows])
         width = part.tokens.shape[1]
-        assert torch.equal(part.tokens, whole.tokens[rows, :width]) and not whole.mask[rows, width:].any()
+        assert torch.equal(part.tokens, whole.tokens[rows, :width])
+        assert not whole.mask[rows, width:].any()
     with pytest.raises(ValueError, match="uniforms"):
         sample(model, ids, mask, uniforms=uniforms[:, :9])
 
@@ -390,26 +476,29 @@ def test_a_row_samples_by_its_own_numbers_whatever_rows_are_beside_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_packed_weights_and_the_buffer_give_what_transformers_gives(family, dtype):
-    """The fast twins against Linear and DynamicCache: prefill, single tokens, rows that leave, and everything put back."""
-    model, (ids, mask) = make_model(family, "cpu").eval().to(dtype), left_padded([3, 5, 2, 5], "cpu")
+    """The fast twins against Linear and DynamicCache.
+
+    They go through the prefill, single tokens and rows that leave. All is put back afterwards.
+    """
+    model = make_model(family, "cpu").eval().to(dtype)
+    (ids, mask) = left_padded([3, 5, 2, 5], "cpu")
     ids = ids.masked_fill(~mask.bool(), 0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # zero in a new model: a lost one would not show
             torch.nn.init.normal_(parameter)
     forwards = [module.forward for module in model.modules()]
     fast, slow = preallocated_cache(model.config, 12), DynamicCache(config=model.config)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
     with torch.no_grad():
         for step in range(5):
-            inputs = dict(
-                input_ids=ids, attention_mask=mask.long(), position_ids=position_ids_from_mask(mask)[:, -ids.shape[1] :]
-            )
+            positions = position_ids_from_mask(mask)[:, -ids.shape[1] :]
+            inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
             expected = model(**inputs, past_key_values=slow, use_cache=True).logits
             with packed_linears(model):
                 logits = model(**inputs, past_key_values=fast, use_cache=True).logits
                 if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
                     assert any("forward" in vars(module) for module in model.modules())
-            exact = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
-            torch.testing.assert_close(logits[:, -1], expected[:, -1], **exact)
+            torch.testing.assert_close(logits[:, -1], expected[:, -1], **tolerance)
             ids = expected[:, -1:].argmax(2)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             if step == 2:
@@ -418,25 +507,30 @@ def test_packed_weights_and_the_buffer_give_what_transformers_gives(family, dtyp
                 slow.batch_select_indices(stay)
                 ids, mask = ids[stay], mask[stay]
     assert [module.forward for module in model.modules()] == forwards
-    assert fast.layers[0].keys.shape == slow.layers[0].keys.shape and fast.layers[0].buffers[0].shape[2] == 12
+    assert fast.layers[0].keys.shape == slow.layers[0].keys.shape
+    assert fast.layers[0].buffers[0].shape[2] == 12
 
 
 @families
 def test_samples_of_one_prompt_share_its_pass_and_are_those_of_separate_passes(family, device):
-    """Repeated prompts of different lengths, not in order; the slow twin samples each row by itself."""
+    """Repeated prompts of different lengths, not in order. The slow twin samples each row alone."""
     model, (ids, mask) = make_model(family, device), left_padded([3, 5, 2], device)
     order = torch.tensor([1, 1, 0, 2, 1, 0], device=device)
     uniforms = draw_uniforms(6, 10, device, torch.Generator(device).manual_seed(4))
     widths = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     together = sample(model, ids[order], mask[order], uniforms=uniforms)
     hook.remove()
     assert widths[0] == (3, 5) and widths[1][0] > 3 and not mask.all()
     for i, row in enumerate(order):
         alone = sample(model, ids[row, None], mask[row, None], uniforms=uniforms[i, None])
         length = alone.tokens.shape[1]
-        assert torch.equal(alone.tokens[0], together.tokens[i, :length]) and together.mask[i].sum() == alone.mask.sum()
-        torch.testing.assert_close(alone.logprobs[0], together.logprobs[i, :length], rtol=1e-4, atol=1e-5)
+        assert torch.equal(alone.tokens[0], together.tokens[i, :length])
+        assert together.mask[i].sum() == alone.mask.sum()
+        logprobs = together.logprobs[i, :length]
+        torch.testing.assert_close(alone.logprobs[0], logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_change_between_samplings_are_seen():
@@ -447,12 +541,13 @@ def test_weights_that_change_between_samplings_are_seen():
             parameter.mul_(1.5)
     after = sample(model, ids, mask)
     assert not torch.equal(before.logprobs[:, :1], after.logprobs[:, :1])
-    torch.testing.assert_close(rescored(model, ids, mask, after), after.logprobs, rtol=1e-4, atol=1e-4)
+    again = rescored(model, ids, mask, after)
+    torch.testing.assert_close(again, after.logprobs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_decoding_with_fixed_shapes_samples_as_the_loop_does(family, attention, device, monkeypatch):
+def test_decoding_with_fixed_shapes_samples_as_the_loop(family, attention, device, monkeypatch):
     """What a CUDA graph replays, against the loop that grows its mask and lets rows leave."""
     model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 3, device)
     model.set_attn_implementation(attention)
@@ -485,11 +580,99 @@ def test_only_a_gpu_and_plain_layers_decode_with_fixed_shapes():
     assert not can_be_fixed(model, cache)
 
     def on_gpu(model):
-        return SimpleNamespace(device=torch.device("cuda"), config=model.config, forward=model.forward)
+        device = torch.device("cuda")
+        return SimpleNamespace(device=device, config=model.config, forward=model.forward)
 
     assert can_be_fixed(on_gpu(model), cache)
-    assert not can_be_fixed(on_gpu(bloom), preallocated_cache(bloom.config, 12)), (
-        "its positions come from a mask of two dimensions"
-    )
+    # Bloom's positions come from a mask of two dimensions.
+    assert not can_be_fixed(on_gpu(bloom), preallocated_cache(bloom.config, 12))
     cache.layers[0] = DynamicCache(config=model.config).layers[0]
     assert not can_be_fixed(on_gpu(model), cache)
+
+
+# --- the plain twins
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def twins(request, device):
+    """A model in training mode (dropout must not act), prompts padded on the left, uniforms."""
+    model = make_model(request.param, device).train()
+    ids = torch.randint(3, VOCABULARY, (6, 7), device=device)
+    pads = torch.tensor([0, 4, 6, 2, 4, 1], device=device)
+    mask = torch.arange(7, device=device) >= pads[:, None]
+    ids = ids.masked_fill(~mask, PAD)
+    ids[4], mask[4] = ids[1], mask[1]  # the fast way shares the pass of equal prompts
+    return model, ids, mask, draw_uniforms(6, 9, device, torch.Generator(device).manual_seed(1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_plain_and_fast_sampling_draw_the_same_tokens(twins, temperature):
+    model, ids, mask, uniforms = twins
+    settings = dict(uniforms=uniforms, temperature=temperature, eos_token_ids=[EOS, 5, 6])
+    tokens, real = plain_sample(model, ids, mask, **settings)
+    fast = generate(model, ids, mask, max_new_tokens=9, pad_token_id=0, **settings)
+    assert torch.equal(tokens, fast.tokens) and torch.equal(real, fast.mask)
+    lengths = real.sum(1)
+    assert lengths.min() < lengths.max() == tokens.shape[1], "the case needs rows that end early"
+    assert (tokens[~real] == 0).all() and model.training
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_plain_and_fast_logprobs_and_gradients_are_equal(twins, temperature):
+    model, ids, mask, uniforms = twins
+    tokens, real = plain_sample(
+        model, ids, mask, uniforms=uniforms, temperature=temperature, eos_token_ids=[EOS, 5, 6]
+    )
+    garbage = tokens.masked_fill(~real, PAD)
+    weights = torch.randn(real.shape, device=ids.device)
+    results = []
+    for function in (sequence_logprobs, completion_logprobs):
+        model.zero_grad()
+        logprobs = function(model, ids, mask, garbage, real, temperature)
+        (logprobs * weights).sum().backward()
+        results.append([logprobs.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert (logprobs[~real] == 0).all() and logprobs.dtype == torch.float32
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fast, rtol=1e-5, atol=1e-5)
+
+
+def test_plain_logprobs_are_those_of_each_row_alone(twins):
+    """Without padding, one row at a time, in float64: what both ways are held to."""
+    model, ids, mask, uniforms = twins
+    tokens, real = plain_sample(
+        model, ids, mask, uniforms=uniforms, temperature=0.7, eos_token_ids=EOS
+    )
+    got = sequence_logprobs(model, ids, mask, tokens, real, 0.7)
+    model.eval()
+    for row in range(len(ids)):
+        prompt, completion = ids[row][mask[row]], tokens[row][real[row]]
+        logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = (logits.double() / 0.7).log_softmax(1)
+        expected = expected[torch.arange(len(completion)), completion]
+        torch.testing.assert_close(got[row][real[row]].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_plain_samples_have_the_frequencies_of_the_softmax(device):
+    """20,000 draws of one token, against the probabilities of a bare forward."""
+    model = make_model("gpt2", device)
+    prompt = torch.tensor([[3, 4, 5]], device=device)
+    count = 20_000
+    uniforms = torch.rand(count, 1, device=device, dtype=torch.double)
+    ids = prompt.expand(count, 3)
+    tokens, _ = plain_sample(
+        model, ids, torch.ones_like(ids), uniforms=uniforms, temperature=0.7, eos_token_ids=EOS
+    )
+    expected = (model(prompt).logits[0, -1] / 0.7).softmax(0)
+    share = torch.bincount(tokens[:, 0], minlength=VOCABULARY) / count
+    error = (expected * (1 - expected) / count).sqrt()
+    assert ((share - expected).abs() < 4.5 * error + 1e-9).all()
+
+
+def test_uniforms_at_both_ends_draw_tokens_that_can_be_drawn(device):
+    model = make_model("llama", device)
+    ids = torch.tensor([[3, 4], [3, 4]], device=device)
+    uniforms = torch.tensor([[0.0], [1 - 2**-53]], device=device, dtype=torch.double)
+    tokens, _ = plain_sample(
+        model, ids, torch.ones_like(ids), uniforms=uniforms, temperature=1.0, eos_token_ids=EOS
+    )
+    assert tokens.flatten().tolist() == [0, VOCABULARY - 1]

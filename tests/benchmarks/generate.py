@@ -1,8 +1,11 @@
-"""Sampling 16 completions of 64 tokens from prompts of 32: rollout.generate against model.generate of transformers.
+"""Sampling 16 completions of 64 tokens from prompts of 32.
+
+rollout.generate against model.generate of transformers.
 
     python tests/benchmarks/generate.py --shape M
 
-"early" lets rows end: an eighth of the vocabulary are end tokens, so a completion has 8 tokens on average.
+"early" lets rows end: an eighth of the vocabulary are end tokens, so a completion has 8 tokens on
+average.
 """
 
 import time
@@ -34,8 +37,8 @@ def ours(model, ids, mask, ends) -> int:
     """rollout.generate."""
     from minalign.rollout import generate
 
-    rollout = generate(model, ids, mask, max_new_tokens=NEW, temperature=1.0, eos_token_ids=ends, pad_token_id=0)
-    return int(rollout.mask.sum())
+    how = dict(max_new_tokens=NEW, temperature=1.0, eos_token_ids=ends, pad_token_id=0)
+    return int(generate(model, ids, mask, **how).mask.sum())
 
 
 def theirs(model, ids, mask, ends) -> int:
@@ -44,17 +47,21 @@ def theirs(model, ids, mask, ends) -> int:
 
     from minalign.logprobs import completion_mask
 
+    how = dict(do_sample=True, top_k=0, max_new_tokens=NEW, eos_token_id=ends, pad_token_id=0)
     with torch.no_grad():
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW, eos_token_id=ends, pad_token_id=0
-        )
+        out = model.generate(input_ids=ids, attention_mask=mask, **how)
     return int(completion_mask(out[:, PROMPT:], ends).sum())
 
 
 if __name__ == "__main__":
-    compare(__file__, __doc__, {
+    sides = {
         "ours": lambda shape: run(shape, ours, False),
         "HF generate": lambda shape: run(shape, theirs, False),
         "ours, early": lambda shape: run(shape, ours, True),
         "HF generate, early": lambda shape: run(shape, theirs, True),
-    }, flops=lambda shape: forward_flops(shape, ROWS * (PROMPT + NEW), ROWS * NEW))  # fmt: skip
+    }
+
+    def flops(shape):
+        return forward_flops(shape, ROWS * (PROMPT + NEW), ROWS * NEW)
+
+    compare(__file__, __doc__, sides, flops=flops)

@@ -1,10 +1,13 @@
-"""Token log-probs with backward, 8 x 512 tokens: full logits against token_logprobs_from_hidden, and the products alone.
+"""Token log-probs with backward, 8 x 512 tokens.
+
+Full logits against token_logprobs_from_hidden, and the products alone.
 
     python tests/benchmarks/logprobs.py --shape M           width 576, vocabulary 49152
 
 "floor" is what no way can avoid: hidden @ weight.T once, and the two products of the backward pass.
 """
 
+import functools
 import time
 
 from side_by_side import SHAPES, compare, peak, report
@@ -13,7 +16,10 @@ ROWS, TOKENS, REPEATS = 8, 512, 3
 
 
 def run(shape: str, method) -> None:
-    """Time `method(hidden, weight, tokens, grad)`, which returns the log-probs after their backward pass."""
+    """Time `method(hidden, weight, tokens, grad)`.
+
+    It returns the log-probs after their backward pass.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -27,14 +33,10 @@ def run(shape: str, method) -> None:
         began = time.monotonic()
         logprobs = method(hidden, weight, tokens, grad)
         seconds.append(time.monotonic() - began)
-    facts = (
-        {}
-        if logprobs is None
-        else {
-            "loss": round((logprobs.detach() * grad).sum().item(), 2),
-            "gradient": round(weight.grad.norm().item(), 2),
-        }
-    )
+    facts = {}
+    if logprobs is not None:
+        facts["loss"] = round((logprobs.detach() * grad).sum().item(), 2)
+        facts["gradient"] = round(weight.grad.norm().item(), 2)
     report(seconds, peak() - before, **facts)
 
 
@@ -51,7 +53,8 @@ def chunked(hidden, weight, tokens, grad, known=False):
     """token_logprobs_from_hidden."""
     from minalign.logprobs import token_logprobs_from_hidden
 
-    logprobs = token_logprobs_from_hidden(hidden, weight, tokens, known_grad=grad if known else None)
+    known_grad = grad if known else None
+    logprobs = token_logprobs_from_hidden(hidden, weight, tokens, known_grad=known_grad)
     logprobs.backward(grad)
     return logprobs
 
@@ -63,14 +66,16 @@ def floor(hidden, weight, tokens, grad):
     with torch.no_grad():
         for h in hidden.flatten(0, 1).split(1024):
             logits = h @ weight.T
-            logits @ weight
-            logits.T @ h
+            torch.matmul(logits, weight)
+            torch.matmul(logits.T, h)
 
 
 if __name__ == "__main__":
-    compare(__file__, __doc__, {
+    with_known_gradient = functools.partial(chunked, known=True)
+    sides = {
         "full logits": lambda shape: run(shape, full),
         "from hidden": lambda shape: run(shape, chunked),
-        "from hidden, gradient known": lambda shape: run(shape, lambda *a: chunked(*a, known=True)),
+        "from hidden, gradient known": lambda shape: run(shape, with_known_gradient),
         "floor": lambda shape: run(shape, floor),
-    }, first="full logits")  # fmt: skip
+    }
+    compare(__file__, __doc__, sides, first="full logits")

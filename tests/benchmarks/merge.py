@@ -1,10 +1,12 @@
-"""Merging two saved models of 135 million float32 parameters with their init: ours, mergekit's nuslerp, and reading and writing alone.
+"""Merging two saved models of 135 million float32 parameters with their init.
+
+Ours, mergekit's nuslerp, and reading and writing alone.
 
     pip install mergekit && python tests/benchmarks/merge.py --shape M
 
-mergekit's nuslerp is spherical interpolation of task vectors, too, but of a row or a tensor, not of a layer: the work is alike, the
-result is not.
-"read and write" loads the inputs through safetensors and saves one of them: what no merge can avoid.
+mergekit's nuslerp is spherical interpolation of task vectors, too, but of a row or a tensor, not of
+a layer. The work is alike, the result is not. "read and write" loads the inputs through safetensors
+and saves one of them: what no merge can avoid.
 """
 
 import contextlib
@@ -39,10 +41,10 @@ def inputs(shape: str, count: int) -> list[str]:
 
 
 def ours(shape: str, count: int) -> None:
-    """python -m minalign.merge, without its start-up."""
+    """python -m minalign merge, without its start-up."""
     import torch  # noqa: F401
 
-    from minalign import merge_folders
+    from minalign.tools import merge as merge_folders
 
     init, *models = inputs(shape, count)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,10 +61,9 @@ def mergekit(shape: str, count: int) -> None:
     from mergekit.merge import MergeOptions, run_merge
 
     init, *models = inputs(shape, count)
-    config = MergeConfiguration.model_validate({
-        "merge_method": "nuslerp", "base_model": init, "dtype": "float32",
-        "models": [{"model": model, "parameters": {"weight": 0.5}} for model in models],
-    })  # fmt: skip
+    merged = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    given = {"merge_method": "nuslerp", "base_model": init, "dtype": "float32", "models": merged}
+    config = MergeConfiguration.model_validate(given)
     with tempfile.TemporaryDirectory() as folder:
         before, began = peak(), time.monotonic()
         run_merge(config, f"{folder}/merged", MergeOptions(quiet=True))
@@ -84,6 +85,13 @@ def read_and_write(shape: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    compare(__file__, __doc__, {
-        "ours": lambda shape: ours(shape, 2), "mergekit": lambda shape: mergekit(shape, 2), "read and write": lambda shape: read_and_write(shape, 2),
-    }, bytes_moved=lambda shape: 4 * (FOLDER / f"{shape}-0" / "model.safetensors").stat().st_size)  # fmt: skip
+    sides = {
+        "ours": lambda shape: ours(shape, 2),
+        "mergekit": lambda shape: mergekit(shape, 2),
+        "read and write": lambda shape: read_and_write(shape, 2),
+    }
+
+    def bytes_moved(shape):
+        return 4 * (FOLDER / f"{shape}-0" / "model.safetensors").stat().st_size
+
+    compare(__file__, __doc__, sides, bytes_moved=bytes_moved)

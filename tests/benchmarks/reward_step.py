@@ -1,10 +1,13 @@
-"""Reward-model steps on 8 pairs of log-normal lengths (mean about 120 tokens, at most 512): train_rm.py against TRL's trainer.
+"""Reward-model steps on 8 pairs of log-normal lengths (mean about 120 tokens, at most 512).
+
+train_rm.py against TRL's trainer.
 
     pip install trl && python tests/benchmarks/reward_step.py --shape S
 
-Two epochs of the same 48 pairs, the second one timed, so that all sides see the same tokens; heads start alike, and the learning
-rate is next to nothing, so that "loss", the first epoch's mean, shows that they compute the same. "TRL" is RewardTrainer at its
-defaults; "TRL, sorted" gets the pairs in order of length and does not recompute activations: its best setting here.
+Two epochs of the same 48 pairs, the second one timed, so that all sides see the same tokens. Heads
+start alike, and the learning rate is next to nothing, so that "loss", the first epoch's mean, shows
+that they compute the same. "TRL" is RewardTrainer at its defaults. "TRL, sorted" gets the pairs in
+order of length and does not recompute activations: its best setting here.
 """
 
 import json
@@ -15,11 +18,14 @@ from pathlib import Path
 
 from side_by_side import compare, forward_flops, make_model, peak, report
 
-PAIRS, EPOCH = 8, 6  # a batch, steps
+PAIRS, EPOCH = 8, 6  # pairs per batch, steps per epoch
 
 
 def save_start(shape: str, folder: Path) -> int:
-    """A sequence classifier whose head is not zero, and its tokenizer, into `folder`; the size of its vocabulary."""
+    """A sequence classifier whose head is not zero, and its tokenizer, into `folder`.
+
+    Returns the size of its vocabulary.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -33,14 +39,15 @@ def save_start(shape: str, folder: Path) -> int:
 
 
 def pairs(count: int, vocabulary: int) -> list[dict[str, str]]:
-    """Texts of random words, the chosen ones of smaller numbers, so that there is something to learn."""
+    """Texts of random words, the chosen ones of smaller numbers: there is something to learn."""
     rng = random.Random(0)
 
     def text(low, high):
         length = min(510, max(8, round(rng.lognormvariate(4.6, 0.6))))
         return " ".join(f"w{rng.randrange(low, high)}" for _ in range(length))
 
-    return [{"chosen": text(4, vocabulary // 2), "rejected": text(vocabulary // 2, vocabulary)} for _ in range(count)]
+    half = vocabulary // 2
+    return [{"chosen": text(4, half), "rejected": text(half, vocabulary)} for _ in range(count)]
 
 
 def ours(shape: str) -> None:
@@ -48,27 +55,31 @@ def ours(shape: str) -> None:
     import torch
 
     import train_rm
+    from minalign.running.run import Run
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rows = pairs(EPOCH * PAIRS, save_start(shape, folder / "model"))
         (folder / "data").mkdir()
         for split, part in (("train", rows), ("test", [{"chosen": "w5", "rejected": "w6"}])):
-            (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-        config = train_rm.resolve(train_rm.Config(
-            model=str(folder / "model"), dataset=str(folder / "data"), eval_split="test", batch_size=PAIRS, steps=2 * EPOCH + 1,
-            lr=1e-12, center_coef=0.0,
-        ))  # fmt: skip
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            (folder / "data" / f"{split}.jsonl").write_text(lines)
+        # The step after the second epoch is there because the last one evaluates and saves.
+        sizes = dict(batch_size=PAIRS, steps=2 * EPOCH + 1, lr=1e-12, center_coef=0.0)
+        data = dict(dataset=str(folder / "data"), eval_split="test")
+        config = train_rm.Config(model=str(folder / "model"), **data, **sizes)
+        config = train_rm.resolve(config)
         before = peak()
-        train_rm.train(config, folder, torch.device("cpu"), torch.float32)
+        run = Run(folder, config, torch.device("cpu"), torch.float32)
+        train_rm.train(run, *train_rm.load(config, run.device))
         steps = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-    seconds, loss = [step["seconds"] for step in steps], sum(step["loss"] for step in steps[:EPOCH]) / EPOCH
-    # The step after the second epoch is there because the last one evaluates and saves.
-    report([(seconds[2 * EPOCH - 1] - seconds[EPOCH - 1]) / EPOCH], peak() - before, words=words(rows), loss=round(loss, 4))
+    seconds = (steps[2 * EPOCH - 1]["seconds"] - steps[EPOCH - 1]["seconds"]) / EPOCH
+    loss = round(sum(step["loss"] for step in steps[:EPOCH]) / EPOCH, 4)
+    report([seconds], peak() - before, words=words(rows), loss=loss)
 
 
 def words(rows) -> int:
-    """All that a side reads in an epoch."""
+    """All that a side reads per epoch."""
     return sum(len(text.split()) for row in rows for text in row.values())
 
 
@@ -86,22 +97,30 @@ def trl(shape: str, best: bool = False) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = save_start(shape, Path(folder) / "model")
-        settings = {"train_sampling_strategy": "sequential", "gradient_checkpointing": False} if best else {}
+        settings = {}
+        if best:
+            settings = {"train_sampling_strategy": "sequential", "gradient_checkpointing": False}
         config = RewardConfig(
-            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=512, learning_rate=1e-12,
-            logging_steps=1, max_steps=2 * EPOCH + 1,
-            report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, **settings,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=PAIRS,
+            max_length=512,
+            learning_rate=1e-12,
+            logging_steps=1,
+            max_steps=2 * EPOCH + 1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            **settings,
+        )
         rows = pairs(EPOCH * PAIRS, vocabulary)
         if best:
             rows.sort(key=lambda row: max(len(text.split()) for text in row.values()))
         before = peak()
-        trainer = RewardTrainer(
-            f"{folder}/model",
-            args=config,
-            train_dataset=Dataset.from_list([{key: f"<s> {text} </s>" for key, text in row.items()} for row in rows]),
-            callbacks=[Clock()],
-        )
+        data = [{key: f"<s> {text} </s>" for key, text in row.items()} for row in rows]
+        parts = dict(args=config, train_dataset=Dataset.from_list(data), callbacks=[Clock()])
+        trainer = RewardTrainer(f"{folder}/model", **parts)
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row][:EPOCH]
     loss = round(sum(losses) / EPOCH, 4)
@@ -109,6 +128,9 @@ def trl(shape: str, best: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    compare(__file__, __doc__, {
-        "ours": ours, "TRL": trl, "TRL, sorted": lambda shape: trl(shape, best=True),
-    }, flops=lambda shape: 3 * forward_flops(shape, words(pairs(EPOCH * PAIRS, 4096)) // EPOCH, 0))  # fmt: skip
+    sides = {"ours": ours, "TRL": trl, "TRL, sorted": lambda shape: trl(shape, best=True)}
+
+    def flops(shape):
+        return 3 * forward_flops(shape, words(pairs(EPOCH * PAIRS, 4096)) // EPOCH, 0)
+
+    compare(__file__, __doc__, sides, flops=flops)

@@ -1,7 +1,8 @@
-"""What the benchmarks share: shapes, and runs of ours and the peer in turn, each in a fresh process.
+"""What the benchmarks share: shapes, and runs of ours and the peer in turn.
 
-A benchmark file runs itself with `--once NAME SHAPE`; such a run prints one line of JSON: seconds (the median of its steps, the
-first left out), peak (bytes above what the imports took) and whatever shows that both did the same work.
+Each run is a fresh process: a benchmark file runs itself with `--once NAME --shape SHAPE`. Such a
+run prints one line of JSON: seconds (the median of its steps, the first left out), peak (bytes
+above what the imports took) and whatever shows that both did the same work.
 """
 
 import argparse
@@ -17,13 +18,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 SHAPES = {  # S: small enough to repeat often; M: SmolLM2-135M
-    "S": dict(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4),
-    "M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3),
-}  # fmt: skip
+    "S": dict(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
+    "M": dict(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    ),
+}
 
 
 def make_model(shape: str):
-    """A Llama with random weights and a tokenizer of one word an id."""
+    """A Llama with random weights and a tokenizer of one word per id."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,22 +46,26 @@ def make_model(shape: str):
     torch.manual_seed(0)
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     words = [*special.values(), *(f"w{i}" for i in range(4, SHAPES[shape]["vocab_size"]))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return LlamaForCausalLM(
-        LlamaConfig(**SHAPES[shape], **ids, tie_word_embeddings=True, max_position_embeddings=2048)
-    ), tokenizer
+    other = dict(tie_word_embeddings=True, max_position_embeddings=2048)
+    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], **ids, **other)), tokenizer
 
 
 def end_often_(model, chance: float = 1 / 16) -> None:
-    """Change a random model's weights so that token 2, the end, comes with about this chance: completions of 16 tokens."""
+    """Change a random model's weights so that token 2, the end, comes with about this chance.
+
+    With 1/16 completions have 16 tokens.
+    """
     import torch
 
     embedding = model.get_input_embeddings().weight.data
     shift = torch.randn(embedding.shape[1]) / embedding.shape[1] ** 0.5
-    embedding += shift  # now every hidden state has a part along `shift`, and every logit the same constant
+    # now every hidden state has a part along `shift`, and every logit the same constant
+    embedding += shift
     with torch.no_grad():
         hidden = model.base_model(torch.arange(4, 68)[None]).last_hidden_state[0]
         others = (hidden @ embedding.T).logsumexp(1).mean()
@@ -61,20 +80,29 @@ def peak() -> int:
 
 def report(seconds: list[float], memory: int, **facts) -> None:
     """The line of JSON of one run."""
-    print("RESULT " + json.dumps({"seconds": statistics.median(seconds[1:] or seconds), "peak": memory, **facts}))
+    middle = statistics.median(seconds[1:] or seconds)
+    print("RESULT " + json.dumps({"seconds": middle, "peak": memory, **facts}))
 
 
 def forward_flops(shape: str, tokens: int, predicted: int) -> int:
-    """Multiplications and additions of the matrix products of one forward pass with logits for `predicted` of the tokens."""
+    """Multiplications and additions of the matrix products of one forward pass.
+
+    With logits for `predicted` of the tokens.
+    """
     sizes = SHAPES[shape]
     width, head = sizes["hidden_size"], sizes["hidden_size"] // sizes["num_attention_heads"]
     attention = 2 * width**2 + 2 * width * head * sizes["num_key_value_heads"]
     layer = attention + 3 * width * sizes["intermediate_size"]
-    return 2 * (sizes["num_hidden_layers"] * layer * tokens + sizes["vocab_size"] * width * predicted)
+    body = sizes["num_hidden_layers"] * layer * tokens
+    return 2 * (body + sizes["vocab_size"] * width * predicted)
 
 
 def rates() -> tuple[float, float]:
-    """Measured on this machine: float32 operations a second of large matrix products, and bytes a second of a copy (read + written)."""
+    """Measured on this machine.
+
+    float32 operations per second of large matrix products, and bytes per second of a copy (read +
+    written).
+    """
     import torch
 
     a, b, big = torch.randn(1024, 1024), torch.randn(1024, 1024), torch.randn(2**26)
@@ -87,12 +115,17 @@ def rates() -> tuple[float, float]:
     return 2 * 1024**3 / statistics.median(seconds[0]), 8 * 2**26 / statistics.median(seconds[1])
 
 
-def compare(file: str, description: str, once: dict, first: str = "ours", flops=None, bytes_moved=None) -> None:
-    """Parse the command line; run one side, or all of them in turn and print ratios to `first` with their range.
+def compare(
+    file: str, description: str, once: dict, first: str = "ours", flops=None, bytes_moved=None
+) -> None:
+    """Parse the command line, and run one side, or all of them in turn.
 
-    `flops` and `bytes_moved` (shape -> number) are what the work cannot do without: the floor that is printed.
+    Then ratios to `first` are printed, with their range. `flops` and `bytes_moved` (shape ->
+    number) are what the work cannot do without: the floor that is printed.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, in turn")
     parser.add_argument("--once", choices=once, help=argparse.SUPPRESS)
@@ -112,18 +145,22 @@ def compare(file: str, description: str, once: dict, first: str = "ours", flops=
     import torch
     import transformers
 
-    print(f"shape {arguments.shape}, {arguments.rounds} rounds, {platform.machine()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+    print(
+        f"shape {arguments.shape}, {arguments.rounds} rounds, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
     for name, results in runs.items():
         peer = first + ", early" * name.endswith("early")
         ratios = sorted(r["seconds"] / ours["seconds"] for r, ours in zip(results, runs[peer]))
         middle = statistics.median(r["seconds"] for r in results)
         memory = statistics.median(r["peak"] for r in results)
         facts = {key: value for key, value in results[0].items() if key not in ("seconds", "peak")}
-        print(
-            f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {statistics.median(ratios):5.2f} x {peer} [{ratios[0]:.2f}, {ratios[-1]:.2f}]  {facts}"
-        )
+        ratio = f"{statistics.median(ratios):5.2f} x {peer} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        print(f"{name:28} {middle:8.3f} s  {memory / 2**20:7.0f} MiB  {ratio}  {facts}")
     work = {"operations": flops, "bytes": bytes_moved}
     for (kind, amount), rate in zip(work.items(), rates()):
         if amount:
-            print(f"floor: {amount(arguments.shape):.3g} {kind} at {rate:.3g} a second: {amount(arguments.shape) / rate:.3f} s")
+            needed = amount(arguments.shape)
+            per_second = f"{kind} at {rate:.3g} per second"
+            print(f"floor: {needed:.3g} {per_second}: {needed / rate:.3f} s")

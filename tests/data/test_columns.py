@@ -1,4 +1,7 @@
-"""Pairs and prompts: every form of data reads alike, bad rows are named, and what one script holds out no other trains on."""
+"""Pairs and prompts: every form of data reads alike, and bad rows are named.
+
+What one script holds out, no other trains on.
+"""
 
 import gzip
 import json
@@ -9,10 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from messages import assistant, system, user
 
-from minalign.chat import first_turn, to_text
-from minalign.common import UserError
-from minalign.data import Pair, RatedPairs, Split, held_out, load_pairs, load_prompts
+from minalign.data.chat import first_turn, to_text
+from minalign.data.columns import Pair
+from minalign.data.pairs import RatedPairs, load_pairs
+from minalign.data.prompts import load_prompts
+from minalign.data.splits import Split, held_out
+from minalign.running.errors import UserError
 
 datasets = pytest.importorskip("datasets")  # the one package that a GPU machine may lack
 
@@ -23,82 +30,134 @@ def no_traces_in_the_home_folder(tmp_path_factory, monkeypatch):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
-USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
-SYSTEM = lambda text: {"role": "system", "content": text}
-
-# --- forms of pairs --------------------------------------------------------------------------------------------------
+# --- forms of pairs
 
 HH = "\n\nHuman: Why {n}?\n\nAssistant: How so?\n\nHuman: Just so.\n\nAssistant:"
-HH_TURNS = [USER("Why {n}?"), ASSISTANT("How so?"), USER("Just so.")]
+HH_TURNS = [user("Why {n}?"), assistant("How so?"), user("Just so.")]
 TAGGED = "Why {n}?\n<extra_id_1>Assistant\nHow so?\n<extra_id_1>User\nJust so."
-ASKED, TALK = [USER("Why {n}?")], "\n\nHuman: Why {n}?\n\nAssistant:"
+ASKED, TALK = [user("Why {n}?")], "\n\nHuman: Why {n}?\n\nAssistant:"
 
 # row, with {n} for its number -> the pair as text, and as chat
 FORMS = {
     "no prompt": (
         {"chosen": "Good {n}.", "rejected": "Bad {n}."},
-        Pair("", "Good {n}.", "Bad {n}."), Pair("", "Good {n}.", "Bad {n}."),
+        Pair("", "Good {n}.", "Bad {n}."),
+        Pair("", "Good {n}.", "Bad {n}."),
     ),
     "text": (
         {"prompt": "Why {n}?", "chosen": " Good {n}.", "rejected": " Bad {n}."},
-        Pair("Why {n}?", " Good {n}.", " Bad {n}."), Pair(ASKED, "Good {n}.", "Bad {n}."),
+        Pair("Why {n}?", " Good {n}.", " Bad {n}."),
+        Pair(ASKED, "Good {n}.", "Bad {n}."),
     ),
     "empty prompt, margin": (
         {"prompt": "", "chosen": "Good {n}.", "rejected": "Bad {n}.", "margin": 2},
-        Pair("", "Good {n}.", "Bad {n}.", None, None, 2.0), Pair("", "Good {n}.", "Bad {n}.", None, None, 2.0),
+        Pair("", "Good {n}.", "Bad {n}.", None, None, 2.0),
+        Pair("", "Good {n}.", "Bad {n}.", None, None, 2.0),
     ),
     "rated text": (
-        {"prompt": "Why {n}?", "chosen": " Good {n}.", "rejected": " Bad {n}.", "rating_chosen": 5, "rating_rejected": 2.5},
-        Pair("Why {n}?", " Good {n}.", " Bad {n}.", 5.0, 2.5), Pair(ASKED, "Good {n}.", "Bad {n}.", 5.0, 2.5),
+        {
+            "prompt": "Why {n}?",
+            "chosen": " Good {n}.",
+            "rejected": " Bad {n}.",
+            "rating_chosen": 5,
+            "rating_rejected": 2.5,
+        },
+        Pair("Why {n}?", " Good {n}.", " Bad {n}.", 5.0, 2.5),
+        Pair(ASKED, "Good {n}.", "Bad {n}.", 5.0, 2.5),
     ),
     "HelpSteer": (  # one user's turn that holds all turns
-        {"prompt": TAGGED, "chosen": [USER(TAGGED), ASSISTANT("Good {n}.")], "rejected": [USER(TAGGED), ASSISTANT("Bad {n}.")],
-         "chosen_rating": 4, "rejected_rating": 1},
-        Pair(HH, " Good {n}.", " Bad {n}.", 4.0, 1.0), Pair(HH_TURNS, "Good {n}.", "Bad {n}.", 4.0, 1.0),
+        {
+            "prompt": TAGGED,
+            "chosen": [user(TAGGED), assistant("Good {n}.")],
+            "rejected": [user(TAGGED), assistant("Bad {n}.")],
+            "chosen_rating": 4,
+            "rejected_rating": 1,
+        },
+        Pair(HH, " Good {n}.", " Bad {n}.", 4.0, 1.0),
+        Pair(HH_TURNS, "Good {n}.", "Bad {n}.", 4.0, 1.0),
     ),
     "HelpSteer as text": (
         {"prompt": TAGGED, "chosen": "Good {n}.", "rejected": "Bad {n}."},
-        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+        Pair(HH, " Good {n}.", " Bad {n}."),
+        Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
     ),
     "UltraFeedback": (  # the prompt is in the messages
-        {"chosen": [*ASKED, ASSISTANT("Good {n}.")], "rejected": [*ASKED, ASSISTANT("Bad {n}.")], "score_chosen": 8.5, "score_rejected": 3},
-        Pair(TALK, " Good {n}.", " Bad {n}.", 8.5, 3.0), Pair(ASKED, "Good {n}.", "Bad {n}.", 8.5, 3.0),
+        {
+            "chosen": [*ASKED, assistant("Good {n}.")],
+            "rejected": [*ASKED, assistant("Bad {n}.")],
+            "score_chosen": 8.5,
+            "score_rejected": 3,
+        },
+        Pair(TALK, " Good {n}.", " Bad {n}.", 8.5, 3.0),
+        Pair(ASKED, "Good {n}.", "Bad {n}.", 8.5, 3.0),
     ),
     "UltraFeedback, prompt and messages": (
-        {"prompt": "Why {n}?", "prompt_id": "x", "messages": [*ASKED, ASSISTANT("Good {n}.")],
-         "chosen": [*ASKED, ASSISTANT("Good {n}.")], "rejected": [*ASKED, ASSISTANT("Bad {n}.")], "chosen_score": 1, "rejected_score": 2},
-        Pair(TALK, " Good {n}.", " Bad {n}.", 1.0, 2.0), Pair(ASKED, "Good {n}.", "Bad {n}.", 1.0, 2.0),
+        {
+            "prompt": "Why {n}?",
+            "prompt_id": "x",
+            "messages": [*ASKED, assistant("Good {n}.")],
+            "chosen": [*ASKED, assistant("Good {n}.")],
+            "rejected": [*ASKED, assistant("Bad {n}.")],
+            "chosen_score": 1,
+            "rejected_score": 2,
+        },
+        Pair(TALK, " Good {n}.", " Bad {n}.", 1.0, 2.0),
+        Pair(ASKED, "Good {n}.", "Bad {n}.", 1.0, 2.0),
     ),
     "system turn": (
-        {"chosen": [SYSTEM("Short."), *ASKED, ASSISTANT("Good {n}.")], "rejected": [SYSTEM("Short."), *ASKED, ASSISTANT("Bad {n}.")]},
-        Pair("\n\nSystem: Short." + TALK, " Good {n}.", " Bad {n}."), Pair([SYSTEM("Short."), *ASKED], "Good {n}.", "Bad {n}."),
+        {
+            "chosen": [system("Short."), *ASKED, assistant("Good {n}.")],
+            "rejected": [system("Short."), *ASKED, assistant("Bad {n}.")],
+        },
+        Pair("\n\nSystem: Short." + TALK, " Good {n}.", " Bad {n}."),
+        Pair([system("Short."), *ASKED], "Good {n}.", "Bad {n}."),
     ),
     "prompt as messages": (
-        {"prompt": HH_TURNS, "chosen": [ASSISTANT("Good {n}.")], "rejected": [ASSISTANT("Bad {n}.")]},
-        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+        {
+            "prompt": HH_TURNS,
+            "chosen": [assistant("Good {n}.")],
+            "rejected": [assistant("Bad {n}.")],
+        },
+        Pair(HH, " Good {n}.", " Bad {n}."),
+        Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
     ),
     "prompt as messages, answers as text": (
         {"prompt": HH_TURNS, "chosen": "Good {n}.", "rejected": "Bad {n}."},
-        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+        Pair(HH, " Good {n}.", " Bad {n}."),
+        Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
     ),
     "prompt as text, answers as messages": (
-        {"prompt": "Why {n}?", "chosen": [ASSISTANT("Good {n}.")], "rejected": [ASSISTANT("Bad {n}.")]},
-        Pair(TALK, " Good {n}.", " Bad {n}."), Pair(ASKED, "Good {n}.", "Bad {n}."),
+        {
+            "prompt": "Why {n}?",
+            "chosen": [assistant("Good {n}.")],
+            "rejected": [assistant("Bad {n}.")],
+        },
+        Pair(TALK, " Good {n}.", " Bad {n}."),
+        Pair(ASKED, "Good {n}.", "Bad {n}."),
     ),
     "hh-rlhf": (
         {"chosen": HH + " Good {n}.", "rejected": HH + " Bad {n}."},
-        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+        Pair(HH, " Good {n}.", " Bad {n}."),
+        Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
     ),
     "prompt in the text of hh-rlhf": (
         {"prompt": HH, "chosen": " Good {n}.", "rejected": " Bad {n}."},
-        Pair(HH, " Good {n}.", " Bad {n}."), Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
+        Pair(HH, " Good {n}.", " Bad {n}."),
+        Pair(HH_TURNS, "Good {n}.", "Bad {n}."),
     ),
-}  # fmt: skip
-WITH_MESSAGES = [name for name, (row, *_) in FORMS.items() if any(isinstance(value, list) for value in row.values())]
+}
+
+
+def has_messages(row):
+    return any(isinstance(value, list) for value in row.values())
+
+
+WITH_MESSAGES = [name for name, (row, *_) in FORMS.items() if has_messages(row)]
 
 
 def filled(value, n):
@@ -121,7 +180,8 @@ def rows_of(form, numbers=range(60)):
 def test_every_form_of_pairs(form, chat, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows_of(form))
     if chat is None and form in WITH_MESSAGES:
-        with pytest.raises(UserError, match=f"^{path}: row 1: has chat messages, .* --format plain") as error:
+        message = f"^{path}: row 1: has chat messages, .* --format plain"
+        with pytest.raises(UserError, match=message) as error:
             load_pairs(Split(path), chat=None)
         assert "\n" not in str(error.value)
         return
@@ -131,7 +191,10 @@ def test_every_form_of_pairs(form, chat, tmp_path):
     assert sorted([*train, *held], key=str) == sorted(expected, key=str)
 
 
-@pytest.mark.parametrize("form", ["no prompt", "rated text", "UltraFeedback", "HelpSteer", "prompt as messages", "hh-rlhf"])
+@pytest.mark.parametrize(
+    "form",
+    ["no prompt", "rated text", "UltraFeedback", "HelpSteer", "prompt as messages", "hh-rlhf"],
+)
 @pytest.mark.parametrize("kind", ["a.json", "a.parquet", "a.csv", "saved", "folder"])
 def test_every_source_of_pairs(kind, form, tmp_path):
     """Columns of messages come as lists of dicts from all of them; .csv has none."""
@@ -141,13 +204,21 @@ def test_every_source_of_pairs(kind, form, tmp_path):
     table = datasets.Dataset.from_list(rows)
     if kind == "a.json":
         path.write_text(json.dumps(rows))
-    elif kind == "folder":
+    elif kind == "a.parquet":
+        table.to_parquet(path)
+    elif kind == "a.csv":
+        table.to_csv(path)
+    elif kind == "saved":
+        table.save_to_disk(path)
+    else:
         path.mkdir()
         write_jsonl(path / "train.jsonl", rows)
-    else:
-        {"a.parquet": table.to_parquet, "a.csv": table.to_csv, "saved": table.save_to_disk}[kind](str(path))
     expected = load_pairs(Split(write_jsonl(tmp_path / "b.jsonl", rows), eval_share=0.3), chat=True)
     assert load_pairs(Split(str(path), eval_share=0.3), chat=True) == expected
+
+
+def texts_of(pairs):
+    return {text for pair in pairs for text in (pair.chosen, pair.rejected)}
 
 
 @pytest.mark.parametrize("column", ["rating", "label"])
@@ -155,37 +226,44 @@ def test_rated_texts_become_pairs_within_each_part(column, tmp_path, capsys):
     rows = [{"text": f"film {n}", column: n % 5} for n in range(60)]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
     train, held = load_pairs(data, min_rating_gap=2)
-    texts = [{text for pair in part for text in (pair.chosen, pair.rejected)} for part in (train, held)]
+    texts = [texts_of(train), texts_of(held)]
     assert texts[0].isdisjoint(texts[1]) and len(texts[0]) + len(texts[1]) == 60
     for pair in [*train, *held]:
         assert pair.chosen_rating - pair.rejected_rating >= 2
-        assert [int(text.split()[1]) % 5 for text in (pair.chosen, pair.rejected)] == [pair.chosen_rating, pair.rejected_rating]
-    assert (
-        f"read as text by {column}, gap >= 2: {len(train)} training and {len(held)} held-out pairs" in capsys.readouterr().out
-    )
+        assert int(pair.chosen.split()[1]) % 5 == pair.chosen_rating
+        assert int(pair.rejected.split()[1]) % 5 == pair.rejected_rating
+    reading = f"read as text by {column}, gap >= 2: "
+    counts = f"{len(train)} training and {len(held)} held-out pairs"
+    assert reading + counts in capsys.readouterr().out
 
 
 def test_the_reading_is_printed_with_the_share_of_pairs_rated_rightly(tmp_path, capsys):
-    """An inverted data set shows (A12)."""
-    ratings = [5] * 30 + [2.6] * 5 + [2.5] * 5 + [2.4] * 10  # rejected ones have 2.5; ties are no inversion
-    rows = [{**row, "rating_chosen": rating} for row, rating in zip(rows_of("rated text", range(50)), ratings)]
+    """So that an inverted data set shows."""
+    # Rejected ones have 2.5. Ties are no inversion.
+    ratings = [5] * 30 + [2.6] * 5 + [2.5] * 5 + [2.4] * 10
+    rows = rows_of("rated text", range(50))
+    for row, rating in zip(rows, ratings):
+        row["rating_chosen"] = rating
     load_pairs(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3), chat=True)
-    reading = "read as chosen / rejected rated by rating_chosen (at least as high as the rejected one in 80.0%), as chat: "
+    reading = (
+        "read as chosen / rejected rated by rating_chosen (at least as high as the rejected one "
+        "in 80.0%), as chat: "
+    )
     assert reading in capsys.readouterr().out
 
 
 def test_pairs_that_are_none_are_dropped_and_counted(tmp_path, capsys):
     rows = rows_of("hh-rlhf", range(40))
-    rows += [{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}] * 2 + [
-        {"chosen": HH + " ", "rejected": HH + " Bad."}
-    ]
+    rows += [{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}] * 2
+    rows += [{"chosen": HH + " ", "rejected": HH + " Bad."}]
     train, held = load_pairs(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3))
     out = capsys.readouterr().out
     assert len(train) + len(held) == 40
-    assert "2 rows dropped: chosen and rejected answer different prompts" in out and "1 rows dropped: an empty answer" in out
+    assert "2 rows dropped: chosen and rejected answer different prompts" in out
+    assert "1 rows dropped: an empty answer" in out
 
 
-# --- forms of prompts ------------------------------------------------------------------------------------------------
+# --- forms of prompts
 
 
 @pytest.mark.parametrize("column", ["prompt", "text"])
@@ -194,34 +272,30 @@ def test_prompts_come_once_each_from_prompt_or_text(column, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{column: text} for text in texts * 2])
     for chat in (True, False, None):
         train, held, name = load_prompts(Split(path, eval_share=0.3), chat=chat)
-        expected = [[USER(text)] for text in texts] if chat and column == "prompt" else texts
+        expected = [[user(text)] for text in texts] if chat and column == "prompt" else texts
         assert sorted(train + held, key=str) == sorted(expected, key=str) and name == column
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("no prompt", "empty prompt, margin")])
+@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"no prompt", "empty prompt, margin"}))
 @pytest.mark.parametrize("chat", [True, False])
 def test_prompts_of_every_form_of_pairs(form, chat, tmp_path):
     """In training, scoring and sampling a prompt is the same."""
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows_of(form)), eval_share=0.3)
-    pairs, (train, held, _) = load_pairs(data, chat=chat), load_prompts(data, chat=chat)
-    if form == "prompt as text, answers as messages" or form.startswith("UltraFeedback, "):
-        pairs = [
-            [
-                pair._replace(prompt=pair.prompt if chat else pair.prompt[len("\n\nHuman: ") : -len("\n\nAssistant:")])
-                for pair in part
-            ]
-            for part in pairs
-        ]
-    assert [pair.prompt for pair in pairs[0]] == train and [pair.prompt for pair in pairs[1]] == held
+    expected = [[pair.prompt for pair in part] for part in load_pairs(data, chat=chat)]
+    in_both = form == "prompt as text, answers as messages" or form.startswith("UltraFeedback, ")
+    if in_both and not chat:  # the prompt's own column is not written as a dialogue
+        talk = slice(len("\n\nHuman: "), -len("\n\nAssistant:"))
+        expected = [[prompt[talk] for prompt in part] for part in expected]
+    train, held, _ = load_prompts(data, chat=chat)
+    assert [train, held] == expected
 
 
 def test_the_prompt_of_a_dialogue_is_what_is_asked_last(tmp_path, capsys):
-    rows = [
-        {"messages": [USER(f"Why {n}?"), ASSISTANT("So."), USER("And?"), ASSISTANT("No."), ASSISTANT("Never.")]}
-        for n in range(40)
-    ]
-    rows += [{"messages": [ASSISTANT("Hi!")]}]
-    train, held, column = load_prompts(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3), chat=True)
+    later = [assistant("So."), user("And?"), assistant("No."), assistant("Never.")]
+    rows = [{"messages": [user(f"Why {n}?"), *later]} for n in range(40)]
+    rows += [{"messages": [assistant("Hi!")]}]
+    data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
+    train, held, column = load_prompts(data, chat=True)
     assert column == "messages" and len(train) + len(held) == 40
     assert all([m["content"] for m in prompt[1:]] == ["So.", "And?"] for prompt in train + held)
     assert "1 rows dropped: nothing is asked" in capsys.readouterr().out
@@ -236,43 +310,112 @@ def test_the_column_of_prompts_can_be_named(tmp_path):
         load_prompts(Split(path), column="answer")
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
-TALKS = {"chosen": [USER("p"), ASSISTANT("a")], "rejected": [USER("p"), ASSISTANT("b")]}
+SCORED = (
+    '{{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": {}, "score_rejected": 1}}'
+)
+TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]}
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([], "no rows"),
-    ([{"prompt": "p", "chosen": "a"}], r"columns \['chosen', 'prompt'\]: expected chosen and rejected, as .*\"chosen\": .* or text and rating"),
-    ([PAIR, PAIR, {**PAIR, "chosen": "  "}], "row 3: column 'chosen': got an empty text"),
-    ([PAIR, {**PAIR, "rejected": 7}], "row 2: column 'rejected': got int 7"),
-    ([PAIR, {"prompt": "p", "chosen": "a"}], "row 2: column 'rejected': got NoneType"),
-    ([PAIR, {**PAIR, "prompt": None}], "row 2: column 'prompt': got NoneType"),
-    ([{**PAIR, "margin": 1}, {**PAIR, "margin": "wide"}], "row 2: column 'margin': got 'wide', expected a number"),
-    ([{**PAIR, "chosen_rating": 1}], "row 1: column 'rejected_rating': got None, expected a number"),
-    ([{"text": "a", "rating": 1}, {"text": "b", "rating": True}], "row 2: column 'rating': got True, expected a number"),
-    (['{"text": "a", "rating": 1}', '{"text": "b", "rating": NaN}'], "row 2: column 'rating': got nan, expected a number"),
-    ([f'{{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": {s}, "score_rejected": 1}}' for s in (2, "NaN")],
-     "row 2: column 'score_chosen': got nan, expected a number"),
-    ([{"text": f"film {n}", "label": 1} for n in range(50)], "column 'label' is always 1: expected several"),
-    ([PAIR, '{"prompt": "p", '], "row 2: not JSON"),
-    ([PAIR, PAIR, '["p", "a", "b"]'], r'row 3: got \[.p., .a., .b.\], expected \{"column": value'),
-    ([PAIR], "expected both, so more rows"),
-    ([{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}], "0 training and 0 held-out pairs: expected both"),
-    ([TALKS, {**TALKS, "chosen": [{"content": "a"}]}], r"row 2: column 'chosen': got \[\{'content': 'a'\}\], expected messages: \[\{\"role\""),
-    ([TALKS, {**TALKS, "chosen": [USER("p"), ASSISTANT(None)]}], "row 2: column 'chosen': got .* expected messages"),
-    ([TALKS, {**TALKS, "chosen": [USER("p"), ASSISTANT([{"type": "text"}])]}], "row 2: column 'chosen': got .* expected messages"),
-    ([TALKS, {**TALKS, "rejected": ["p", "b"]}], "row 2: column 'rejected': got .* expected messages"),
-    ([TALKS, {**TALKS, "rejected": []}], r"row 2: column 'rejected': got \[\], expected messages"),
-    ([TALKS, {**TALKS, "rejected": [USER("p")]}], "row 2: column 'rejected': ends with a turn of 'user', expected assistant"),
-    ([TALKS, {**TALKS, "rejected": [ASSISTANT("b")]}], "row 2: column 'rejected' is an answer alone"),
-    ([TALKS, {**TALKS, "rejected": {"role": "user", "content": "b"}}], "row 2: column 'rejected': got dict"),
-    ([{"prompt": 7, "chosen": [ASSISTANT("a")], "rejected": [ASSISTANT("b")]}], "row 1: column 'prompt': got int 7"),
-    ([{"prompt": USER("p"), "chosen": [ASSISTANT("a")], "rejected": [ASSISTANT("b")]}], "row 1: column 'prompt': got dict"),
-    ([{"prompt": [], "chosen": "a", "rejected": "b"}], r"row 1: column 'prompt': got \[\], expected messages"),
-    ([{"chosen": "\n\nHuman: Why?", "rejected": "\n\nHuman: Why?"}], "row 1: column 'chosen': a dialogue without a turn of the assistant"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "no rows"),
+        (
+            [{"prompt": "p", "chosen": "a"}],
+            r"columns \['chosen', 'prompt'\]: expected chosen and rejected, as "
+            r".*\"chosen\": .* or text and rating",
+        ),
+        ([PAIR, PAIR, {**PAIR, "chosen": "  "}], "row 3: column 'chosen': got an empty text"),
+        ([PAIR, {**PAIR, "rejected": 7}], "row 2: column 'rejected': got int 7"),
+        ([PAIR, {"prompt": "p", "chosen": "a"}], "row 2: column 'rejected': got NoneType"),
+        ([PAIR, {**PAIR, "prompt": None}], "row 2: column 'prompt': got NoneType"),
+        (
+            [{**PAIR, "margin": 1}, {**PAIR, "margin": "wide"}],
+            "row 2: column 'margin': got 'wide', expected a number",
+        ),
+        (
+            [{**PAIR, "chosen_rating": 1}],
+            "row 1: column 'rejected_rating': got None, expected a number",
+        ),
+        (
+            [{"text": "a", "rating": 1}, {"text": "b", "rating": True}],
+            "row 2: column 'rating': got True, expected a number",
+        ),
+        (
+            ['{"text": "a", "rating": 1}', '{"text": "b", "rating": NaN}'],
+            "row 2: column 'rating': got nan, expected a number",
+        ),
+        (
+            [SCORED.format(2), SCORED.format("NaN")],
+            "row 2: column 'score_chosen': got nan, expected a number",
+        ),
+        (
+            [{"text": f"film {n}", "label": 1} for n in range(50)],
+            "column 'label' is always 1: expected several",
+        ),
+        ([PAIR, '{"prompt": "p", '], "row 2: not JSON"),
+        (
+            [PAIR, PAIR, '["p", "a", "b"]'],
+            r'row 3: got \[.p., .a., .b.\], expected \{"column": value',
+        ),
+        ([PAIR], "expected both, so more rows"),
+        (
+            [{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}],
+            "0 training and 0 held-out pairs: expected both",
+        ),
+        (
+            [TALKS, {**TALKS, "chosen": [{"content": "a"}]}],
+            r"row 2: column 'chosen': got \[\{'content': 'a'\}\], expected messages: \[\{\"role\"",
+        ),
+        (
+            [TALKS, {**TALKS, "chosen": [user("p"), assistant(None)]}],
+            "row 2: column 'chosen': got .* expected messages",
+        ),
+        (
+            [TALKS, {**TALKS, "chosen": [user("p"), assistant([{"type": "text"}])]}],
+            "row 2: column 'chosen': got .* expected messages",
+        ),
+        (
+            [TALKS, {**TALKS, "rejected": ["p", "b"]}],
+            "row 2: column 'rejected': got .* expected messages",
+        ),
+        (
+            [TALKS, {**TALKS, "rejected": []}],
+            r"row 2: column 'rejected': got \[\], expected messages",
+        ),
+        (
+            [TALKS, {**TALKS, "rejected": [user("p")]}],
+            "row 2: column 'rejected': ends with a turn of 'user', expected assistant",
+        ),
+        (
+            [TALKS, {**TALKS, "rejected": [assistant("b")]}],
+            "row 2: column 'rejected' is an answer alone",
+        ),
+        (
+            [TALKS, {**TALKS, "rejected": {"role": "user", "content": "b"}}],
+            "row 2: column 'rejected': got dict",
+        ),
+        (
+            [{"prompt": 7, "chosen": [assistant("a")], "rejected": [assistant("b")]}],
+            "row 1: column 'prompt': got int 7",
+        ),
+        (
+            [{"prompt": user("p"), "chosen": [assistant("a")], "rejected": [assistant("b")]}],
+            "row 1: column 'prompt': got dict",
+        ),
+        (
+            [{"prompt": [], "chosen": "a", "rejected": "b"}],
+            r"row 1: column 'prompt': got \[\], expected messages",
+        ),
+        (
+            [{"chosen": "\n\nHuman: Why?", "rejected": "\n\nHuman: Why?"}],
+            "row 1: column 'chosen': a dialogue without a turn of the assistant",
+        ),
+    ],
+)
 @pytest.mark.parametrize("chat", [True, False])
 def test_bad_pairs_are_named(rows, message, chat, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -281,15 +424,21 @@ def test_bad_pairs_are_named(rows, message, chat, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"question": "p"}], r"columns \['question'\]: expected prompt.*as \{\"prompt\""),
-    ([{"prompt": "p"}, {"prompt": ""}], "row 2: column 'prompt': got an empty text"),
-    ([{"prompt": "p"}, {"prompt": 7}], "row 2: column 'prompt': got int 7"),
-    ([{"prompt": [USER("p")]}, {"prompt": [{"role": "user"}]}], "row 2: column 'prompt': got .* expected messages"),
-    ([{"messages": [USER("p")]}, {"messages": None}], "row 2: column 'messages': got NoneType"),
-    ([{"chosen": "a"}], "row 1: column 'chosen' is no dialogue, and there is no prompt"),
-    ([{"prompt": "p"}], "expected both, so more rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"question": "p"}], r"columns \['question'\]: expected prompt.*as \{\"prompt\""),
+        ([{"prompt": "p"}, {"prompt": ""}], "row 2: column 'prompt': got an empty text"),
+        ([{"prompt": "p"}, {"prompt": 7}], "row 2: column 'prompt': got int 7"),
+        (
+            [{"prompt": [user("p")]}, {"prompt": [{"role": "user"}]}],
+            "row 2: column 'prompt': got .* expected messages",
+        ),
+        ([{"messages": [user("p")]}, {"messages": None}], "row 2: column 'messages': got NoneType"),
+        ([{"chosen": "a"}], "row 1: column 'chosen' is no dialogue, and there is no prompt"),
+        ([{"prompt": "p"}], "expected both, so more rows"),
+    ],
+)
 @pytest.mark.parametrize("chat", [True, False])
 def test_bad_prompts_are_named(rows, message, chat, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -300,7 +449,7 @@ def test_bad_prompts_are_named(rows, message, chat, tmp_path):
 
 @pytest.mark.parametrize("column", ["prompt", "messages", "chosen"])
 def test_messages_need_a_chat_template_or_the_plain_format(column, tmp_path):
-    talk = [USER("p")] + [ASSISTANT("a")] * (column == "chosen")
+    talk = [user("p")] + [assistant("a")] * (column == "chosen")
     path = write_jsonl(tmp_path / "a.jsonl", [{column: talk}] * 3)
     with pytest.raises(UserError, match=f"^{path}: row 1: has chat messages, .* --format plain"):
         load_prompts(Split(path), chat=None)
@@ -310,7 +459,8 @@ def test_messages_need_a_chat_template_or_the_plain_format(column, tmp_path):
 def test_types_that_differ_in_a_column_are_named(name, tmp_path):
     path, rows = tmp_path / name, [{"text": "a", "rating": 1}, {"text": "b", "rating": "high"}]
     path.write_text(json.dumps(rows) if name == "a.json" else "text,rating\na,1\nb,high\n")
-    with pytest.raises(UserError, match=f"^{path}.*(column 'rating': got|cannot be loaded)") as error:
+    message = f"^{path}.*(column 'rating': got|cannot be loaded)"
+    with pytest.raises(UserError, match=message) as error:
         load_pairs(Split(str(path)))
     assert "\n" not in str(error.value)
 
@@ -322,13 +472,14 @@ def test_a_row_is_named_with_its_split(tmp_path):
         load_pairs(Split(str(tmp_path), eval_split="test"))
 
 
-# --- rated pairs -----------------------------------------------------------------------------------------------------
+# --- rated pairs
 
 
 @pytest.mark.parametrize("min_gap", [0.0, 0.25, 1.0, 1.75, 3.0])
 def test_rated_pairs_are_those_of_a_double_loop(min_gap):
     rng = random.Random(0)
-    texts, ratings = [f"text {n}" for n in range(40)], [rng.randrange(12) / 4 for _ in range(40)]  # with ties, exact in binary
+    texts = [f"text {n}" for n in range(40)]
+    ratings = [rng.randrange(12) / 4 for _ in range(40)]  # with ties, exact in binary
     rated = dict(zip(texts, ratings))
     expected = Counter(
         Pair("", a, b, rated[a], rated[b])
@@ -364,7 +515,7 @@ def test_no_pairs_without_a_gap():
     assert len(RatedPairs(["a", "b"], [1.0, 1.0], 0.0)) == len(RatedPairs([], [], 1.0)) == 0
 
 
-# --- split -----------------------------------------------------------------------------------------------------------
+# --- split
 
 
 def turns(items):
@@ -372,9 +523,13 @@ def turns(items):
 
 
 def test_pairs_and_prompts_are_split_alike_by_prompt(tmp_path):
-    """A prompt that the reward model was trained on is never one that the policy is judged on (A13)."""
+    """A prompt that the reward model was trained on is never one that the policy is judged on."""
     prompts = [f"prompt {n}" for n in range(1000)]
-    rows = [{"prompt": p, "chosen": f"good {k}", "rejected": f"bad {k}"} for k in range(3) for p in prompts]
+    rows = [
+        {"prompt": p, "chosen": f"good {k}", "rejected": f"bad {k}"}
+        for k in range(3)
+        for p in prompts
+    ]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.2, seed=3)
     train_pairs, held_pairs = load_pairs(data)
     train_prompts, held_prompts, _ = load_prompts(data)
@@ -386,54 +541,58 @@ def test_pairs_and_prompts_are_split_alike_by_prompt(tmp_path):
 
 
 def test_the_split_is_the_same_on_every_machine():
-    """Pinned: were it another in the next process or version, old runs would be judged on their training data."""
-    assert [n for n in range(60) if held_out(f"prompt {n}", seed=0, share=0.1)] == [4, 8, 30, 34, 40, 45, 47]
+    """Pinned: in another process or version, old runs could be judged on their training data."""
+    held = [n for n in range(60) if held_out(f"prompt {n}", seed=0, share=0.1)]
+    assert held == [4, 8, 30, 34, 40, 45, 47]
     assert not held_out("prompt", 0, 0.0) and held_out("prompt", 0, 1.0)
     assert held_out("\ud800", 0, 1.0), "half a character, as broken data have it"
 
 
-def grown(form, n):
-    """Rows of one form that begin with one user's turn, and go on with others."""
-    first, answer = f"Why {n}?" + " \n" * (n % 3), lambda word: f"{word} {n}."
-    asked = [USER(first)] + [ASSISTANT("How so?"), USER(f"Just so, {n % 7}.")] * (n % 2)
-    good, bad = answer("Good"), answer("Bad")
-    tagged = "\n<extra_id_1>".join([first, *(f"{m['role'].capitalize()}\n{m['content']}" for m in asked[1:])])
+def all_grown(n):
+    """Form -> row n, which begins with one user's turn, and goes on with others where n is odd."""
+    first = f"Why {n}?" + " \n" * (n % 3)
+    asked = [user(first)] + [assistant("How so?"), user(f"Just so, {n % 7}.")] * (n % 2)
+    brief, talk = [system("Short."), *asked], to_text(asked)
+    turns = [f"{message['role'].capitalize()}\n{message['content']}" for message in asked[1:]]
+    tagged = "\n<extra_id_1>".join([first, *turns])
+    forms = {  # what is beside the answers, and an answer of a text
+        "messages": ({}, lambda text: [*asked, assistant(text)]),
+        "system": ({}, lambda text: [*brief, assistant(text)]),
+        "prompt as messages": ({"prompt": asked}, lambda text: text),
+        "prompt with system": ({"prompt": brief}, lambda text: [assistant(text)]),
+        "hh-rlhf": ({}, lambda text: f"{talk} {text}"),
+        "text of hh-rlhf": ({"prompt": talk}, lambda text: f" {text}"),
+        "HelpSteer": ({"prompt": tagged}, lambda text: [user(tagged), assistant(text)]),
+        "first turn": ({"prompt": first}, lambda text: text),
+    }
     return {
-        "messages": {"chosen": [*asked, ASSISTANT(good)], "rejected": [*asked, ASSISTANT(bad)]},
-        "system": {
-            "chosen": [SYSTEM("Short."), *asked, ASSISTANT(good)],
-            "rejected": [SYSTEM("Short."), *asked, ASSISTANT(bad)],
-        },
-        "prompt as messages": {"prompt": asked, "chosen": good, "rejected": bad},
-        "prompt with system": {"prompt": [SYSTEM("Short."), *asked], "chosen": [ASSISTANT(good)], "rejected": [ASSISTANT(bad)]},
-        "hh-rlhf": {"chosen": f"{to_text(asked)} {good}", "rejected": f"{to_text(asked)} {bad}"},
-        "text of hh-rlhf": {"prompt": to_text(asked), "chosen": f" {good}", "rejected": f" {bad}"},
-        "HelpSteer": {"prompt": tagged, "chosen": [USER(tagged), ASSISTANT(good)], "rejected": [USER(tagged), ASSISTANT(bad)]},
-        "first turn": {"prompt": first, "chosen": good, "rejected": bad},
-    }[form]
+        form: beside | {"chosen": answer(f"Good {n}."), "rejected": answer(f"Bad {n}.")}
+        for form, (beside, answer) in forms.items()
+    }
 
 
-GROWN = [
-    "messages",
-    "system",
-    "prompt as messages",
-    "prompt with system",
-    "hh-rlhf",
-    "text of hh-rlhf",
-    "HelpSteer",
-    "first turn",
-]
+GROWN = list(all_grown(0))
+
+
+def grown(form, n):
+    return all_grown(n)[form]
 
 
 def test_no_form_trains_on_what_another_holds_out(tmp_path):
-    """One data set in eight forms, as chat and as text: reward model and policy agree on every first turn (A13)."""
+    """One data set in eight forms, as chat and as text.
+
+    Reward model and policy agree on every first turn.
+    """
+
+    def number(item):
+        return int(str(item).split("Why ")[1].split("?")[0])
+
     trained, held = {}, {}
     for form in GROWN:
         path = write_jsonl(tmp_path / f"{form}.jsonl", [grown(form, n) for n in range(120)])
         for chat in (True, False):
             data = Split(path, eval_share=0.3, seed=1)
             pairs, prompts = load_pairs(data, chat=chat), load_prompts(data, chat=chat)
-            number = lambda item: int(str(item).split("Why ")[1].split("?")[0])
             for name, parts in (("pairs", pairs), ("prompts", prompts)):
                 trained[form, chat, name] = {number(item) for item in parts[0]}
                 held[form, chat, name] = {number(item) for item in parts[1]}
@@ -446,21 +605,29 @@ def test_no_form_trains_on_what_another_holds_out(tmp_path):
 def test_later_turns_and_white_space_do_not_divide_a_prompt(tmp_path):
     """Dialogues that begin alike stay together: their beginning was trained on."""
     rows = [
-        {"messages": [USER(f"Why {n}?" + " " * k), ASSISTANT(f"So {k}."), USER(f"And {k}?")]}
+        {"messages": [user(f"Why {n}?" + " " * k), assistant(f"So {k}."), user(f"And {k}?")]}
         for n in range(30)
         for k in range(5)
     ]
-    train, held, _ = load_prompts(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.4), chat=True)
-    assert len(train) + len(held) == 150 and turns(train).isdisjoint(turns(held)) and len(turns(held)) > 5
+    data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.4)
+    train, held, _ = load_prompts(data, chat=True)
+    assert len(train) + len(held) == 150
+    assert turns(train).isdisjoint(turns(held))
+    assert len(turns(held)) > 5
 
 
 def test_texts_are_split_as_prompts_are(tmp_path):
-    """Reviews train a reward model, their beginnings a policy: white space around them is no difference."""
-    rows = [{"text": f"{' ' * (n % 2)}film {n}{' ' * (n % 3)}", "label": n // 2 % 2} for n in range(200)]
+    """Reviews train a reward model, their beginnings a policy.
+
+    White space around them makes no difference.
+    """
+    texts = [" " * (n % 2) + f"film {n}" + " " * (n % 3) for n in range(200)]
+    rows = [{"text": text, "label": n // 2 % 2} for n, text in enumerate(texts)]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
     pairs, (train, held, _) = load_pairs(data), load_prompts(data)
-    texts = [{text.strip() for pair in part for text in (pair.chosen, pair.rejected)} for part in pairs]
-    assert texts[0] == {text.strip() for text in train} and texts[1] == {text.strip() for text in held}
+    texts = [{text.strip() for text in texts_of(part)} for part in pairs]
+    assert texts[0] == {text.strip() for text in train}
+    assert texts[1] == {text.strip() for text in held}
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -478,8 +645,10 @@ def test_rows_of_the_split_held_out_do_not_train(form, chat, tmp_path, capsys):
 
 
 def test_texts_of_the_split_held_out_do_not_train(tmp_path, capsys):
-    write_jsonl(tmp_path / "train.jsonl", [{"text": f"film {n}", "label": n % 2} for n in range(30)])
-    write_jsonl(tmp_path / "test.jsonl", [{"text": f"film {n} ", "label": n % 2} for n in range(20, 40)])
+    train = [{"text": f"film {n}", "label": n % 2} for n in range(30)]
+    test = [{"text": f"film {n} ", "label": n % 2} for n in range(20, 40)]
+    write_jsonl(tmp_path / "train.jsonl", train)
+    write_jsonl(tmp_path / "test.jsonl", test)
     pairs = load_pairs(Split(str(tmp_path), eval_split="test"))
     assert (len(pairs[0]), len(pairs[1])) == (100, 100)
     assert "10 rows dropped: in the held-out split, too" in capsys.readouterr().out
@@ -487,16 +656,26 @@ def test_texts_of_the_split_held_out_do_not_train(tmp_path, capsys):
 
 def test_a_pair_dropped_from_the_split_held_out_does_not_train_either(tmp_path):
     """It is no pair, but its prompt is one that the policy is judged on."""
-    dropped = {"chosen": "\n\nHuman: Why 3?\n\nAssistant: So.", "rejected": "\n\nHuman: Why?\n\nAssistant: So."}
-    empty = {"chosen": "\n\nHuman: Why 4?\n\nAssistant: So.", "rejected": "\n\nHuman: Why 4?\n\nAssistant: "}
+    dropped = {
+        "chosen": "\n\nHuman: Why 3?\n\nAssistant: So.",
+        "rejected": "\n\nHuman: Why?\n\nAssistant: So.",
+    }
+    empty = {
+        "chosen": "\n\nHuman: Why 4?\n\nAssistant: So.",
+        "rejected": "\n\nHuman: Why 4?\n\nAssistant: ",
+    }
+    good = [grown("hh-rlhf", n) for n in range(20, 30)]
     write_jsonl(tmp_path / "train.jsonl", [grown("hh-rlhf", n) for n in range(10)])
-    write_jsonl(tmp_path / "test.jsonl", [dropped, empty, *(grown("hh-rlhf", n) for n in range(20, 30))])
+    write_jsonl(tmp_path / "test.jsonl", [dropped, empty, *good])
     data = Split(str(tmp_path), eval_split="test")
     assert turns(load_pairs(data)[0]).isdisjoint(turns(load_prompts(data)[1]))
 
 
 def test_real_dialogues(capsys):
-    """hh-rlhf: nearly all rows are pairs, and the same ones are held out as chat and as text, as pairs and as prompts."""
+    """hh-rlhf: nearly all rows are pairs.
+
+    The same ones are held out as chat and as text, as pairs and as prompts.
+    """
     file = Path(__file__).parents[2] / "shared/data/hh-rlhf/helpful-base-test.jsonl.gz"
     if not file.exists():
         pytest.skip("no hh-rlhf here")
@@ -510,13 +689,15 @@ def test_real_dialogues(capsys):
         assert 0.98 < (len(train) + len(held)) / count < 1
         for pair in [*train, *held]:
             if chat:
-                assert pair.prompt[-1]["role"] == "user" and pair.chosen == pair.chosen.strip() and pair.rejected
+                assert pair.prompt[-1]["role"] == "user"
+                assert pair.chosen == pair.chosen.strip()
+                assert pair.rejected
             else:
-                assert pair.prompt.endswith("\n\nAssistant:") and "\n\nAssistant:" not in pair.chosen + pair.rejected
+                assert pair.prompt.endswith("\n\nAssistant:")
+                assert "\n\nAssistant:" not in pair.chosen + pair.rejected
     for load in (load_pairs, load_prompts):
         for chat, text in zip(parts[True, load], parts[False, load]):
-            assert (
-                chat <= text and len(text - chat) <= 2
-            )  # as chat, two rows more are dropped: their prompts end with an answer
+            # As chat, two rows more are dropped: their prompts end with an answer.
+            assert chat <= text and len(text - chat) <= 2
     assert parts[True, load_pairs][0].isdisjoint(parts[False, load_prompts][1])
     assert "rows dropped: chosen and rejected answer different prompts" in capsys.readouterr().out

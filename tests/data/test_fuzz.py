@@ -1,4 +1,7 @@
-"""Data files and checkpoints as a hostile or careless user gives them: one line that says what is wrong, or counted drops."""
+"""Data files and checkpoints as a hostile or careless user gives them.
+
+Each ends in one line that says what is wrong, in counted drops, or in success.
+"""
 
 import csv
 import gzip
@@ -13,32 +16,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import assistant, user
 from safetensors.torch import save_file
 from standins import CHATML, byte_level_bpe
 from transformers import PreTrainedTokenizerFast
 
-from minalign import toy
-from minalign.batches import encode_pairs
-from minalign.chat import encode_whole
-from minalign.checkpoint import load_policy
-from minalign.common import UserError
-from minalign.data import Split, load_pairs, load_prompts
-from minalign.merge_folders import main as merge
+from minalign.data import toy
+from minalign.data.chat import encode_whole
+from minalign.data.pairs import encode_pairs, load_pairs
+from minalign.data.prompts import load_prompts, tokenize_prompts
+from minalign.data.splits import Split
+from minalign.models.loading import load_policy
 from minalign.reward import RewardModel
-from minalign.task import tokenize_prompts
+from minalign.running.errors import UserError
+from minalign.tools.merge import main as merge
 
 datasets = pytest.importorskip("datasets")  # the one package that a GPU machine may lack
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
 
 STRICT = (  # refuses other roles, in two lines
-    "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}{{ raise_exception('unknown\nrole') }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('unknown\nrole') }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
 )
 CASES, SECONDS = 480, 5  # a case that takes longer is a hang
 LONG = 1_000_000
 DROPS = re.compile(r"(\d+) rows dropped|dropped (\d+) of|(\d+) identical and (\d+) longer")
-USER, ASSISTANT = (lambda text: {"role": "user", "content": text}), (lambda text: {"role": "assistant", "content": text})
 
 
 @pytest.fixture(autouse=True)
@@ -49,34 +53,36 @@ def no_traces_in_the_home_folder(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizers():
     """One without a template, one that takes any role and one that refuses most."""
-    found = [toy.make_tokenizer()]
+    found, special = [toy.make_tokenizer()], ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     for template in (CHATML, STRICT):
-        pieces = byte_level_bpe(["what a film"], 300, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-        found.append(PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<|im_start|>", eos_token="<|im_end|>"))
-        found[-1].chat_template = template
+        pieces = byte_level_bpe(["what a film"], 300, special)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=pieces, bos_token="<|im_start|>", eos_token="<|im_end|>"
+        )
+        tokenizer.chat_template = template
+        found.append(tokenizer)
     return found
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files
 
 FORMS = {  # of good rows
     "prompt": lambda n: {"prompt": f"Why {n}?"},
     "text": lambda n: {"text": f"Film {n} is good."},
-    "messages": lambda n: {"messages": [USER(f"Why {n}?"), ASSISTANT("So."), USER("And?")]},
+    "messages": lambda n: {"messages": [user(f"Why {n}?"), assistant("So."), user("And?")]},
     "pairs": lambda n: {"prompt": f"Why {n}?", "chosen": "So it is.", "rejected": "No."},
-    "rated pairs": lambda n: {
-        "prompt": f"Why {n}?",
-        "chosen": "Yes.",
-        "rejected": "No.",
-        "score_chosen": n,
-        "score_rejected": 0,
-    },
+    "rated pairs": lambda n: (
+        {"prompt": f"Why {n}?", "chosen": "Yes.", "rejected": "No."}
+        | {"score_chosen": n, "score_rejected": 0}
+    ),
     "dialogues": lambda n: {
         "chosen": f"\n\nHuman: Why {n}?\n\nAssistant: So.",
         "rejected": f"\n\nHuman: Why {n}?\n\nAssistant: No.",
         "margin": n / 2,
     },
-    "talks": lambda n: {name: [USER(f"Why {n}?"), ASSISTANT(name)] for name in ("chosen", "rejected")},
+    "talks": lambda n: {
+        name: [user(f"Why {n}?"), assistant(name)] for name in ("chosen", "rejected")
+    },
     "ratings": lambda n: {"text": f"Film {n} is good.", "rating": n},
 }
 PROMPTS = ("prompt", "text", "messages")
@@ -91,30 +97,46 @@ def nested(depth):
 
 
 CELLS = [  # in place of one good cell
-    "", " \n\t ", "\x00", "a\x00b", "\x1b[2J\x07", "\ufeffmark", "\ud800", "half \udc00 of it", "\u2028\x85\x0c", "naïve 🙂",
-    "7", "NaN", "\n\nAssistant:", "\n\nHuman:", "\n\nAssistant:\n\nAssistant:", "\n\nSystem:", "<extra_id_1>Assistant\n",
-    "<extra_id_1>User\n", "<|im_end|>", "</s>", 7, 0, -1.5, True, None, float("nan"), float("inf"), -float("inf"), 10**400,
-    10**4000, [], {}, [[]], [{}], {"a": [{"b": []}]}, ["text"], [None],
-    nested(20), nested(900), [USER("")], [ASSISTANT("")], [USER("a"), ASSISTANT("")],
-    [USER("a"), ASSISTANT(" ")], [USER("a"), ASSISTANT("b")], [{"role": "user"}], [{"content": "a"}],
+    *("", " \n\t ", "\x00", "a\x00b", "\x1b[2J\x07", "\ufeffmark", "\ud800", "half \udc00 of it"),
+    *("\u2028\x85\x0c", "naïve 🙂", "7", "NaN"),
+    *("\n\nAssistant:", "\n\nHuman:", "\n\nAssistant:\n\nAssistant:", "\n\nSystem:"),
+    *("<extra_id_1>Assistant\n", "<extra_id_1>User\n", "<|im_end|>", "</s>"),
+    *(7, 0, -1.5, True, None, float("nan"), float("inf"), -float("inf"), 10**400, 10**4000),
+    *([], {}, [[]], [{}], {"a": [{"b": []}]}, ["text"], [None], nested(20), nested(900)),
+    [user("")],
+    [assistant("")],
+    [user("a"), assistant("")],
+    [user("a"), assistant(" ")],
+    [user("a"), assistant("b")],
+    [{"role": "user"}],
+    [{"content": "a"}],
     [{"role": None, "content": "a"}],
-    [{"role": "user", "content": 7}], [{"role": "user", "content": ["a"]}], [{"role": "tool", "content": "a"}],
-    [{"role": "line\nbreak", "content": "a"}], [USER("a"), {"role": "x\r\ny", "content": "b"}],
+    [{"role": "user", "content": 7}],
+    [{"role": "user", "content": ["a"]}],
+    [{"role": "tool", "content": "a"}],
+    [{"role": "line\nbreak", "content": "a"}],
+    [user("a"), {"role": "x\r\ny", "content": "b"}],
     [{"role": "\ud800", "content": "a"}],
-    [USER("\udfff")], [{"role": "system", "content": "a"}], [USER("a"), USER("b"), ASSISTANT("c")],
-]  # fmt: skip
+    [user("\udfff")],
+    [{"role": "system", "content": "a"}],
+    [user("a"), user("b"), assistant("c")],
+]
 HUGE = [  # as a cell, too
-    lambda: "a" * LONG, lambda: "a " * (LONG // 2), lambda: "a" + " " * LONG + "b", lambda: "\n" * LONG + "b",
-    lambda: "\n\nHuman: a" * (LONG // 10), lambda: [USER("a" * LONG), ASSISTANT("b")], lambda: ["a"] * (LONG // 10),
+    lambda: "a" * LONG,
+    lambda: "a " * (LONG // 2),
+    lambda: "a" + " " * LONG + "b",
+    lambda: "\n" * LONG + "b",
+    lambda: "\n\nHuman: a" * (LONG // 10),
+    lambda: [user("a" * LONG), assistant("b")],
+    lambda: ["a"] * (LONG // 10),
     lambda: "<extra_id_1>User\n" * (LONG // 20),
-]  # fmt: skip
+]
 
 
 def spoil_rows(rng, rows):
-    """Some rows made bad, in place; returns what was done."""
-    kind = rng.choice(
-        ["cell"] * 8 + ["no column", "other name", "other names", "same", "empty row", "huge", "long", "odd name"]
-    )
+    """Make some rows bad, in place. Returns what was done."""
+    others = "no column,other name,other names,same,empty row,huge,long,odd name".split(",")
+    kind = rng.choice(["cell"] * 8 + others)
     for row in rng.sample(rows, rng.choice([1, 1, 2, len(rows)]) if kind != "huge" else 1):
         column = rng.choice(list(row))
         if kind == "cell":
@@ -139,9 +161,27 @@ def spoil_rows(rng, rows):
     return kind
 
 
+INSERTED = [  # anywhere
+    *(b"\x00", b"\xff\xfe", b'"', b"\n", b"\r", b",", b"{", b"]"),
+    *(b"\xed\xa0\x80", b"\\ud800", b'{"prompt": ', b"9" * 5000),
+]
+LINES = [  # between two lines, or at an end
+    *(b"null", b"7", b'"a"', b"[]", b"{}"),
+    b"[" * 2000 + b"]" * 2000,
+    b"[" * 100_000,
+    *(b"NaN", b"a,b,c,d,e,f", b"\x00"),
+    b"{" * 9,
+    b'{"prompt": ' + b"[" * 2000 + b"]" * 2000 + b"}",
+    b'{"text": ' + b"9" * 5000 + b"}",
+    b'{"text": "a"',
+    b"x" * LONG,
+]
+
+
 def spoil_bytes(rng, content):
     """The bytes of a file, some of them changed."""
-    kind = rng.choice(["flipped", "flipped", "cut", "random", "inserted", "mark", "empty", "line", "doubled"])
+    kinds = "flipped flipped cut random inserted mark empty line doubled".split()
+    kind = rng.choice(kinds)
     at = rng.randrange(len(content) + 1)
     if kind == "flipped":
         flipped = bytearray(content)
@@ -149,37 +189,21 @@ def spoil_bytes(rng, content):
             flipped[rng.randrange(len(content))] = rng.randrange(256)
         return bytes(flipped)
     if kind == "inserted":
-        bad = [
-            b"\x00",
-            b"\xff\xfe",
-            b'"',
-            b"\n",
-            b"\r",
-            b",",
-            b"{",
-            b"]",
-            b"\xed\xa0\x80",
-            b"\\ud800",
-            b'{"prompt": ',
-            b"9" * 5000,
-        ]
-        return content[:at] + rng.choice(bad) + content[at:]
+        return content[:at] + rng.choice(INSERTED) + content[at:]
     if kind == "line":
-        lines = [
-            b"null", b"7", b'"a"', b"[]", b"{}", b"[" * 2000 + b"]" * 2000, b"[" * 100_000, b"NaN", b"a,b,c,d,e,f", b"\x00",
-            b"{" * 9,
-            b'{"prompt": ' + b"[" * 2000 + b"]" * 2000 + b"}", b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "a"', b"x" * LONG,
-        ]  # fmt: skip
         kept = content.split(b"\n")
-        kept.insert(rng.choice([0, len(kept) // 2, len(kept)]), rng.choice(lines))
+        kept.insert(rng.choice([0, len(kept) // 2, len(kept)]), rng.choice(LINES))
         return b"\n".join(kept)
-    return {"cut": content[:at], "random": rng.randbytes(200), "mark": b"\xef\xbb\xbf" + content, "doubled": content * 2}.get(
-        kind, b""
-    )
+    return {
+        "cut": content[:at],
+        "random": rng.randbytes(200),
+        "mark": b"\xef\xbb\xbf" + content,
+        "doubled": content * 2,
+    }.get(kind, b"")
 
 
 def write(path, rows):
-    """Rows in the format of the file's name; False where that format cannot hold them."""
+    """Rows in the format of the file's name. False where that format cannot hold them."""
     names = dict.fromkeys(name for row in rows for name in row)
     if path.suffix == ".parquet":
         try:
@@ -198,11 +222,15 @@ def write(path, rows):
     return True
 
 
-# --- one case --------------------------------------------------------------------------------------------------------
+# --- one case
 
 
 def read_and_encode(path, form, tokenizer, chat):
-    """As the scripts do it; returns what is loaded, training and held out, before it is tokens."""
+    """As the scripts do it. Returns what is loaded, training and held out, before it is tokens."""
+
+    def whole(prompt, completion):
+        return encode_whole(tokenizer, prompt, completion)
+
     data = Split(str(path), eval_share=0.3)
     if form in PROMPTS:
         parts = load_prompts(data, chat=chat)[:2]
@@ -211,7 +239,6 @@ def read_and_encode(path, form, tokenizer, chat):
     else:
         parts = load_pairs(data, chat=chat)
         for part in parts:
-            whole = lambda prompt, completion: encode_whole(tokenizer, prompt, completion)  # noqa: E731
             encode_pairs(part, whole, max_tokens=500, max_pairs=40, seed=0)
     return parts
 
@@ -225,8 +252,11 @@ def check_texts(form, chat, rows, parts, printed):
         assert len(loaded) == len({row[form] for row in rows})
     elif form not in (*PROMPTS, "ratings"):
         assert len(loaded) + sum(map(int, re.findall(r"(\d+) rows dropped", printed))) == len(rows)
-        encoded = re.findall(r"kept (\d+) of (\d+) pairs: (\d+) identical and (\d+) longer", printed)
-        assert encoded and all(int(kept) + int(same) + int(long) == int(of) for kept, of, same, long in encoded)
+        encoded = re.findall(
+            r"kept (\d+) of (\d+) pairs: (\d+) identical and (\d+) longer", printed
+        )
+        assert encoded
+        assert all(int(kept) + int(same) + int(long) == int(of) for kept, of, same, long in encoded)
 
 
 def run_case(seed, folder, tokenizers, capsys):
@@ -259,22 +289,20 @@ def run_case(seed, folder, tokenizers, capsys):
         return "drops" if dropped else "success"
     except UserError as error:
         message = str(error)
-        if (
-            len(message.splitlines()) == 1
-            and (str(path) in message or " --" in message or "(--" in message)
-            and len(message) < 1000
-        ):
+        named = str(path) in message or " --" in message or "(--" in message
+        if named and len(message.splitlines()) == 1 and len(message) < 1000:
             return "error"
         return f"{where}: {message:.300}"
     except Exception as error:
-        return f"{where}: {type(error).__name__} after {time.monotonic() - began:.1f} s: {str(error):.200}"
+        crash = f"{type(error).__name__} after {time.monotonic() - began:.1f} s"
+        return f"{where}: {crash}: {str(error):.200}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         path.unlink()
 
 
 def test_every_file_is_read_or_named_in_one_line(tmp_path, tokenizers, capsys):
-    """A few hundred files; `pytest -s` shows how they end."""
+    """A few hundred files. `pytest -s` shows how they end."""
 
     def hang(*_):
         raise TimeoutError("a hang")
@@ -292,49 +320,59 @@ def test_every_file_is_read_or_named_in_one_line(tmp_path, tokenizers, capsys):
     assert min(counts[end] for end in ("error", "drops", "success")) >= 20
 
 
-# --- what such files found -------------------------------------------------------------------------------------------
+# --- what such files found
 
 
-@pytest.mark.parametrize("text", ["a" + " " * 200_000 + "b", "\n\nHuman: a" * 100_000], ids=["white space", "turns"])
+@pytest.mark.parametrize(
+    "text", ["a" + " " * 200_000 + "b", "\n\nHuman: a" * 100_000], ids=["white space", "turns"]
+)
 def test_long_texts_are_read_in_linear_time(text, tmp_path):
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": f"{n}{text}"}) + "\n" for n in (*range(3), "")))
+    lines = [json.dumps({"prompt": f"{n}{text}"}) for n in (*range(3), "")]
+    (tmp_path / "a.jsonl").write_text("".join(line + "\n" for line in lines))
     began = time.monotonic()
     load_prompts(Split(str(tmp_path / "a.jsonl"), eval_share=0.5), chat=True)
     assert time.monotonic() - began < SECONDS
 
 
 def test_lists_of_every_depth_are_named(tmp_path):
-    """Between what can be parsed and what repr can show."""
+    """The depths lie between what can be parsed and what repr can show."""
     for depth in range(900, 1000):
         (tmp_path / "a.jsonl").write_text('{"prompt": ' + "[" * depth + "]" * depth + "}\n")
         with pytest.raises(UserError, match="row 1: "):
             load_prompts(Split(str(tmp_path / "a.jsonl")))
 
 
-@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e999"])
+@pytest.mark.parametrize(
+    "number", ["Infinity", "-Infinity", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e999"]
+)
 def test_numbers_that_are_not_finite_are_named(number, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "rating": 1}\n{"text": "b", "rating": ' + number + "}\n")
+    rows = '{"text": "a", "rating": 1}\n{"text": "b", "rating": ' + number + "}\n"
+    (tmp_path / "a.jsonl").write_text(rows)
     with pytest.raises(UserError, match="row 2: "):
         load_pairs(Split(str(tmp_path / "a.jsonl")))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv"])
 def test_bytes_that_are_no_utf8_are_not_left_out(name, tmp_path):
-    """A text of another encoding, as latin-1."""
-    write(tmp_path / name, [{"prompt": f"film {n}"} for n in range(30)])
-    content = (tmp_path / name).read_bytes()
-    unpacked = gzip.decompress(content) if name.endswith(".gz") else content
-    changed = unpacked.replace(b"film 7", b"na\xefve 7")
-    (tmp_path / name).write_bytes(gzip.compress(changed) if name.endswith(".gz") else changed)
-    with pytest.raises(UserError, match=f"^{tmp_path / name}.*utf-8"):
-        load_prompts(Split(str(tmp_path / name)))
+    """A text of another encoding, such as latin-1."""
+    path, packed = tmp_path / name, name.endswith(".gz")
+    write(path, [{"prompt": f"film {n}"} for n in range(30)])
+    content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+    changed = content.replace(b"film 7", b"na\xefve 7")
+    path.write_bytes(gzip.compress(changed) if packed else changed)
+    with pytest.raises(UserError, match=f"^{path}.*utf-8"):
+        load_prompts(Split(str(path)))
 
 
 def test_more_cells_than_columns_move_no_text(tmp_path):
-    """Unquoted commas: pandas takes the first cells of such rows as an index, and "world" as the prompt."""
-    (tmp_path / "a.csv").write_text("prompt\n" + "".join(f"Hello, world {n}\n" for n in range(40)))
-    with pytest.raises(UserError, match=f"^{tmp_path / 'a.csv'}") as error:
-        load_prompts(Split(str(tmp_path / "a.csv")))
+    """Unquoted commas.
+
+    pandas takes the first cells of such rows as an index, and "world" as the prompt.
+    """
+    path = tmp_path / "a.csv"
+    path.write_text("prompt\n" + "".join(f"Hello, world {n}\n" for n in range(40)))
+    with pytest.raises(UserError, match=f"^{path}") as error:
+        load_prompts(Split(str(path)))
     assert "\n" not in str(error.value)
 
 
@@ -349,11 +387,13 @@ def test_a_text_that_is_no_utf8_in_a_parquet_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("content", [b"null", b"[]", b"7", b"{}", b"{", b"", b"\xff"])
 @pytest.mark.parametrize(
-    "name", ["saved/state.json", "saved/dataset_info.json", "files/README.md", "files/a.zip", "files/a.tar"]
+    "name",
+    "saved/state.json saved/dataset_info.json files/README.md files/a.zip files/a.tar".split(),
 )
 def test_broken_folders_are_named(name, content, tmp_path):
     folder, file = name.split("/")
-    datasets.Dataset.from_list([{"prompt": f"{n}"} for n in range(30)]).save_to_disk(tmp_path / "saved")
+    table = datasets.Dataset.from_list([{"prompt": f"{n}"} for n in range(30)])
+    table.save_to_disk(tmp_path / "saved")
     (tmp_path / "files").mkdir()
     if file == "README.md":
         (tmp_path / "files" / "train.jsonl").write_text('{"prompt": "a"}\n')
@@ -364,18 +404,22 @@ def test_broken_folders_are_named(name, content, tmp_path):
     except UserError as error:
         assert str(error).startswith(str(tmp_path / folder)) and len(str(error).splitlines()) == 1
     else:
-        assert (file, content) == ("dataset_info.json", b"{}")  # which says nothing, and takes nothing away
+        # which says nothing, and takes nothing away
+        assert (file, content) == ("dataset_info.json", b"{}")
+
+
+LONG_NAMES = ["x" * 5000, "x/" + "y" * 5000 + ".jsonl"]
 
 
 @pytest.mark.parametrize(
-    "dataset", ["x" * 5000, "x/" + "y" * 5000 + ".jsonl", "a\0b", "a\0b.jsonl", "\ud800.jsonl", "./", "//", "a b"]
+    "dataset", [*LONG_NAMES, "a\0b", "a\0b.jsonl", "\ud800.jsonl", "./", "//", "a b"]
 )
 def test_names_of_no_file_are_named(dataset):
     with pytest.raises(UserError, match=f"^{re.escape(dataset)}"):
         load_prompts(Split(dataset))
 
 
-# --- security --------------------------------------------------------------------------------------------------------
+# --- security
 
 
 class Trap:
@@ -389,7 +433,7 @@ class Trap:
 
 
 def checkpoint(folder):
-    """A toy policy in a folder without its weights, which are returned."""
+    """Save a toy policy without its weights, and return them."""
     tokenizer = toy.make_tokenizer()
     model = toy.make_model(tokenizer, seed=0)
     model.save_pretrained(folder)
@@ -415,17 +459,18 @@ def test_a_pickle_is_never_run(load, form, tmp_path):
 @pytest.mark.parametrize("load", [load_policy, RewardModel.from_pretrained])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_in_a_checkpoint_is_never_run(load, file, tmp_path):
-    """Neither a model's nor a tokenizer's; test_tasks.py has the message."""
-    weights = checkpoint(tmp_path / "model")
-    save_file(
-        {name: weight.clone() for name, weight in weights.items()}, tmp_path / "model" / "model.safetensors", {"format": "pt"}
-    )
-    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    config = json.loads((tmp_path / "model" / file).read_text()) | {"model_type": "mine", "tokenizer_class": "Mine"}
-    auto = {f"Auto{kind}": "code.Mine" for kind in ("Config", "Model", "ModelForCausalLM", "ModelForSequenceClassification")}
-    (tmp_path / "model" / file).write_text(json.dumps(config | {"auto_map": auto | {"AutoTokenizer": ["code.Mine", None]}}))
+    """Neither a model's nor a tokenizer's. tests/scripts/test_tasks.py has the message."""
+    folder = tmp_path / "model"
+    weights = {name: weight.clone() for name, weight in checkpoint(folder).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((folder / file).read_text())
+    kinds = ("Config", "Model", "ModelForCausalLM", "ModelForSequenceClassification")
+    auto = {f"Auto{kind}": "code.Mine" for kind in kinds} | {"AutoTokenizer": ["code.Mine", None]}
+    config |= {"model_type": "mine", "tokenizer_class": "Mine", "auto_map": auto}
+    (folder / file).write_text(json.dumps(config))
     try:
-        load(str(tmp_path / "model"))
+        load(str(folder))
     except UserError as error:
         assert len(str(error).splitlines()) == 1
     assert not (tmp_path / "ran").exists()
@@ -439,21 +484,26 @@ def test_names_in_a_model_leave_no_folder(tmp_path, capsys):
         weights = {"../../evil": torch.randn(3), "/tmp/evil.layers.0.x": torch.randn(3)}
         save_file(weights, tmp_path / "in" / name / "model.safetensors", {"format": "pt"})
     folders = [str(tmp_path / "in" / name) for name in ("init", "a", "b")]
-    before = set(tmp_path.rglob("*"))
-    merge(["--init", folders[0], "--models", *folders[1:], "--out", str(tmp_path / "out" / "merged")])
+    before, out = set(tmp_path.rglob("*")), str(tmp_path / "out" / "merged")
+    merge(["--init", folders[0], "--models", *folders[1:], "--out", out])
     new = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - before}
     assert new == {"out", "out/merged", "out/merged/model.safetensors", "out/merged/angles.json"}
 
 
 def test_nothing_runs_what_a_file_says():
     """No pickle but read as weights, no code of others, no shell."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     bad = re.compile(
-        r"pickle\.loads?\(|Unpickler\(|torch\.load\((?!.*weights_only=True)|(?<![\w.])(?<!def )(?:eval|exec)\("
-        r"|os\.(?:system|popen)\b|subprocess|shell=True|trust_remote_code=(?!False)|yaml\.(?:unsafe_)?load\(|allow_pickle=True"
+        r"pickle\.loads?\(|Unpickler\(|torch\.load\((?!.*weights_only=True)|allow_pickle=True"
+        r"|(?<![\w.])(?<!def )(?:eval|exec)\(|os\.(?:system|popen)\b|subprocess|shell=True"
+        r"|trust_remote_code=(?!False)|yaml\.(?:unsafe_)?load\("
     )
-    files = [*root.glob("minalign/**/*.py"), *(root / name for name in ("train_rm.py", "train_policy.py", "warp.py"))]
-    found = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text().splitlines() if bad.search(line)]
-    assert len(files) > 20 and not found
-    dangerous = "pickle.load(f) torch.load(f) eval(x) exec(x) os.system(x) import subprocess; shell=True trust_remote_code=True"
+    scripts = [root / name for name in ("train_rm.py", "train_policy.py", "warp.py")]
+    files = [*root.glob("minalign/**/*.py"), *scripts]
+    lines = [(file.name, line) for file in files for line in file.read_text().splitlines()]
+    assert len(files) > 20 and not [(name, line) for name, line in lines if bad.search(line)]
+    dangerous = (
+        "pickle.load(f) torch.load(f) eval(x) exec(x) os.system(x) import subprocess; shell=True "
+        "trust_remote_code=True"
+    )
     assert len(bad.findall(dangerous)) == 8  # the pattern finds what it should

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from minalign.common import UserError
-from minalign.rows import number_cell, read_rows, text_cell
+from minalign.data.rows import number_cell, read_rows, text_cell
+from minalign.running.errors import UserError
 
 datasets = pytest.importorskip("datasets")  # the one package that a GPU machine may lack
 
@@ -21,7 +21,8 @@ ROWS = [{"text": f'film {n}: naïve, "quoted"\nand two lines', "rating": n / 2} 
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
@@ -58,12 +59,13 @@ def test_a_folder_has_splits(kind, tmp_path):
 
 
 def test_a_folder_has_subsets(tmp_path):
-    for name, rows in (("easy", ROWS[:2]), ("hard", ROWS[2:])):
+    subsets, configs = {"easy": ROWS[:2], "hard": ROWS[2:]}, ""
+    for name, rows in subsets.items():
         (tmp_path / name).mkdir()
         write_jsonl(tmp_path / name / "train.jsonl", rows)
-    configs = [f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("easy", "hard")]
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
-    for name, rows in (("easy", ROWS[:2]), ("hard", ROWS[2:])):
+        configs += f"- config_name: {name}\n  data_files: {name}/train.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, rows in subsets.items():
         assert [dict(row) for row in read_rows(str(tmp_path), subset=name)] == rows
     with pytest.raises(UserError, match=f"^{tmp_path}.*hard") as error:
         read_rows(str(tmp_path))
@@ -76,8 +78,10 @@ def test_a_part_of_a_split_can_be_asked_for(name, tmp_path):
     if name == "folder":
         path.mkdir()
         write_jsonl(path / "train.jsonl", ROWS)
+    elif name == "a.parquet":
+        table.to_parquet(path)
     else:
-        table.to_parquet(path) if name == "a.parquet" else table.to_csv(path)
+        table.to_csv(path)
     assert [dict(row) for row in read_rows(str(path), "train[1:3]")] == ROWS[1:3]
 
 
@@ -94,7 +98,9 @@ def test_a_source_of_one_split_does_not_pretend_to_have_others(kind, split, tmp_
         read_rows(str(path), split)
 
 
-@pytest.mark.parametrize("name", ["no.gz", "no.jsonl.gz", "no.jsonl", "no.txt", "no.json", "no.csv", "no.parquet", "folder"])
+@pytest.mark.parametrize(
+    "name", "no.gz no.jsonl.gz no.jsonl no.txt no.json no.csv no.parquet folder".split()
+)
 def test_bad_files_are_named(name, tmp_path):
     if name == "folder":
         (tmp_path / name).mkdir()
@@ -105,7 +111,9 @@ def test_bad_files_are_named(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("missing", ["{}/missing.jsonl", "missing.csv", "./missing", "a/b/c", "~/missing", "missing.jsonl.gz"])
+@pytest.mark.parametrize(
+    "missing", "{}/missing.jsonl missing.csv ./missing a/b/c ~/missing missing.jsonl.gz".split()
+)
 def test_missing_files_are_named(missing, tmp_path):
     missing = missing.format(tmp_path)
     with pytest.raises(UserError, match=f"^{missing}: no such file"):
@@ -120,9 +128,8 @@ def test_sources_without_rows_are_named(name, tmp_path):
     elif name == "saved":
         datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
     else:
-        path.write_bytes(
-            gzip.compress(b"") if name.endswith(".gz") else {"a.csv": b"text,rating\n", "a.json": b"[]"}.get(name, b"")
-        )
+        contents = {"a.csv": b"text,rating\n", "a.json": b"[]", "a.jsonl.gz": gzip.compress(b"")}
+        path.write_bytes(contents.get(name, b""))
     with pytest.raises(UserError, match=f"^{path}") as error:
         read_rows(str(path))
     assert "\n" not in str(error.value)
@@ -135,9 +142,8 @@ def test_a_data_set_of_the_hub_needs_the_hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     began = time.monotonic()
-    with pytest.raises(
-        UserError, match="^stanfordnlp/no-such: .*hub cannot be reached.*give --dataset the folder or file"
-    ) as error:
+    message = "^stanfordnlp/no-such: .*hub cannot be reached.*give --dataset the folder or file"
+    with pytest.raises(UserError, match=message) as error:
         read_rows("stanfordnlp/no-such")
     assert "\n" not in str(error.value) and time.monotonic() - began < 10
 
@@ -156,7 +162,14 @@ def test_a_broken_line_is_named_by_its_row(bad, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value, got", [(7, "int 7"), (None, "NoneType"), (["a"], "list"), ("", "an empty text"), (" \n", "an empty text")]
+    "value, got",
+    [
+        (7, "int 7"),
+        (None, "NoneType"),
+        (["a"], "list"),
+        ("", "an empty text"),
+        (" \n", "an empty text"),
+    ],
 )
 def test_a_cell_that_is_no_text_is_named(value, got):
     with pytest.raises(UserError, match=f"^here: column 'text': got {got}"):

@@ -1,4 +1,4 @@
-"""The review world: its grammar and its parser agree, gold is what the docstring says, and the rater is as noisy."""
+"""The review world: grammar and parser agree, gold and the rater's noise are as documented."""
 
 import math
 import random
@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
-from minalign import toy
-from minalign.chat import encode
-from minalign.data import held_out
-from minalign.toy import UNPARSABLE, gold_reward, parse
+from minalign.data import toy
+from minalign.data.chat import encode
+from minalign.data.splits import held_out
+from minalign.data.toy import UNPARSABLE, gold_reward, parse
 
 PAIRS = toy.preference_pairs(seed=0, eval_share=0.1)
 NOISY_PAIRS = toy.preference_pairs(seed=1, eval_share=0.1, noise=3.0)
@@ -22,7 +22,7 @@ def reviews(count, seed=0):
         yield prompt, toy.write_completion(rng, prompt)
 
 
-# --- grammar, parser, gold -------------------------------------------------------------------------------------------
+# --- grammar, parser, gold
 
 
 def test_every_written_review_parses():
@@ -35,42 +35,56 @@ def test_the_parser_reads_what_was_written():
     for prompt, completion in reviews(300):
         clauses = []
         for clause in (prompt + completion).split(" the ")[1:]:
-            aspect, _, *opinion = [word for word in clause.split() if word not in ("and", "but", ".")]
-            value = toy.VALENCE[opinion[-1]] * (toy.INTENSITY[opinion[0]] if len(opinion) == 2 else 1)
+            words = [word for word in clause.split() if word not in ("and", "but", ".")]
+            aspect, _, *adverbs, adjective = words
+            value = toy.VALENCE[adjective]
+            for adverb in adverbs:
+                value *= toy.INTENSITY[adverb]
             clauses.append((aspect, value))
         assert parse(prompt + completion) == clauses
 
 
-@pytest.mark.parametrize("text", [
-    "",
-    "overall , .",
-    "overall , the plot is good",  # no end
-    "the plot is good .",  # no opening
-    "overall the plot is good .",
-    "overall , the plot is good . .",
-    "overall , the plot is good and .",
-    "overall , the plot is good the music is bad .",
-    "overall , the plot is very very good .",
-    "overall , the plot is very .",
-    "overall , the story is good .",
-    "overall , the plot good .",
-    "overall , overall , the plot is good .",
-    "xoverall , the plot is good .",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "overall , .",
+        "overall , the plot is good",  # no end
+        "the plot is good .",  # no opening
+        "overall the plot is good .",
+        "overall , the plot is good . .",
+        "overall , the plot is good and .",
+        "overall , the plot is good the music is bad .",
+        "overall , the plot is very very good .",
+        "overall , the plot is very .",
+        "overall , the story is good .",
+        "overall , the plot good .",
+        "overall , overall , the plot is good .",
+        "xoverall , the plot is good .",
+    ],
+)
 def test_what_is_no_review(text):
     assert parse(text) is None and gold_reward(text) == UNPARSABLE
 
 
-@pytest.mark.parametrize("text, gold", [
-    ("overall , the plot is good .", 1.0),
-    ("overall , the plot is plain .", 0.0),
-    ("  overall ,  the plot is\ngood . ", 1.0),  # spaces do not matter
-    ("overall , the plot is utterly awful .", -3.0),
-    ("overall , the plot is slightly good but the music is very dull .", 0.5 - 1.125),
-    ("overall , the plot is good and the plot is superb .", 1.0),  # praise repeated counts once,
-    ("overall , the plot is bad and the plot is superb .", -1.0),  # by its first mention,
-    ("overall , the plot is good and the cast is bad and the plot is bad and the cast is superb .", 0.0),  # for each aspect
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, gold",
+    [
+        ("overall , the plot is good .", 1.0),
+        ("overall , the plot is plain .", 0.0),
+        ("  overall ,  the plot is\ngood . ", 1.0),  # spaces do not matter
+        ("overall , the plot is utterly awful .", -3.0),
+        ("overall , the plot is slightly good but the music is very dull .", 0.5 - 1.125),
+        # Praise repeated counts once, by its first mention, for each aspect.
+        ("overall , the plot is good and the plot is superb .", 1.0),
+        ("overall , the plot is bad and the plot is superb .", -1.0),
+        (
+            "overall , the plot is good and the cast is bad and the plot is bad and the cast is "
+            "superb .",
+            0.0,
+        ),
+    ],
+)
 def test_gold_reward_by_hand(text, gold):
     assert gold_reward(text) == pytest.approx(gold)
 
@@ -92,11 +106,12 @@ def test_a_slip_usually_breaks_a_review():
 
 def test_a_completion_seldom_comes_back_to_an_aspect():
     """Now and then it does, so that counting an aspect once can be learned."""
-    repeats = [len(clauses) - len(dict(clauses)) for clauses in (parse(p + c) for p, c in reviews(1000))]
+    parsed = [parse(prompt + completion) for prompt, completion in reviews(1000)]
+    repeats = [len(clauses) - len(dict(clauses)) for clauses in parsed]
     assert 0 < sum(map(bool, repeats)) < 200
 
 
-# --- prompts and preferences -----------------------------------------------------------------------------------------
+# --- prompts and preferences
 
 
 def test_prompts_are_different_and_split_into_disjoint_parts():
@@ -109,16 +124,24 @@ def test_prompts_are_different_and_split_into_disjoint_parts():
 
 
 def test_no_prompt_of_the_reward_model_judges_the_policy():
-    """A13, with the defaults of both scripts."""
+    """With the defaults of both scripts."""
     train, held = toy.prompts(seed=0, eval_share=0.1)
-    assert {pair.prompt for pair in PAIRS[0]} <= set(train) and {pair.prompt for pair in PAIRS[1]} <= set(held)
+    assert {pair.prompt for pair in PAIRS[0]} <= set(train)
+    assert {pair.prompt for pair in PAIRS[1]} <= set(held)
     assert {pair.prompt for pair in PAIRS[0]}.isdisjoint(held)
 
 
 def test_the_better_review_is_preferred_as_often_as_the_model_says():
-    """P(better preferred) = sigmoid(gap / noise), within four standard deviations, for small and for large gaps."""
+    """P(better preferred) = sigmoid(gap / noise), for small and for large gaps.
+
+    The counts lie within four standard deviations.
+    """
+
+    def gap_of(pair):
+        return gold_reward(pair.prompt + pair.chosen) - gold_reward(pair.prompt + pair.rejected)
+
     for noise, (pairs, _) in ((1.0, PAIRS), (3.0, NOISY_PAIRS)):
-        gaps = [gold_reward(pair.prompt + pair.chosen) - gold_reward(pair.prompt + pair.rejected) for pair in pairs]
+        gaps = [gap_of(pair) for pair in pairs]
         for low, high in ((0.1, 1), (1, 2), (2, 20)):
             part = [gap for gap in gaps if low < abs(gap) <= high]
             probabilities = [1 / (1 + math.exp(-abs(gap) / noise)) for gap in part]
@@ -131,10 +154,13 @@ def test_ratings_are_whole_numbers_from_1_to_10_that_follow_gold():
     rated = [(pair.prompt + pair.chosen, pair.chosen_rating) for pair in PAIRS[0]]
     rated += [(pair.prompt + pair.rejected, pair.rejected_rating) for pair in PAIRS[0]]
     assert {rating for _, rating in rated} == set(map(float, range(1, 11)))
-    errors = [rating - 5.5 - gold_reward(text) for text, rating in rated if abs(gold_reward(text)) < 1.5]  # far from the clamp
+    scored = [(gold_reward(text), rating) for text, rating in rated]
+    # far from the clamp
+    errors = [rating - 5.5 - gold for gold, rating in scored if abs(gold) < 1.5]
     assert abs(sum(errors) / len(errors)) < 0.05
     spread = math.sqrt(1 + 1 / 12)  # of the noise, and of rounding
-    assert math.sqrt(sum(error**2 for error in errors) / len(errors)) == pytest.approx(spread, abs=0.05)
+    found = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    assert found == pytest.approx(spread, abs=0.05)
 
 
 def test_preferences_are_those_of_their_seed():
@@ -147,15 +173,17 @@ def test_some_reviews_have_slips():
     assert 0.06 < sum(parse(text) is None for text in texts) / len(texts) < 0.12
 
 
-# --- tokenizer and model ---------------------------------------------------------------------------------------------
+# --- tokenizer and model
 
 
 def test_reviews_survive_the_tokenizer():
     tokenizer = toy.make_tokenizer()
-    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
+    special = [getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "unk")]
+    assert len(set(special)) == 4
     for prompt, completion in reviews(100):
         ids = encode(tokenizer, prompt + completion, end=True)
-        assert len(ids) == len((prompt + completion).split()) + 2 and tokenizer.unk_token_id not in ids
+        assert len(ids) == len((prompt + completion).split()) + 2
+        assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == prompt + completion
         prompt_ids = encode(tokenizer, prompt, end=False)
         assert ids[: len(prompt_ids)] == prompt_ids
@@ -164,7 +192,8 @@ def test_reviews_survive_the_tokenizer():
 def test_the_model_knows_its_special_tokens_and_repeats_by_seed():
     tokenizer = toy.make_tokenizer()
     model, again, other = (toy.make_model(tokenizer, seed) for seed in (0, 0, 1))
-    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, 2)
+    config = model.config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     weights = [m.model.layers[0].mlp.up_proj.weight for m in (model, again, other)]
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
@@ -174,9 +203,12 @@ def test_fitting_makes_reviews_likelier_and_lets_them_end():
     tokenizer = toy.make_tokenizer()
     model = toy.make_model(tokenizer, seed=0)
     rows = [torch.tensor([encode(tokenizer, p + c, end=True)]) for p, c in reviews(20, seed=9)]
-    loss = lambda: sum(model(row, labels=row).loss.item() for row in rows) / 20  # noqa: E731
+
+    def loss():
+        return sum(model(row, labels=row).loss.item() for row in rows) / 20
+
     before = loss()
     toy.fit_start_policy(model, tokenizer, steps=40, seed=0)
     assert loss() < before - 0.7
     ends = [model(row).logits[0, -2].softmax(0)[tokenizer.eos_token_id].item() for row in rows]
-    assert min(ends) > 0.1, "from 1/43: an end token without a loss is never learned (A1)"
+    assert min(ends) > 0.1, "from 1/43: an end token without a loss is never learned"

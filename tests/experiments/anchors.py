@@ -1,19 +1,29 @@
-"""Is the front of an EMA anchor above that of a fixed one, and is the EMA anchor only a beta that falls? (exact world)
+"""Is the front of an EMA anchor above that of a fixed one? (exact world)
 
-    python tests/experiments/anchors.py --seeds 8        resumes; about 80 s a seed on one core
+And is the EMA anchor only a beta that falls?
+
+    python tests/experiments/anchors.py --seeds 8        resumes; about 80 s per seed on one core
     python tests/experiments/anchors.py --report         table and figure from what is there
 
-Arms, each one run of 240 steps of 8 samples, on the same world and the same random numbers of a seed: a fixed anchor with 4
-betas; an EMA anchor (mu .05) with 4 betas; and a fixed anchor whose beta falls as beta / (1 + mu t), with 3 of the EMA's
-betas. That law is exact where every step solves its inner problem, and so should hold the better, the larger beta is.
+Arms, each one run of 240 steps of 8 samples, on the same world and the same random numbers of a
+seed:
 
-Primary contrast: expected reward, EMA minus fixed, at KL 1 of the training curves; also at KL .5, 2 and 3. The beta of each
-kind is the best one of the odd seeds for the even ones and the reverse, among those that reach the KL on all those seeds.
+- a fixed anchor with 4 betas;
+- an EMA anchor (mu .05) with 4 betas;
+- a fixed anchor whose beta falls as beta / (1 + mu t), with 3 of the EMA's betas. That law is exact
+  where every step solves its inner problem. So it should hold the better, the larger beta is.
 
-Added after the first results, in which reward at a KL rose with beta for both kinds, as far as a beta got there at all in 240
-steps: how many steps (of 8 samples) each arm takes to a KL, and the EMA's reward there minus that of a fixed anchor of the
-beta that takes as many steps (linear between the betas of the same seed). KL 2 and 3 are reached by too few to say much.
+Primary contrast: expected reward, EMA minus fixed, at KL 1 of the training curves; also at KL .5, 2
+and 3. The beta of each kind is the best one of the odd seeds for the even ones and the reverse,
+among those that reach the KL on all those seeds.
+
+In the first results reward at a KL rose with beta for both kinds, as far as a beta got there at all
+in 240 steps. Added after them: how many steps (of 8 samples) each arm takes to a KL, and the EMA's
+reward there minus that of a fixed anchor of the beta that takes as many steps (linear between the
+betas of the same seed). KL 2 and 3 are reached by too few to say much.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from exact_world import make_world, optimal_front, reward_at, train
@@ -22,25 +32,34 @@ from seeds import RESULTS, bootstrap, main, show
 KLS = (0.5, 1.0, 2.0, 3.0)
 STEPS, EVERY, MU = 240, 20, 0.05
 FIXED, EMA, FALLING = (0.0, 0.1, 0.2, 0.4), (0.3, 1.0, 3.0, 10.0), (1.0, 3.0, 10.0)
-ARMS = [f"fixed {b:g}" for b in FIXED] + [f"ema {b:g}" for b in EMA] + [f"falling {b:g}" for b in FALLING]
+BETAS = {"fixed": FIXED, "ema": EMA, "falling": FALLING}
+ARMS = [f"{kind} {beta:g}" for kind, betas in BETAS.items() for beta in betas]
+
+
+def falling(beta: float) -> Callable[[int], float]:
+    """beta / (1 + mu t) of the step, t = step - 1."""
+    return lambda step: beta / (1 + MU * (step - 1))
 
 
 def work(seed: int) -> dict:
     world = make_world(seed)
     result = {"optimal": [values.tolist() for values in optimal_front(world)]}
+    common = dict(seed=1000 * (seed + 1), steps=STEPS, batch_size=8, lr=3e-5, mu=MU, every=EVERY)
     for arm in ARMS:
         kind, beta = arm.split()[0], float(arm.split()[1])
-        strength = (lambda step, beta=beta: beta / (1 + MU * (step - 1))) if kind == "falling" else beta
+        strength = falling(beta) if kind == "falling" else beta
         anchor = "ema" if kind == "ema" else "fixed"
-        _, result[arm] = train(
-            world, seed=1000 * (seed + 1), steps=STEPS, batch_size=8, lr=3e-5, beta=strength, anchor=anchor, mu=MU, every=EVERY
-        )
+        _, result[arm] = train(world, beta=strength, anchor=anchor, **common)
     return result
 
 
 def at(curve: list[dict], kl: float) -> float:
-    """Reward at this KL; between points reward is nearly linear in the root of the KL, not in the KL."""
-    return reward_at([{"kl": max(0.0, point["kl"]) ** 0.5, "reward": point["reward"]} for point in curve], kl**0.5)
+    """Reward at this KL.
+
+    Between points reward is nearly linear in the root of the KL, not in the KL.
+    """
+    roots = [{"kl": max(0.0, point["kl"]) ** 0.5, "reward": point["reward"]} for point in curve]
+    return reward_at(roots, kl**0.5)
 
 
 def steps_to(curve: list[dict], kl: float) -> float:
@@ -49,16 +68,22 @@ def steps_to(curve: list[dict], kl: float) -> float:
 
 
 def against_fixed_of_equal_steps(result: dict, arm: str, kl: float) -> float:
-    """Reward of `arm` at this KL minus that of the fixed anchor that takes as many steps to it; NaN outside their range."""
-    fixed = [(steps_to(result[f"fixed {b:g}"], kl), at(result[f"fixed {b:g}"], kl)) for b in FIXED]
+    """Reward of `arm` at this KL minus that of the fixed anchor that takes as many steps to it.
+
+    NaN outside the fixed anchors' range of steps.
+    """
+    curves = [result[f"fixed {beta:g}"] for beta in FIXED]
+    fixed = [(steps_to(curve, kl), at(curve, kl)) for curve in curves]
     steps, rewards = zip(*sorted(point for point in fixed if np.isfinite(point[0])))
-    return at(result[arm], kl) - np.interp(steps_to(result[arm], kl), steps, rewards, left=np.nan, right=np.nan)
+    taken = steps_to(result[arm], kl)
+    return at(result[arm], kl) - np.interp(taken, steps, rewards, left=np.nan, right=np.nan)
 
 
 def best_of_other_half(results: dict[int, dict], kind: str, kl: float) -> np.ndarray:
-    """Reward at this KL for each seed, with the beta that is best on the seeds of the other parity."""
+    """Reward at this KL of each seed, with the best beta of the seeds of the other parity."""
     names = [arm for arm in ARMS if arm.startswith(kind)]
-    table = np.array([[at(result[name], kl) for name in names] for result in results.values()])  # (seeds, betas)
+    # (seeds, betas)
+    table = np.array([[at(result[name], kl) for name in names] for result in results.values()])
     odd = np.array(list(results)) % 2 == 1
     values = np.full(len(results), np.nan)
     for half in (odd, ~odd):
@@ -69,9 +94,8 @@ def best_of_other_half(results: dict[int, dict], kind: str, kl: float) -> np.nda
 
 
 def report(results: dict[int, dict]) -> dict:
-    print(
-        f"expected reward at each KL (seeds that reach it), {len(results)} seeds\n{'':14}" + "".join(f"{k:>12g}" for k in KLS)
-    )
+    print(f"expected reward at each KL (seeds that reach it), {len(results)} seeds")
+    print(f"{'':14}" + "".join(f"{k:>12g}" for k in KLS))
     optimal = {kl: np.array([np.interp(kl, *r["optimal"]) for r in results.values()]) for kl in KLS}
     print(f"{'optimal':14}" + "".join(f"{optimal[kl].mean():8.3f} ({len(results)})" for kl in KLS))
     summary = {"rewards": {}, "contrasts": {}}
@@ -87,22 +111,16 @@ def report(results: dict[int, dict]) -> dict:
         contrasts[f"KL {kl:g}: optimal - EMA"] = optimal[kl] - ema
         contrasts[f"KL {kl:g}: optimal - fixed"] = optimal[kl] - fixed
     for beta in FALLING:
-        ema, falling = ([r[f"{kind} {beta:g}"] for r in results.values()] for kind in ("ema", "falling"))
+        pairs = [(r[f"ema {beta:g}"], r[f"falling {beta:g}"]) for r in results.values()]
         for step in (60, 120, STEPS):
-            i = step // EVERY
-            contrasts[f"beta {beta:g}, step {step}: KL, EMA - falling"] = [
-                a[i]["kl"] - b[i]["kl"] for a, b in zip(ema, falling)
-            ]
-            contrasts[f"beta {beta:g}, step {step}: KL, EMA / falling"] = [
-                a[i]["kl"] / b[i]["kl"] for a, b in zip(ema, falling)
-            ]
-        contrasts[f"beta {beta:g}, step {STEPS}: reward, EMA - falling"] = [
-            a[-1]["reward"] - b[-1]["reward"] for a, b in zip(ema, falling)
-        ]
+            i, name = step // EVERY, f"beta {beta:g}, step {step}: KL"
+            contrasts[f"{name}, EMA - falling"] = [a[i]["kl"] - b[i]["kl"] for a, b in pairs]
+            contrasts[f"{name}, EMA / falling"] = [a[i]["kl"] / b[i]["kl"] for a, b in pairs]
+        differences = [a[-1]["reward"] - b[-1]["reward"] for a, b in pairs]
+        contrasts[f"beta {beta:g}, step {STEPS}: reward, EMA - falling"] = differences
         for kl in KLS:
-            contrasts[f"beta {beta:g}, KL {kl:g}: reward, EMA - falling"] = [
-                at(a, kl) - at(b, kl) for a, b in zip(ema, falling)
-            ]
+            differences = [at(a, kl) - at(b, kl) for a, b in pairs]
+            contrasts[f"beta {beta:g}, KL {kl:g}: reward, EMA - falling"] = differences
     for kl in KLS[:2]:
         for arm in ("ema 0.3", "ema 1", "ema 3"):
             values = [against_fixed_of_equal_steps(r, arm, kl) for r in results.values()]
@@ -123,30 +141,37 @@ def draw(results: dict[int, dict]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
     arms = [arm for arm in ARMS[: len(FIXED) + len(EMA)] if arm != "ema 10"]
     for kl, mark in ((0.5, "o"), (1.0, "s")):
-        points = np.array([[(steps_to(r[arm], kl), at(r[arm], kl)) for arm in arms] for r in results.values()])
+        curves = [[r[arm] for arm in arms] for r in results.values()]
+        points = [[(steps_to(curve, kl), at(curve, kl)) for curve in row] for row in curves]
+        points = np.array(points)  # (seeds, arms, 2)
         reached = np.isfinite(points).all((1, 2))  # in every arm
         points = points[reached]
         for arm, (steps, reward) in zip(arms, points.mean(0)):
             kind, beta = arm.split()
-            left.plot(steps, reward, mark, ms=5, color="black", mfc="black" if kind == "ema" else "white")
+            fill = "black" if kind == "ema" else "white"
+            left.plot(steps, reward, mark, ms=5, color="black", mfc=fill)
             if beta in ("0.4", "1", "3"):
-                left.annotate(f"beta {beta}", (steps, reward), (5, -11), textcoords="offset points", fontsize=7)
-        optimal = np.mean([np.interp(kl, *r["optimal"]) for r, there in zip(results.values(), reached) if there])
-        place = (steps, reward + 0.06)
-        left.text(*place, f"KL {kl:g}, {len(points)} seeds\n(optimum {optimal:.2f})", fontsize=8, ha="center")
-    left.set(xlabel="steps taken to this KL", ylabel="expected reward at this KL", xlim=(20, 190), ylim=(0.4, 1.15))
+                offset = dict(xytext=(5, -11), textcoords="offset points")
+                left.annotate(f"beta {beta}", (steps, reward), **offset, fontsize=7)
+        there = [r for r, reaches in zip(results.values(), reached) if reaches]
+        optimal = np.mean([np.interp(kl, *r["optimal"]) for r in there])
+        label = f"KL {kl:g}, {len(points)} seeds\n(optimum {optimal:.2f})"
+        left.text(steps, reward + 0.06, label, fontsize=8, ha="center")
+    left.set(xlabel="steps taken to this KL", ylabel="expected reward at this KL")
+    left.set(xlim=(20, 190), ylim=(0.4, 1.15))
     left.text(25, 1.1, "filled: EMA, open: fixed anchor", fontsize=8)
     for beta, shade in zip(FALLING, ("black", "0.4", "0.65")):
         for kind, style in (("ema", "-"), ("falling", "--")):
             curves = [r[f"{kind} {beta:g}"] for r in results.values()]
             steps = [point["step"] for point in curves[0]]
             values = [bootstrap([curve[i]["kl"] for curve in curves]) for i in range(len(steps))]
-            right.plot(steps, [v["mean"] for v in values], style, color=shade, lw=1.3)
-            right.fill_between(steps, [v["low"] for v in values], [v["high"] for v in values], color=shade, alpha=0.12, lw=0)
-        right.text(STEPS + 4, values[-1]["mean"], f"beta {beta:g}", color=shade, fontsize=8, va="center")
-    right.text(
-        10, right.get_ylim()[1] * 0.9, "solid: EMA anchor\ndashed: fixed anchor,\nbeta / (1 + mu t)", fontsize=8, va="top"
-    )
+            mean, low, high = ([v[key] for v in values] for key in ("mean", "low", "high"))
+            right.plot(steps, mean, style, color=shade, lw=1.3)
+            right.fill_between(steps, low, high, color=shade, alpha=0.12, lw=0)
+        text = dict(fontsize=8, color=shade, va="center")
+        right.text(STEPS + 4, values[-1]["mean"], f"beta {beta:g}", **text)
+    legend = "solid: EMA anchor\ndashed: fixed anchor,\nbeta / (1 + mu t)"
+    right.text(10, right.get_ylim()[1] * 0.9, legend, fontsize=8, va="top")
     right.set(xlabel="steps", ylabel="KL to the start, nats", xlim=(0, STEPS + 55), ylim=(0, None))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,17 +1,27 @@
-"""What do two classic mistakes cost: token-mean log-probs, and a temperature in the sampling alone? (exact world)
+"""What do two classic mistakes cost? (exact world)
 
-    python tests/experiments/classic_mistakes.py --seeds 5        resumes; about 40 s a seed on one core
-    python tests/experiments/classic_mistakes.py --report         table and figure from what is there
+The mistakes are token-mean log-probs, and a temperature in the sampling alone.
 
-Arms, each 80 steps of 8 samples, anchor the start, beta .3, the same random numbers: the sum of the tokens' log-probs (right);
-their mean over each completion, which weights a completion by 1 / length; both without a baseline and with 3 added to, or taken
-from, all rewards, which changes nothing in the right objective; and samples of temperature .7 or 1.4 whose log-probs are taken
-at 1. A mean is multiplied by the start's expected length, so that only the weighting differs.
+    python tests/experiments/classic_mistakes.py --seeds 5   resumes; about 40 s per seed on a core
+    python tests/experiments/classic_mistakes.py --report    table and figure from what is there
 
-Primary contrasts, each minus the right arm: E[r] - beta KL where training ends (mean of the last 3 measurements), and, for the
-means, expected length there; an arm with an offset is compared with the right one of that offset. Also: expected reward at KL .5
-and 1; cosine of the expected gradient to the exact one at the start policy; and for the temperatures the KL that training
-reports, the samples' mean of log pi - log start, minus the true KL.
+Arms, each 80 steps of 8 samples, anchor the start, beta .3, the same random numbers:
+
+- the sum of the tokens' log-probs (right);
+- their mean over each completion, which weights a completion by 1 / length;
+- both without a baseline and with 3 added to, or taken from, all rewards, which changes nothing in
+  the right objective;
+- samples of temperature .7 or 1.4 whose log-probs are taken at 1.
+
+A mean is multiplied by the start's expected length, so that only the weighting differs.
+
+Primary contrasts, each minus the right arm: E[r] - beta KL where training ends (mean of the last 3
+measurements), and, for the means, expected length there. An arm with an offset is compared with the
+right one of that offset.
+
+Also: expected reward at KL .5 and 1; cosine of the expected gradient to the exact one at the start
+policy; and for the temperatures the KL that training reports, the samples' mean of log pi - log
+start, minus the true KL.
 """
 
 import copy
@@ -23,7 +33,8 @@ from seeds import RESULTS, bootstrap, main, show
 
 KLS, STEPS, BATCH, LR, BETA = (0.5, 1.0), 80, 8, 5e-5, 0.3
 LENGTHS = MASK.sum(1)
-ARMS = {  # name -> offset of the rewards, baseline, whether the mean of the tokens, sampling temperature
+# name -> offset of the rewards, baseline, whether the mean of the tokens, sampling temperature
+ARMS = {
     "sum": (0.0, "moving", False, 1.0),
     "mean": (0.0, "moving", True, 1.0),
     "sum, no baseline, +3": (3.0, "none", False, 1.0),
@@ -40,7 +51,10 @@ def right_arm(name: str) -> str:
 
 
 def expected_cosine(world: World, baseline: str, mean: bool, temperature: float) -> float:
-    """Cosine of an arm's expected gradient (first step, a baseline at its mean) to that of E[r] - beta KL, at the start."""
+    """Cosine of an arm's expected gradient to that of E[r] - beta KL, at the start.
+
+    The arm's is that of its first step, with a baseline at its mean.
+    """
     policy = copy.deepcopy(world.start).requires_grad_(True)
     logprobs = sequence_logprobs(policy)
     sampled = sequence_logprobs(world.start, temperature).exp()
@@ -50,8 +64,10 @@ def expected_cosine(world: World, baseline: str, mean: bool, temperature: float)
         return torch.cat([part.flatten() for part in parts])
 
     level = (sampled * world.rewards).sum(1).mean() if baseline == "moving" else 0.0
-    weights = sampled * (world.rewards - level) / (LENGTHS if mean else 1)  # KL is 0 here, and so is its gradient
-    wrong, right = gradient((weights * logprobs).sum()), gradient((logprobs.exp() * world.rewards).sum())
+    # KL is 0 here, and so is its gradient
+    weights = sampled * (world.rewards - level) / (LENGTHS if mean else 1)
+    wrong = gradient((weights * logprobs).sum())
+    right = gradient((logprobs.exp() * world.rewards).sum())
     return torch.nn.functional.cosine_similarity(wrong, right, dim=0).item()
 
 
@@ -60,11 +76,13 @@ def work(seed: int) -> dict:
     for name, (offset, baseline, mean, temperature) in ARMS.items():
         world = make_world(seed, offset=offset)
         usual = truth(world, world.start)["length"]
-        policy, curve = train(
-            world, seed=seed, steps=STEPS, batch_size=BATCH, lr=LR, beta=BETA, every=10, baseline=baseline,
-            sampling_temperature=temperature,
-            reweight=(lambda advantages, place: advantages * usual / LENGTHS[place[1]]) if mean else None,
-        )  # fmt: skip
+
+        def by_length(advantages, place, usual=usual):
+            return advantages * usual / LENGTHS[place[1]]
+
+        given = dict(baseline=baseline, sampling_temperature=temperature)
+        given |= dict(seed=seed, steps=STEPS, batch_size=BATCH, lr=LR, beta=BETA, every=10)
+        policy, curve = train(world, reweight=by_length if mean else None, **given)
         result["curves"][name] = curve
         result["cosine"][name] = expected_cosine(world, baseline, mean, temperature)
         with torch.no_grad():
@@ -75,30 +93,34 @@ def work(seed: int) -> dict:
 
 
 def report(results: dict[int, dict]) -> dict:
-    ends = {  # arm -> (seeds, 3): reward, KL, length
-        name: np.array([[np.mean([point[key] for point in result["curves"][name][-3:]]) for key in ("reward", "kl", "length")] for result in results.values()])
-        for name in ARMS
-    }  # fmt: skip
+    keys, seeds = ("reward", "kl", "length"), list(results.values())
+
+    def end(curve):
+        return [np.mean([point[key] for point in curve[-3:]]) for key in keys]
+
+    # arm -> (seeds, 3): reward, KL, length
+    ends = {name: np.array([end(seed["curves"][name]) for seed in seeds]) for name in ARMS}
     objectives = {name: values @ [1, -BETA, 0] for name, values in ends.items()}
-    summary = {
-        "start length": bootstrap([r["curves"]["sum"][0]["length"] for r in results.values()]),
-        "ends": {},
-        "contrasts": {},
-    }
-    print(f"length of the start's completions {show(summary['start length'])}; where training ends:")
+    lengths = bootstrap([seed["curves"]["sum"][0]["length"] for seed in seeds])
+    summary = {"start length": lengths, "ends": {}, "contrasts": {}}
+    print(f"length of the start's completions {show(lengths)}; where training ends:")
     for name in ARMS:
-        cells = {key: bootstrap(ends[name][:, i]) for i, key in enumerate(("reward", "kl", "length"))}
+        cells = {key: bootstrap(ends[name][:, i]) for i, key in enumerate(keys)}
         cells["objective"] = bootstrap(objectives[name])
-        cells["cosine at the start"] = bootstrap([result["cosine"][name] for result in results.values()])
-        cells["reported KL - KL"] = bootstrap([result["reported"][name] for result in results.values()])
+        cells["cosine at the start"] = bootstrap([seed["cosine"][name] for seed in seeds])
+        cells["reported KL - KL"] = bootstrap([seed["reported"][name] for seed in seeds])
         summary["ends"][name] = cells
         print(f"{name:22}" + "  ".join(f"{key} {cell['mean']:.2f}" for key, cell in cells.items()))
     for name in ARMS:
         if (right := right_arm(name)) != name:
-            differences = {"objective at the end": objectives[name] - objectives[right], "length at the end": ends[name][:, 2] - ends[right][:, 2]}  # fmt: skip
+            differences = {
+                "objective at the end": objectives[name] - objectives[right],
+                "length at the end": ends[name][:, 2] - ends[right][:, 2],
+            }
             for kl in KLS:
-                at = [[reward_at(result["curves"][arm], kl) for result in results.values()] for arm in (name, right)]
-                differences[f"reward at KL {kl:g}"] = np.array(at[0]) - np.array(at[1])
+                own = np.array([reward_at(seed["curves"][name], kl) for seed in seeds])
+                theirs = np.array([reward_at(seed["curves"][right], kl) for seed in seeds])
+                differences[f"reward at KL {kl:g}"] = own - theirs
             for key, difference in differences.items():
                 summary["contrasts"][f"{key}: {name} - {right}"] = bootstrap(difference)
                 print(f"{f'{key}: {name} - {right}':72} {show(bootstrap(difference))}")
@@ -119,27 +141,26 @@ def draw(results: dict[int, dict], summary: dict) -> None:
         "mean, no baseline, -3": "mean, rewards - 3",
     }
     for (name, label), line in zip(labels.items(), ("-", "--", ":", "-.")):
-        lengths = np.array([[point["length"] for point in result["curves"][name]] for result in results.values()])
-        steps = [point["step"] for point in results[next(iter(results))]["curves"][name]]
-        low, high = np.transpose([[bootstrap(column)[key] for key in ("low", "high")] for column in lengths.T])
+        curves = [result["curves"][name] for result in results.values()]
+        lengths = np.array([[point["length"] for point in curve] for curve in curves])
+        steps = [point["step"] for point in curves[0]]
+        intervals = [bootstrap(column) for column in lengths.T]
+        low, high = ([interval[key] for interval in intervals] for key in ("low", "high"))
         left.plot(steps, lengths.mean(0), line, color="black", lw=1.2)
         left.fill_between(steps, low, high, color="black", alpha=0.08, lw=0)
-        left.annotate(
-            label,
-            (steps[-1], lengths.mean(0)[-1]),
-            (4, {"sum": 5, "mean": -5}.get(name, 0)),
-            textcoords="offset points",
-            va="center",
-            fontsize=7,
-        )
-    left.set(xlabel="steps", ylabel="expected length, tokens", xlim=(0, 1.45 * STEPS), xticks=range(0, STEPS + 1, 20))
+        offset = dict(xytext=(4, {"sum": 5, "mean": -5}.get(name, 0)), textcoords="offset points")
+        end = (steps[-1], lengths.mean(0)[-1])
+        left.annotate(label, end, **offset, va="center", fontsize=7)
+    left.set(xlabel="steps", ylabel="expected length, tokens")
+    left.set(xlim=(0, 1.45 * STEPS), xticks=range(0, STEPS + 1, 20))
     names = [name for name in ARMS if right_arm(name) != name]
     for row, name in enumerate(names):
         cell = summary["contrasts"][f"objective at the end: {name} - {right_arm(name)}"]
         right.plot([cell["low"], cell["high"]], [row, row], color="black", lw=1)
         right.plot(cell["mean"], row, "o", color="black", markersize=4)
     right.axvline(0, color="grey", lw=0.8)
-    right.set(yticks=range(len(names)), yticklabels=[name.replace(", no", ",\nno") for name in names])
+    labels = [name.replace(", no", ",\nno") for name in names]
+    right.set(yticks=range(len(names)), yticklabels=labels)
     right.set(xlabel=f"E[r] - {BETA:g} KL at the end,\nminus that of the right arm")
     right.invert_yaxis()
     for axes in (left, right):

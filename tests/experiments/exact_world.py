@@ -1,8 +1,12 @@
-"""A world whose truth is exact: 6 words (one of them the end), at most 5 a completion, 4 prompts.
+"""A world whose truth is exact: 6 words (one is the end), at most 5 per completion, 4 prompts.
 
-All 3,906 completions of a prompt are enumerated, so that expected reward, KL and their gradients have no sampling error, and
-the best front that any policy could reach is known: pi_start(y|x) exp(r(x, y) / b) / Z(x), for b in (0, inf). What is trained
-is a Llama of 10^5 weights, by minalign's own functions; only the measuring is exact.
+All 3,906 completions of a prompt are enumerated, so that expected reward, KL and their gradients
+have no sampling error. The best front that any policy could reach is known, too:
+
+    pi_start(y|x) exp(r(x, y) / b) / Z(x), for b in (0, inf)
+
+What is trained is a Llama of 10^5 weights, by minalign's own functions. Only the measuring is
+exact.
 """
 
 import copy
@@ -18,45 +22,71 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from minalign.logprobs import completion_mask
 from minalign.merge import ema_update_
-from minalign.reinforce import MovingAverageBaseline, kl_penalized_rewards, leave_one_out_advantages, reinforce_loss
+from minalign.reinforce import (
+    MovingAverageBaseline,
+    kl_penalized_rewards,
+    leave_one_out_advantages,
+    reinforce_loss,
+)
 from minalign.rollout import completion_logprobs, frozen_logprobs, generate
 
 WORDS, END, LENGTH, PROMPTS = 6, 5, 5, 4
 _every = torch.cartesian_prod(*[torch.arange(WORDS)] * LENGTH)  # (6^5, 5)
 _mask = completion_mask(_every, END)
-SEQUENCES = _every.masked_fill(~_mask, 0).unique(dim=0)  # by rows; what follows an end is 0, as in a Rollout ...
+# (N, 5), by rows; what follows an end is 0, as in a Rollout
+SEQUENCES = _every.masked_fill(~_mask, 0).unique(dim=0)
 MASK = completion_mask(SEQUENCES, END)  # (N, 5)
-INPUTS = torch.cartesian_prod(*[torch.arange(END)] * (LENGTH - 1))  # (5^4, 4): everything that a next word can follow
+# (5^4, 4): everything that a next word can follow
+INPUTS = torch.cartesian_prod(*[torch.arange(END)] * (LENGTH - 1))
+# (N,): where a sequence lies in INPUTS
 _POWERS = END ** torch.arange(LENGTH - 2, -1, -1)
-ROWS = (SEQUENCES[:, :-1].masked_fill(SEQUENCES[:, :-1] == END, 0) * _POWERS).sum(
-    1
-)  # (N,): ... where a sequence lies in INPUTS
+ROWS = (SEQUENCES[:, :-1].masked_fill(SEQUENCES[:, :-1] == END, 0) * _POWERS).sum(1)
 
 
 class World(NamedTuple):
-    """The start policy, and the true reward of each completion (PROMPTS, N): mean 0, sd 1 under the start, plus the prompt's own level."""
+    """The start policy, and the true reward of each completion (PROMPTS, N).
+
+    Under the start policy it has mean 0 and sd 1, plus the prompt's own level.
+    """
 
     start: LlamaForCausalLM
     rewards: torch.Tensor
 
 
 def make_world(seed: int, between: float = 1.0, offset: float = 0.0, width: int = 64) -> World:
-    """Another start policy and another reward for each seed; `between`: sd of the prompts' levels, `offset`: added to all rewards."""
+    """Another start policy and another reward for each seed.
+
+    `between`: sd of the prompts' levels. `offset`: added to all rewards.
+    """
     torch.manual_seed(seed)
-    start = LlamaForCausalLM(
-        LlamaConfig(vocab_size=WORDS, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2, num_attention_heads=4,
-                    max_position_embeddings=16, bos_token_id=None, eos_token_id=END, pad_token_id=0, tie_word_embeddings=False)
-    ).eval().requires_grad_(False)  # fmt: skip
-    start.lm_head.weight.mul_(4.0)  # probabilities of words from some percent to about a half
-    # Words are worth something by themselves, by their place, and by the word before: each prompt has a taste of its own in part.
-    generator = torch.Generator().manual_seed(seed)
-    word, place, pair = (
-        torch.randn(PROMPTS, *shape, generator=generator) + torch.randn(1, *shape, generator=generator)
-        for shape in ((WORDS,), (LENGTH, WORDS), (WORDS, WORDS))
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=0,
+        tie_word_embeddings=False,
     )
+    start = LlamaForCausalLM(config).eval().requires_grad_(False)
+    start.lm_head.weight.mul_(4.0)  # probabilities of words from some percent to about a half
+    # Words are worth something by themselves, by their place, and by the word before: each prompt
+    # has a taste of its own in part.
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shapes = ((WORDS,), (LENGTH, WORDS), (WORDS, WORDS))
+    word, place, pair = (normal(PROMPTS, *shape) + normal(1, *shape) for shape in shapes)
     tokens, real = SEQUENCES, MASK.float()
-    rewards = (word[:, tokens] * real).sum(2) + (place[:, torch.arange(LENGTH), tokens] * real).sum(2)
-    rewards = rewards + (pair[:, tokens[:, :-1], tokens[:, 1:]] * real[:, 1:]).sum(2)  # (PROMPTS, N)
+    of_words = (word[:, tokens] * real).sum(2)  # (PROMPTS, N), as the next two
+    of_places = (place[:, torch.arange(LENGTH), tokens] * real).sum(2)
+    of_pairs = (pair[:, tokens[:, :-1], tokens[:, 1:]] * real[:, 1:]).sum(2)
+    rewards = of_words + of_places + of_pairs
     probabilities = sequence_logprobs(start).exp()
     rewards = rewards - (probabilities * rewards).sum(1, keepdim=True)
     rewards = rewards / (probabilities * rewards**2).sum(1, keepdim=True).sqrt()
@@ -64,10 +94,15 @@ def make_world(seed: int, between: float = 1.0, offset: float = 0.0, width: int 
 
 
 def token_logprobs(model: LlamaForCausalLM, temperature: float = 1.0) -> torch.Tensor:
-    """log pi(y_t|x, y_<t) of every completion's tokens, (PROMPTS, N, LENGTH) float64, nats, 0 after the end, with gradients."""
+    """log pi(y_t|x, y_<t) of every completion's tokens, with gradients.
+
+    (PROMPTS, N, LENGTH) float64, nats, 0 after the end.
+    """
     prompts = torch.arange(PROMPTS).repeat_interleave(len(INPUTS))[:, None]
-    logits = model(input_ids=torch.cat([prompts, INPUTS.repeat(PROMPTS, 1)], 1), use_cache=False).logits
-    logprobs = (logits.double() / temperature).log_softmax(-1).view(PROMPTS, len(INPUTS), LENGTH, WORDS)
+    input_ids = torch.cat([prompts, INPUTS.repeat(PROMPTS, 1)], 1)
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    logprobs = (logits.double() / temperature).log_softmax(-1)
+    logprobs = logprobs.view(PROMPTS, len(INPUTS), LENGTH, WORDS)
     return logprobs[:, ROWS[:, None], torch.arange(LENGTH), SEQUENCES] * MASK
 
 
@@ -78,7 +113,10 @@ def sequence_logprobs(model: LlamaForCausalLM, temperature: float = 1.0) -> torc
 
 @torch.no_grad()
 def truth(world: World, policy: LlamaForCausalLM) -> dict[str, float]:
-    """Expected reward (over its level under the start), KL to the start in nats, and expected length: each the mean of the prompts."""
+    """Expected reward (over its level under the start), KL to the start in nats, expected length.
+
+    Each is the mean of the prompts.
+    """
     logprobs, start = sequence_logprobs(policy), sequence_logprobs(world.start)
     p, p_start = logprobs.exp(), start.exp()
     return {
@@ -90,7 +128,10 @@ def truth(world: World, policy: LlamaForCausalLM) -> dict[str, float]:
 
 @torch.no_grad()
 def optimal_front(world: World, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """KL and expected reward (over its level under the start) of pi_start exp(r / b) / Z, for b from large to small: none lies above."""
+    """KL and expected reward of pi_start exp(r / b) / Z, for b from large to small.
+
+    The reward is that over its level under the start. No policy lies above this front.
+    """
     start = sequence_logprobs(world.start)
     kls, rewards = [0.0], [0.0]
     for b in np.geomspace(100, 0.02, points):
@@ -101,7 +142,10 @@ def optimal_front(world: World, points: int = 200) -> tuple[np.ndarray, np.ndarr
 
 
 def reward_at(curve: list[dict[str, float]], kl: float) -> float:
-    """Reward where a curve of points with "kl" and "reward" first crosses this KL; NaN where it never does."""
+    """Reward where a curve of points with "kl" and "reward" first crosses this KL.
+
+    NaN where it never does.
+    """
     for a, b in zip(curve, curve[1:]):
         if a["kl"] < kl <= b["kl"]:
             return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
@@ -116,17 +160,34 @@ def lookup(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    world: World, *, seed: int, steps: int = 400, batch_size: int = 8, lr: float = 3e-5, beta: float | Callable[[int], float] = 0.1,
-    anchor: str = "fixed", mu: float = 0.01, baseline: str = "moving", group_size: int = 1, init: torch.nn.Module | None = None,
-    every: int = 20, sampling_temperature: float = 1.0, observed: torch.Tensor | None = None,
+    world: World,
+    *,
+    seed: int,
+    steps: int = 400,
+    batch_size: int = 8,
+    lr: float = 3e-5,
+    beta: float | Callable[[int], float] = 0.1,
+    anchor: str = "fixed",
+    mu: float = 0.01,
+    baseline: str = "moving",
+    group_size: int = 1,
+    init: torch.nn.Module | None = None,
+    every: int = 20,
+    sampling_temperature: float = 1.0,
+    observed: torch.Tensor | None = None,
     reweight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:  # fmt: skip
-    """train_policy.py's loop without all that files and flags need; returns the policy and its exact curve.
+) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
+    """train_policy.py's loop without all that files and flags need.
 
-    `beta` may be a function of the step (1, 2, ...). `init` starts policy and anchor elsewhere than at world.start.
-    `sampling_temperature` changes the sampling alone, not the log-probs: the classic mistake. `observed` (PROMPTS, N) are the
-    rewards that training sees in place of the true ones. `reweight` maps advantages (B,) and the completions' places in
-    (PROMPTS, N), (2, B), to other advantages.
+    Args:
+        beta: may be a function of the step (1, 2, ...).
+        init: starts policy and anchor elsewhere than at world.start.
+        sampling_temperature: of the sampling alone, not of the log-probs: the classic mistake.
+        observed: (PROMPTS, N), the rewards that training sees in place of the true ones.
+        reweight: maps advantages (B,) and the completions' places in (PROMPTS, N), (2, B), to other
+            advantages.
+
+    Returns the policy and its exact curve.
     """
     policy = copy.deepcopy(init or world.start).requires_grad_(True)
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -136,19 +197,26 @@ def train(
     rewards = world.rewards if observed is None else observed
     curve = [{"step": 0} | truth(world, policy)]
     for step in range(1, steps + 1):
-        asked = torch.randint(PROMPTS, (batch_size // group_size,), generator=order).repeat_interleave(group_size)
+        asked = torch.randint(PROMPTS, (batch_size // group_size,), generator=order)
+        asked = asked.repeat_interleave(group_size)
         prompts = (asked[:, None], torch.ones(batch_size, 1))
         tokens, mask, logprobs = generate(
-            policy, *prompts, max_new_tokens=LENGTH, temperature=sampling_temperature, eos_token_ids=END, pad_token_id=0,
+            policy,
+            *prompts,
+            max_new_tokens=LENGTH,
+            temperature=sampling_temperature,
+            eos_token_ids=END,
+            pad_token_id=0,
             generator=sampling,
-        )  # fmt: skip
+        )
         rollout = (*prompts, tokens, mask)
         if sampling_temperature != 1.0:
             logprobs = frozen_logprobs(policy, *rollout, 1.0, batch_size)
         place = torch.stack([asked, lookup(tokens, mask)])
         strength = beta(step) if callable(beta) else beta
         anchor_logprobs = frozen_logprobs(reference, *rollout, 1.0, batch_size)
-        shaped = kl_penalized_rewards(rewards[place[0], place[1]].float(), logprobs, anchor_logprobs, mask, strength)
+        scores = rewards[place[0], place[1]].float()
+        shaped = kl_penalized_rewards(scores, logprobs, anchor_logprobs, mask, strength)
         if baseline == "rloo":
             advantages = leave_one_out_advantages(shaped, group_size)
         else:

@@ -1,11 +1,18 @@
 """LoRA against full fine-tuning: gold reward at fixed KL in the toy world, and what each trains.
 
-    python tests/experiments/lora_front.py --seeds 0 1 2 3 4        resumes; about 4 minutes a seed on one core
+    python tests/experiments/lora_front.py --seeds 0 1 2 3 4
 
-Arms, each 200 steps of 64 samples with a fixed anchor and beta 0.1: all weights; all but the (tied) embedding, which LoRA
-never trains; adapters of rank 8 and 32 on every linear layer of the body. Gold is interpolated where each curve first
-crosses KL 0.5, 1 and 2. Learning rates of adapters were chosen on seed 5 from 1e-3, 2e-3, 3e-3, 5e-3 and 2e-2: the
-highest ones collapse into the shortest answers.
+It resumes, and takes about 4 minutes per seed on one core.
+
+Arms, each 200 steps of 64 samples with a fixed anchor and beta 0.1:
+
+- all weights;
+- all but the (tied) embedding, which LoRA never trains;
+- adapters of rank 8 and 32 on every linear layer of the body.
+
+Gold is interpolated where each curve first crosses KL 0.5, 1 and 2. Learning rates of adapters were
+chosen on seed 5 from 1e-3, 2e-3, 3e-3, 5e-3 and 2e-2: the highest ones collapse into the shortest
+answers.
 """
 
 import argparse
@@ -17,12 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-import train_policy
-from minalign.evaluate import bootstrap_interval
-from minalign.lora import AdapterView, add_lora_
-from minalign.task import load_task
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from warp_front import EVALUATION, FLOAT32, gold_at
+
+import train_policy
+from minalign.measuring.measures import bootstrap_interval
+from minalign.models.lora import AdapterView, add_lora_
+from minalign.running.run import Run
 
 KLS = (0.5, 1.0, 2.0)
 ARMS = {
@@ -34,15 +42,16 @@ ARMS = {
 
 
 def run(seed: int, folder: Path) -> None:
-    """Every arm of one seed; writes <arm>-<seed>.json with its curve, and skips those that are there."""
+    """Every arm of one seed: <arm>-<seed>.json with its curve. Those that are there are skipped."""
     cpu = torch.device("cpu")
     for name, flags in ARMS.items():
         result, place = folder / f"{name}-{seed}.json", folder / f"run {name}-{seed}"
         if result.exists():
             continue
         config = train_policy.resolve(train_policy.Config(seed=seed, **EVALUATION, **flags))
-        task = load_task(config, train_policy.rewards_of(config, cpu, FLOAT32), cpu, FLOAT32)
-        start, _ = train_policy.evaluate(config, task, task.start, FLOAT32)
+        one = Run(place, config, cpu, FLOAT32)
+        task = train_policy.load(one)
+        start = train_policy.evaluate(one, task, task.start).metrics
         policy = copy.deepcopy(task.start).requires_grad_(True)
         if config.lora_rank:
             torch.manual_seed(seed)
@@ -51,24 +60,29 @@ def run(seed: int, folder: Path) -> None:
         if name == "embedding frozen":
             policy.get_input_embeddings().requires_grad_(False)
         place.mkdir(parents=True, exist_ok=True)
-        train_policy.train(config, task, policy, place, FLOAT32)
+        train_policy.train(one, task, policy)
         rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        points = [start] + [{"kl_sft": r["eval_kl_sft"], "gold": r["eval_gold"]} for r in rows if "eval_gold" in r]
+        curve = [(start["kl_sft"], start["gold"])]
+        curve += [(row["eval_kl_sft"], row["eval_gold"]) for row in rows if "eval_gold" in row]
         trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        curve = [(point["kl_sft"], point["gold"]) for point in points]
         result.write_text(json.dumps({"curve": curve, "trained": trained}))
 
 
 def report(folder: Path) -> None:
     """Gold at each KL, and LoRA minus full fine-tuning with a 95% bootstrap interval over seeds."""
     seeds = sorted({int(path.stem.split("-")[-1]) for path in folder.glob("rank*.json")})
-    results = {name: [json.loads((folder / f"{name}-{seed}.json").read_text()) for seed in seeds] for name in ARMS}
-    gold = {name: np.array([[gold_at(r["curve"], kl) for kl in KLS] for r in rows]) for name, rows in results.items()}
-    print(f"seeds {seeds}; gold at KL {', '.join(f'{kl:g}' for kl in KLS)}; last point of the curve")
+    results, gold = {}, {}
+    for name in ARMS:
+        paths = [folder / f"{name}-{seed}.json" for seed in seeds]
+        results[name] = [json.loads(path.read_text()) for path in paths]
+        gold[name] = np.array([[gold_at(r["curve"], kl) for kl in KLS] for r in results[name]])
+    levels = ", ".join(f"{kl:g}" for kl in KLS)
+    print(f"seeds {seeds}; gold at KL {levels}; last point of the curve")
     for name, rows in results.items():
-        last = np.array([r["curve"][-1] for r in rows]).mean(0)
+        kl, reward = np.array([r["curve"][-1] for r in rows]).mean(0)
         means = "  ".join(f"{value:.2f}" for value in np.nanmean(gold[name], 0))
-        print(f"{name:16} {rows[0]['trained']:7d} trained  {means}   KL {last[0]:.2f} gold {last[1]:.2f}")
+        trained = f"{rows[0]['trained']:7d} trained"
+        print(f"{name:16} {trained}  {means}   KL {kl:.2f} gold {reward:.2f}")
     for name in list(ARMS)[1:]:
         for j, kl in enumerate(KLS):
             difference = gold[name][:, j] - gold["all weights"][:, j]
@@ -76,13 +90,14 @@ def report(folder: Path) -> None:
             if not difference:
                 continue
             low, high = bootstrap_interval(difference)
-            print(
-                f"KL {kl:g}: {name} - all weights {np.mean(difference):+.2f} [{low:+.2f}, {high:+.2f}], {len(difference)} seeds"
-            )
+            found = f"{np.mean(difference):+.2f} [{low:+.2f}, {high:+.2f}]"
+            print(f"KL {kl:g}: {name} - all weights {found}, {len(difference)} seeds")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[])
     parser.add_argument("--out", type=Path, default=Path("runs/experiments/lora_front"))
     arguments = parser.parse_args()

@@ -1,11 +1,21 @@
-"""Memory of one policy step: computed for any shape and flags, and measured on this machine at the shape of SmolLM2-135M.
+"""Memory of one policy step: computed for any shape and flags, and measured on this machine.
 
     python tests/experiments/memory.py                 the computed table
-    python tests/experiments/memory.py --measure       peak of a fresh process for each set of flags, beside the computed one
+    python tests/experiments/memory.py --measure       measured peaks beside the computed ones
 
-Counted, in bytes: weights, gradients and AdamW's two moments of what is trained (4 each: float32); the start policy (4),
-unless adapters switched off are it; an EMA anchor (4); a reward model (4); activations of a micro-batch in the forward
-precision (in bfloat16 also autocast's copy of the weights and the one that samples); and four tensors of float32 logits of its completion tokens. Samples and caches are smaller and left out.
+Measured is the peak of a fresh process for each set of flags, at the shape of SmolLM2-135M.
+
+Counted, in bytes:
+
+- weights, gradients and AdamW's two moments of what is trained (4 each: float32);
+- the start policy (4), unless adapters switched off are it;
+- an EMA anchor (4);
+- a reward model (4);
+- activations of a micro-batch in the forward precision (in bfloat16 also autocast's copy of the
+  weights and the one that samples);
+- four tensors of float32 logits of its completion tokens.
+
+Samples and caches are smaller and left out.
 """
 
 import argparse
@@ -33,7 +43,8 @@ class Shape(NamedTuple):
 
     def parameters(self) -> int:
         kv = self.width * self.kv_heads // self.heads
-        return self.vocabulary * self.width + self.layers * (2 * self.width * (self.width + kv) + 3 * self.width * self.ffn)
+        layer = 2 * self.width * (self.width + kv) + 3 * self.width * self.ffn
+        return self.vocabulary * self.width + self.layers * layer
 
     def adapter_parameters(self, rank: int) -> int:
         kv = self.width * self.kv_heads // self.heads
@@ -56,21 +67,30 @@ FLAGS = {  # name -> micro-batch size, LoRA rank, activation checkpoints, EMA an
 }
 
 
-def computed(shape: Shape, flags: tuple, prompt: int, completion: int, act_bytes: int, reward_model: bool) -> float:
+def computed(
+    shape: Shape, flags: tuple, prompt: int, completion: int, act_bytes: int, reward_model: bool
+) -> float:
     """Bytes, by the docstring's count."""
     rows, rank, checkpoints, ema = flags
     n = shape.parameters()
     trained = shape.adapter_parameters(rank) if rank else n
-    weights = 4 * n + 12 * trained + (0 if rank else 4 * n) + 4 * trained * ema + 4 * n * reward_model
+    start = 0 if rank else 4 * n
+    weights = 4 * n + 12 * trained + start + 4 * trained * ema + 4 * n * reward_model
+    # the copy that samples; and autocast keeps one until the backward pass is over
+    weights += 4 * n * (act_bytes == 2)
     kv = shape.width * shape.kv_heads // shape.heads
-    layer = 8 * shape.width + 2 * kv + 4 * shape.ffn  # kept for the backward pass, numbers a token
+    # numbers per token, kept for the backward pass
+    layer = 8 * shape.width + 2 * kv + 4 * shape.ffn
     kept = shape.layers * shape.width + layer if checkpoints else shape.layers * layer
-    weights += 4 * n * (act_bytes == 2)  # the copy that samples; and autocast keeps one until the backward pass is over
-    return weights + rows * (prompt + completion) * act_bytes * kept + rows * completion * 16 * shape.vocabulary
+    activations = rows * (prompt + completion) * act_bytes * kept
+    return weights + activations + rows * completion * 16 * shape.vocabulary
 
 
 def run_once(flags: tuple) -> None:
-    """Two steps of train_policy.train at the shape of SmolLM2-135M with random weights; prints peak bytes and seconds a step."""
+    """Two steps of train_policy.train at the shape of SmolLM2-135M with random weights.
+
+    Prints peak bytes and seconds per step.
+    """
     import copy
     import tempfile
 
@@ -78,27 +98,38 @@ def run_once(flags: tuple) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import train_policy
-    from minalign import toy
-    from minalign.chat import TokenizedPrompt
-    from minalign.common import checkpoint_activations_
-    from minalign.lora import AdapterView, add_lora_
-    from minalign.rewards import RewardFunction
+    from minalign.data import toy
+    from minalign.data.chat import TokenizedPrompt
+    from minalign.models.activations import checkpoint_activations_
+    from minalign.models.lora import AdapterView, add_lora_
+    from minalign.models.rewards import RewardFunction
+    from minalign.running.run import Run
     from minalign.task import Task
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows, rank, checkpoints, ema = flags
     shape = SHAPES["SmolLM2-135M"]
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True,
-    ))  # fmt: skip
-    reward = RewardFunction("length", lambda prompts, completions: [float(len(text)) for text in completions])
+    llama = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(llama).requires_grad_(False)
+
+    def lengths(prompts, completions):
+        return [float(len(text)) for text in completions]
+
+    reward, tokenizer = RewardFunction("length", lengths), toy.make_tokenizer()
     prompts = [TokenizedPrompt(torch.randint(0, 40, (PROMPT,)).tolist()) for _ in range(BATCH)]
-    task = Task(model.requires_grad_(False), toy.make_tokenizer(), reward, prompts, prompts[:1], None, [-1], {})
-    config = train_policy.resolve(train_policy.Config(
-        dataset="-", model="-", rm=["-"], steps=2, batch_size=BATCH, micro_batch_size=rows, max_new_tokens=COMPLETION,
-        lora_rank=rank or None, anchor="ema" if ema else "fixed",
-    ))  # fmt: skip
+    task = Task(model, tokenizer, reward, prompts, prompts[:1], None, [-1], {})
+    given = dict(dataset="-", model="-", rm=["-"], steps=2, batch_size=BATCH)
+    given |= dict(micro_batch_size=rows, max_new_tokens=COMPLETION)
+    given |= dict(lora_rank=rank or None, anchor="ema" if ema else "fixed")
+    config = train_policy.resolve(train_policy.Config(**given))
     if rank:
         policy = model
         add_lora_(policy, rank)
@@ -111,29 +142,48 @@ def run_once(flags: tuple) -> None:
     train_policy.evaluate = lambda *_: ({}, [])
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        train_policy.train(config, task, policy, Path(folder), torch.float32)
+        run = Run(Path(folder), config, torch.device("cpu"), torch.float32)
+        train_policy.train(run, task, policy)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"RESULT {(peak - before) * 1024} {(time.monotonic() - began) / 2}")
 
 
+def print_measured() -> None:
+    """A row for each set of flags: measured and computed peak in GiB, and seconds per step."""
+    print(
+        f"SmolLM2-135M's shape, batch {BATCH}, {PROMPT} + {COMPLETION} tokens, float32, "
+        "Python reward: GiB measured, computed, s per step"
+    )
+    for name, flags in FLAGS.items():
+        command = [sys.executable, __file__, f"--once={name}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        peak = seconds = float("nan")
+        if done.returncode == 0:
+            peak, seconds = map(float, done.stdout.split("RESULT")[1].split())
+        expected = computed(SHAPES["SmolLM2-135M"], flags, PROMPT, COMPLETION, 4, False)
+        sizes = f"{peak / 2**30:6.2f} {expected / 2**30:6.2f}"
+        print(f"{name:62} {sizes} {seconds:6.1f}", flush=True)
+
+
+def print_computed() -> None:
+    """A row for each shape and set of flags, in GiB."""
+    print("bfloat16 autocast, 128 + 128 tokens, a reward model of the policy's size: GiB computed")
+    for shape_name, shape in SHAPES.items():
+        for name, flags in FLAGS.items():
+            size = computed(shape, flags, 128, 128, 2, reward_model=True)
+            print(f"{shape_name:14} {name:62} {size / 2**30:6.1f}")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
         run_once(FLAGS[arguments.once])
     elif arguments.measure:
-        print(
-            f"SmolLM2-135M's shape, batch {BATCH}, {PROMPT} + {COMPLETION} tokens, float32, Python reward: GiB measured, computed, s a step"
-        )
-        for name, flags in FLAGS.items():
-            done = subprocess.run([sys.executable, __file__, f"--once={name}"], capture_output=True, text=True)
-            peak, seconds = map(float, done.stdout.split("RESULT")[1].split()) if done.returncode == 0 else (float("nan"),) * 2
-            expected = computed(SHAPES["SmolLM2-135M"], flags, PROMPT, COMPLETION, 4, reward_model=False)
-            print(f"{name:62} {peak / 2**30:6.2f} {expected / 2**30:6.2f} {seconds:6.1f}", flush=True)
+        print_measured()
     else:
-        print("bfloat16 autocast, 128 + 128 tokens, a reward model of the policy's size: GiB computed")
-        for shape_name, shape in SHAPES.items():
-            for name, flags in FLAGS.items():
-                print(f"{shape_name:14} {name:62} {computed(shape, flags, 128, 128, 2, reward_model=True) / 2**30:6.1f}")
+        print_computed()

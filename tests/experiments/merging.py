@@ -1,18 +1,30 @@
-"""What does merging add to one run, SLERP to LERP, and what makes task vectors orthogonal? (exact world)
+"""What does merging add to one run, and SLERP to LERP? (exact world)
 
-    python tests/experiments/merging.py --seeds 8        resumes; about 110 s a seed on one core
+And what makes task vectors orthogonal?
+
+    python tests/experiments/merging.py --seeds 8        resumes; about 110 s per seed on one core
     python tests/experiments/merging.py --report         table and figure from what is there
 
-From one start 5 runs (200 steps of 4 samples, EMA anchor, other prompts and samples). Fronts, all by LITI: of each run; of
-SLERPs of the first 2, 3, 4, 5; of their LERP for 2 and 5, with eta up to 2; of SLERP with one angle a tensor, or one for all.
-A sweep of one thing at a time (batch, steps, learning rate, width) gives the angle of two runs and what their merge gains.
+From one start 5 runs (200 steps of 4 samples, EMA anchor, other prompts and samples). Fronts, all
+by LITI:
 
-Primary contrast: expected reward at KL 1, SLERP of 2 minus one run (mean of the 5), both by LITI. Beside it, at KL .5, 1, 2, 3:
-LITI of one run minus its own training curve (mean of the 5); M = 3, 4, 5 against 2; SLERP minus LERP; the scopes. Not matched
-in compute: M runs take M times the samples (see iterations.py). LERP's etas are SLERP's times the ratio of the merged norms:
-the points of both fronts lie at nearly one KL. The learning rate was raised from 3e-5 as anchors.py seldom got to KL 3.
-Added when the first seed was there, as runs differ a lot: each SLERP minus the mean of just the runs that it merges.
-Added when five seeds had been seen: three more.
+- of each run;
+- of SLERPs of the first 2, 3, 4, 5;
+- of their LERP for 2 and 5, with eta up to 2;
+- of SLERP with one angle per tensor, or one for all.
+
+A sweep of one thing at a time (batch, steps, learning rate, width) gives the angle of two runs and
+what their merge gains.
+
+Primary contrast: expected reward at KL 1, SLERP of 2 minus one run (mean of the 5), both by LITI.
+Beside it, at KL .5, 1, 2, 3: LITI of one run minus its own training curve (mean of the 5); M = 3,
+4, 5 against 2; SLERP minus LERP; the scopes. Not matched in compute: M runs take M times the
+samples (see iterations.py). LERP's etas are SLERP's times the ratio of the merged norms: the points
+of both fronts lie at nearly one KL. The learning rate was raised from 3e-5 as anchors.py seldom got
+to KL 3.
+
+Added when the first seed was there, as runs differ a lot: each SLERP minus the mean of just the
+runs that it merges. Added when five seeds had been seen: three more.
 """
 
 import copy
@@ -28,16 +40,26 @@ from minalign.merge import liti, merge_policies
 KLS = (0.5, 1.0, 2.0, 3.0)
 RUN = dict(steps=200, batch_size=4, lr=5e-5, beta=0.3, anchor="ema", mu=0.05)
 ETAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-PAIRS = [(f"slerp {m}", "slerp 2") for m in (3, 4, 5)] + [("slerp 2", "lerp 2"), ("slerp 5", "lerp 5")]
+PAIRS = [(f"slerp {m}", "slerp 2") for m in (3, 4, 5)]
+PAIRS += [("slerp 2", "lerp 2"), ("slerp 5", "lerp 5")]
 PAIRS += [("slerp 5", "slerp 5, tensor"), ("slerp 5", "slerp 5, model")]
 CELLS = {
-    "base": {}, "batch 1": {"batch_size": 1}, "batch 32": {"batch_size": 32}, "80 steps": {"steps": 80},
-    "lr x 3, steps / 3": {"lr": 1.5e-4, "steps": 67}, "width 32": {"width": 32},
-}  # fmt: skip
+    "base": {},
+    "batch 1": {"batch_size": 1},
+    "batch 32": {"batch_size": 32},
+    "80 steps": {"steps": 80},
+    "lr x 3, steps / 3": {"lr": 1.5e-4, "steps": 67},
+    "width 32": {"width": 32},
+}
 
 
-def front(world: World, theta: dict[str, torch.Tensor], etas: tuple[float, ...] = ETAS) -> list[dict[str, float]]:
-    """(1 - eta) theta_start + eta theta for each eta, measured; eta 0 comes first and is 0, 0 by definition."""
+def front(
+    world: World, theta: dict[str, torch.Tensor], etas: tuple[float, ...] = ETAS
+) -> list[dict[str, float]]:
+    """(1 - eta) theta_start + eta theta for each eta, measured.
+
+    Eta 0 comes first, and is 0, 0 by definition.
+    """
     policy, points = copy.deepcopy(world.start), [{"eta": 0.0, "kl": 0.0, "reward": 0.0}]
     for eta in etas:
         policy.load_state_dict(liti(world.start.state_dict(), theta, eta))
@@ -76,14 +98,19 @@ def work(seed: int) -> dict:
         other = make_world(seed, width=width) if width != 64 else world
         pair = thetas[:2]
         if name != "base":
-            pair = [train(other, seed=1000 * (seed + 1) + 10 * m, every=10**6, **options)[0].state_dict() for m in range(2)]
+            pair = []
+            for m in range(2):
+                policy, _ = train(other, seed=1000 * (seed + 1) + 10 * m, every=10**6, **options)
+                pair.append(policy.state_dict())
         etas = (0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
         merged, report = merge_policies(other.start.state_dict(), pair)
         _, whole = merge_policies(other.start.state_dict(), pair, scope="model")
         result["cells"][name] = {
-            "angle": whole["model"]["angle"], "layers": {group: values["angle"] for group, values in report.items()},
-            "runs": [front(other, theta, etas) for theta in pair], "slerp": front(other, merged, etas),
-        }  # fmt: skip
+            "angle": whole["model"]["angle"],
+            "layers": {group: values["angle"] for group, values in report.items()},
+            "runs": [front(other, theta, etas) for theta in pair],
+            "slerp": front(other, merged, etas),
+        }
     return result
 
 
@@ -91,29 +118,40 @@ def report(results: dict[int, dict]) -> dict:
     everything = list(results.values())
 
     def one(r, kl, kind="runs", count=5):
-        return float(np.mean([at(curve, kl) for curve in r[kind][:count]]))  # NaN where one of them does not get there
+        """Mean of several runs; NaN where one of them does not get there."""
+        return float(np.mean([at(curve, kl) for curve in r[kind][:count]]))
+
+    def at_eta_1(curve):
+        return next(point for point in curve if point["eta"] == 1)
 
     contrasts = {}
     for kl in KLS:
-        contrasts[f"KL {kl:g}: one run by LITI - its training curve"] = [one(r, kl) - one(r, kl, "curves") for r in everything]
-        contrasts[f"KL {kl:g}: SLERP of 2 - one run, both by LITI"] = [at(r["slerp 2"], kl) - one(r, kl) for r in everything]
+        difference = [one(r, kl) - one(r, kl, "curves") for r in everything]
+        contrasts[f"KL {kl:g}: one run by LITI - its training curve"] = difference
+        difference = [at(r["slerp 2"], kl) - one(r, kl) for r in everything]
+        contrasts[f"KL {kl:g}: SLERP of 2 - one run, both by LITI"] = difference
         for m in (2, 3, 4, 5):
             difference = [at(r[f"slerp {m}"], kl) - one(r, kl, count=m) for r in everything]
             contrasts[f"KL {kl:g}: SLERP of {m} - one of these {m} runs"] = difference
         for name, other in PAIRS:
-            contrasts[f"KL {kl:g}: {name} - {other}"] = [at(r[name], kl) - at(r[other], kl) for r in everything]
+            difference = [at(r[name], kl) - at(r[other], kl) for r in everything]
+            contrasts[f"KL {kl:g}: {name} - {other}"] = difference
     for m in (2, 5):
+        ends = [(r[f"slerp {m}"][-1], at_eta_1(r[f"lerp {m}"])) for r in everything]
         for key in ("reward", "kl"):
-            difference = [r[f"slerp {m}"][-1][key] - next(p for p in r[f"lerp {m}"] if p["eta"] == 1)[key] for r in everything]
+            difference = [slerp[key] - lerp[key] for slerp, lerp in ends]
             contrasts[f"M = {m}, eta 1: {key}, SLERP - LERP"] = difference
     for group in everything[0]["angles"]:
-        contrasts[f"angle of task vectors, 5 runs, degrees: {group}"] = [r["angles"][group] for r in everything]
+        angles = [r["angles"][group] for r in everything]
+        contrasts[f"angle of task vectors, 5 runs, degrees: {group}"] = angles
     for name in CELLS:
         cells = [r["cells"][name] for r in everything]
         contrasts[f"{name}: angle of 2 runs, degrees"] = [cell["angle"] for cell in cells]
-        contrasts[f"{name}: KL at the end"] = [np.mean([run[-1]["kl"] for run in cell["runs"]]) for cell in cells]
+        kls = [np.mean([run[-1]["kl"] for run in cell["runs"]]) for cell in cells]
+        contrasts[f"{name}: KL at the end"] = kls
         for kl in (0.5, 1.0):
-            contrasts[f"{name}: KL {kl:g}, SLERP of 2 - one run"] = [at(cell["slerp"], kl) - one(cell, kl) for cell in cells]
+            difference = [at(cell["slerp"], kl) - one(cell, kl) for cell in cells]
+            contrasts[f"{name}: KL {kl:g}, SLERP of 2 - one run"] = difference
     summary = {name: bootstrap(values) for name, values in contrasts.items()}
     for name, value in summary.items():
         print(f"{name:66} {show(value)}")
@@ -129,28 +167,41 @@ def draw(everything: list[dict], summary: dict) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
     kls = np.arange(0.25, 3.01, 0.25)
+
+    def rewards(several):  # (seeds, KLs): mean of each seed's curves
+        means = [[np.mean([at(curve, kl) for curve in curves]) for kl in kls] for curves in several]
+        return np.array(means)
+
     for name, count, style, color in (
-        ("training curve", 5, ":", "0.5"), ("slerp 2", 2, "--", "0.4"), ("slerp 3", 3, "-.", "0.4"), ("slerp 5", 5, "-", "black"),
-    ):  # fmt: skip
+        ("training curve", 5, ":", "0.5"),
+        ("slerp 2", 2, "--", "0.4"),
+        ("slerp 3", 3, "-.", "0.4"),
+        ("slerp 5", 5, "-", "black"),
+    ):
         curves = [r["curves"] if name == "training curve" else [r[name]] for r in everything]
-        base = np.array([[np.mean([at(curve, kl) for curve in r["runs"][:count]]) for kl in kls] for r in everything])
-        values = np.array([[np.mean([at(curve, kl) for curve in several]) for kl in kls] for several in curves]) - base
+        values = rewards(curves) - rewards([r["runs"][:count] for r in everything])
         values = [bootstrap(column) for column in values.T]
-        left.plot(kls, [v["mean"] for v in values], style, color=color)
-        left.fill_between(kls, [v["low"] for v in values], [v["high"] for v in values], color=color, alpha=0.15, lw=0)
-        left.text(3.05, values[-1]["mean"], name.replace("slerp", "SLERP of"), fontsize=8, color=color, va="center")
+        mean, low, high = ([v[key] for v in values] for key in ("mean", "low", "high"))
+        left.plot(kls, mean, style, color=color)
+        left.fill_between(kls, low, high, color=color, alpha=0.15, lw=0)
+        label = name.replace("slerp", "SLERP of")
+        left.text(3.05, mean[-1], label, fontsize=8, color=color, va="center")
     left.axhline(0, color="black", lw=0.5)
-    left.set(xlabel="KL to the start, nats", ylabel="reward minus LITI of one of the same runs", xlim=(0, 4.4), xticks=range(4))
+    left.set(xlabel="KL to the start, nats", ylabel="reward minus LITI of one of the same runs")
+    left.set(xlim=(0, 4.4), xticks=range(4))
+
+    def around(value):  # lengths of the two halves of its interval
+        return [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+
     for name in CELLS:
-        angle, gain = (summary[f"{name}: {what}"] for what in ("angle of 2 runs, degrees", "KL 0.5, SLERP of 2 - one run"))
-        right.errorbar(
-            angle["mean"], gain["mean"], fmt="o", ms=3, lw=0.8, color="black",
-            xerr=[[angle["mean"] - angle["low"]], [angle["high"] - angle["mean"]]],
-            yerr=[[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]],
-        )  # fmt: skip
-        right.annotate(name, (angle["mean"], gain["mean"]), (3, 4), textcoords="offset points", fontsize=7)
+        angle = summary[f"{name}: angle of 2 runs, degrees"]
+        gain = summary[f"{name}: KL 0.5, SLERP of 2 - one run"]
+        place, look = (angle["mean"], gain["mean"]), dict(fmt="o", ms=3, lw=0.8, color="black")
+        right.errorbar(*place, xerr=around(angle), yerr=around(gain), **look)
+        right.annotate(name, place, (3, 4), textcoords="offset points", fontsize=7)
     right.axhline(0, color="black", lw=0.5)
-    right.set(xlabel="angle of two runs' task vectors, degrees", ylabel="SLERP of 2 minus one run, at KL 0.5")
+    right.set(xlabel="angle of two runs' task vectors, degrees")
+    right.set(ylabel="SLERP of 2 minus one run, at KL 0.5")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(RESULTS / "merging.png", dpi=100)

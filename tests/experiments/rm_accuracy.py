@@ -1,8 +1,9 @@
-"""Held-out pair accuracy of reward models on rated texts, with a bootstrap over texts (pairs share texts).
+"""Held-out pair accuracy of reward models on rated texts.
 
     python tests/experiments/rm_accuracy.py --rm runs/a runs/b --dataset rated.jsonl
 
-Every held-out text is scored once; accuracy is over all pairs whose ratings differ by at least --min-rating-gap.
+Every held-out text is scored once. Accuracy is over all pairs whose ratings differ by at least
+--min-rating-gap. The bootstrap is over texts, since pairs share texts.
 """
 
 import argparse
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from minalign.data import held_out
-from minalign.rows import read_rows
+from minalign.data.rows import read_rows
+from minalign.data.splits import held_out
 from minalign.reward import RewardModel
 
 
@@ -24,7 +25,9 @@ def accuracy(scores: np.ndarray, ratings: np.ndarray, gap: float) -> float:
     return float(((difference > 0) + 0.5 * (difference == 0))[better].mean())
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--rm", nargs="+", required=True)
 parser.add_argument("--dataset", required=True)
 parser.add_argument("--min-rating-gap", type=float, default=1.0)
@@ -36,10 +39,11 @@ rng = np.random.default_rng(0)
 resamples = [rng.integers(len(rows), size=len(rows)) for _ in range(1000)]
 means = {}
 for path in arguments.rm:
-    scores = RewardModel.from_pretrained(path).score([""] * len(rows), [row["text"] for row in rows]).numpy()
-    means[path] = np.array([accuracy(scores[i], ratings[i], arguments.min_rating_gap) for i in resamples])
+    reward_model, gap = RewardModel.from_pretrained(path), arguments.min_rating_gap
+    scores = reward_model.score([""] * len(rows), [row["text"] for row in rows]).numpy()
+    means[path] = np.array([accuracy(scores[i], ratings[i], gap) for i in resamples])
     low, high = np.quantile(means[path], [0.025, 0.975])
-    overall = accuracy(scores, ratings, arguments.min_rating_gap)
+    overall = accuracy(scores, ratings, gap)
     print(f"{path}: accuracy {overall:.4f} [{low:.4f}, {high:.4f}] on {len(rows)} held-out texts")
 first, *others = arguments.rm
 for path in others:

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from minalign.checkpoint import end_token_ids, load_policy
-from minalign.batches import pad
-from minalign.chat import encode
-from minalign.evaluate import split_end
-from minalign.rollout import generate
+from minalign.data.chat import encode
+from minalign.models.loading import end_token_ids, load_policy
+from minalign.models.padding import pad
+from minalign.rollout import generate, split_end
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--model", required=True)
 parser.add_argument("--count", type=int, default=600)
 parser.add_argument("--out", type=Path, required=True)
@@ -27,10 +28,9 @@ arguments = parser.parse_args()
 model, tokenizer = load_policy(arguments.model)
 ends = end_token_ids(model, tokenizer)
 begin = [encode(tokenizer, "", end=False) or [tokenizer.bos_token_id]] * arguments.count
-tokens, mask, _ = generate(
-    model, *pad(begin, "left"), max_new_tokens=24, temperature=1.0, eos_token_ids=ends, pad_token_id=tokenizer.pad_token_id,
-    generator=torch.Generator().manual_seed(0),
-)  # fmt: skip
+special = dict(eos_token_ids=ends, pad_token_id=tokenizer.pad_token_id)
+how = dict(max_new_tokens=24, temperature=1.0, generator=torch.Generator().manual_seed(0))
+tokens, mask, _ = generate(model, *pad(begin, "left"), **special, **how)
 rng = random.Random(0)
 openings = {}
 for ids in split_end(tokens, mask, ends)[0]:

@@ -1,28 +1,52 @@
-"""Do advantages weighted by the reward's uncertainty give more true reward, and which objective do they ascend? (exact world)
+"""Do advantages weighted by the reward's uncertainty give more true reward? (exact world)
 
-    python tests/experiments/uncertainty.py --seeds 11       resumes; about 60 s a seed on one core, 10 s after seed 4
+And which objective do they ascend?
+
+    python tests/experiments/uncertainty.py --seeds 11
     python tests/experiments/uncertainty.py --report         table and figure from what is there
 
-Training sees proxy = truth + sigma(x, y) noise(x, y), both fixed for each completion and known exactly; sigma is handed to
-minalign.reinforce.uncertainty_weights as if a reward model had said it. Truth and noise have sd 1 within a prompt under the
-start, and are made of words, places and pairs alike, so that noise can be learned, too; log sigma is z / 2 with z of the same
-make, sd 1, shifted until E[sigma^2] = 1. "unrelated": z is uncorrelated with the truth; "good is uncertain": correlation .7.
+It resumes, and takes about 60 s per seed on one core, 10 s after seed 4.
 
-Arms, each 80 steps of 8 with a fixed anchor, beta .1 and minalign's moving baseline: no weights, 1/sigma, 1/sigma^2, 1/(1 +
-sigma), 1/(1 + sigma^2) (a normal truth's posterior mean is b + (r - b) / (1 + sigma^2), its prior's mean b and sd 1), 1/sigma
-by the sigma of another draw (a control: as unequal, and about nothing), and training on the truth. Primary contrast: true
-reward at KL 1 (also .5 and 2), each weight minus none, where sigma is unrelated. Only the first 5 seeds are trained, and 80
-steps at this lr turned out to be few: KL 1 is reached by 1 to 4 of them (see the counts), KL .5 by 4 or 5, which the figure
-therefore shows. The part without training was planned for 16 seeds, and got to 11.
+Training sees proxy = truth + sigma(x, y) noise(x, y), both fixed for each completion and known
+exactly. sigma is handed to minalign.reinforce.uncertainty_weights as if a reward model had said it.
+Truth and noise have sd 1 within a prompt under the start, and are made of words, places and pairs
+alike, so that noise can be learned, too. log sigma is z / 2 with z of the same make, sd 1, shifted
+until E[sigma^2] = 1. "unrelated": z is uncorrelated with the truth. "good is uncertain":
+correlation .7.
 
-What they ascend, without training: at the start, the expectation of minalign's estimator over all completions, against the
-gradients of E[w(y)(r(y) - b)] and of E[r]; and the true reward at KL 1 of the policies that are best for E[w(y)(r(y) - b)],
-pi_start exp(w (r - b) / c) / Z, with b the mean reward, up to 2 above and below it, or each prompt's own mean.
+Arms, each 80 steps of 8 with a fixed anchor, beta .1 and minalign's moving baseline:
+
+- no weights;
+- 1/sigma, 1/sigma^2, 1/(1 + sigma);
+- 1/(1 + sigma^2): a normal truth's posterior mean is b + (r - b) / (1 + sigma^2), its prior's mean
+  b and sd 1;
+- 1/sigma by the sigma of another draw (a control: as unequal, and about nothing);
+- training on the truth.
+
+Primary contrast: true reward at KL 1 (also .5 and 2), each weight minus none, where sigma is
+unrelated. Only the first 5 seeds are trained, and 80 steps at this lr turned out to be few: KL 1 is
+reached by 1 to 4 of them (see the counts), KL .5 by 4 or 5, which the figure therefore shows. The
+part without training was planned for 16 seeds, and got to 11.
+
+What they ascend, without training:
+
+- at the start, the expectation of minalign's estimator over all completions, against the gradients
+  of E[w(y)(r(y) - b)] and of E[r];
+- the true reward at KL 1 of the policies that are best for E[w(y)(r(y) - b)], pi_start exp(w (r -
+  b) / c) / Z, with b the mean reward, up to 2 above and below it, or each prompt's own mean.
 """
 
 import numpy as np
 import torch
-from exact_world import MASK, PROMPTS, make_world, reward_at, sequence_logprobs, token_logprobs, train
+from exact_world import (
+    MASK,
+    PROMPTS,
+    make_world,
+    reward_at,
+    sequence_logprobs,
+    token_logprobs,
+    train,
+)
 from seeds import RESULTS, bootstrap, main, show
 
 from minalign.reinforce import reinforce_loss, uncertainty_weights
@@ -77,7 +101,8 @@ def best_for(score: torch.Tensor, world, start: torch.Tensor) -> dict[float, flo
     for c in np.geomspace(100, 0.02, 120):
         tilted = (start + score / c).log_softmax(1)
         kl = (tilted.exp() * (tilted - start)).sum(1).mean().item()
-        curve.append({"kl": kl, "reward": ((tilted.exp() - start.exp()) * world.rewards).sum(1).mean().item()})
+        reward = ((tilted.exp() - start.exp()) * world.rewards).sum(1).mean().item()
+        curve.append({"kl": kl, "reward": reward})
     return {kl: reward_at(curve, kl) for kl in KLS}
 
 
@@ -86,7 +111,8 @@ def exact(world, proxy: torch.Tensor, sigma: torch.Tensor) -> dict:
     policy = world.start.requires_grad_(True)
 
     def gradient(objective):
-        return torch.cat([part.flatten() for part in torch.autograd.grad(objective, list(policy.parameters()))]).double()
+        parts = torch.autograd.grad(objective, list(policy.parameters()))
+        return torch.cat([part.flatten() for part in parts]).double()
 
     def expected(values):
         return gradient((sequence_logprobs(policy).exp() * values).sum(1).mean())
@@ -99,20 +125,24 @@ def exact(world, proxy: torch.Tensor, sigma: torch.Tensor) -> dict:
     plain, true = expected(proxy), expected(world.rewards)
     for kind in KINDS:
         w = weights(sigma, kind)
-        for name, b in ({f"{shift:g}": middle + shift for shift in SHIFTS} | {"own": own}).items():
+        shifted = {f"{shift:g}": middle + shift for shift in SHIFTS}
+        for name, b in (shifted | {"own": own}).items():
             ideal[f"{kind} {name}"] = best_for(w * (proxy - b), world, start)
         estimates = []
         for b in (middle, middle + 1):
             logprobs = token_logprobs(policy).flatten(0, 1)  # (PROMPTS N, LENGTH)
             losses = reinforce_loss(logprobs, MASK.repeat(PROMPTS, 1), (w * (proxy - b)).flatten())
-            estimates.append(-gradient((p.flatten() * losses).sum() / PROMPTS))  # E over all completions
+            # E over all completions
+            estimates.append(-gradient((p.flatten() * losses).sum() / PROMPTS))
         here, moved = estimates
         objective = expected(w * (proxy - middle))
         gradients[kind] = {
             "error to E[w(r - b)]": ((here - objective).norm() / objective.norm()).item(),
-            "cosine with E[r]": cosine(here, plain, 0).item(), "cosine with E[truth]": cosine(here, true, 0).item(),
-            "moved by b + 1": ((moved - here).norm() / here.norm()).item(), "cosine of b with b + 1": cosine(here, moved, 0).item(),
-        }  # fmt: skip
+            "cosine with E[r]": cosine(here, plain, 0).item(),
+            "cosine with E[truth]": cosine(here, true, 0).item(),
+            "moved by b + 1": ((moved - here).norm() / here.norm()).item(),
+            "cosine of b with b + 1": cosine(here, moved, 0).item(),
+        }
     world.start.requires_grad_(False)
     return {"ideal": ideal, "gradient": gradients}
 
@@ -124,10 +154,15 @@ def work(seed: int) -> dict:
         cells = result[condition] = exact(world, proxy, sigma) | {"curves": {}}
         if seed >= TRAINED:
             continue
-        arms = {kind: weights(sigma, kind) for kind in KINDS} | {"other": weights(other, "inverse_std")}
+        arms = {kind: weights(sigma, kind) for kind in KINDS}
+        arms["other"] = weights(other, "inverse_std")
         for arm, w in arms.items():
-            reweight = lambda advantages, place, w=w: advantages * w[place[0], place[1]]  # noqa: E731
-            cells["curves"][arm] = train(world, seed=seed, observed=proxy, reweight=reweight, **SETTING)[1]
+
+            def reweight(advantages, place, w=w):
+                return advantages * w[place[0], place[1]]
+
+            _, curve = train(world, seed=seed, observed=proxy, reweight=reweight, **SETTING)
+            cells["curves"][arm] = curve
         if not correlation:
             cells["curves"]["truth"] = train(world, seed=seed, **SETTING)[1]
     return result
@@ -137,26 +172,38 @@ def report(results: dict[int, dict]) -> dict:
     summary = {}
     for condition in CONDITIONS:
         cells = [result[condition] for result in results.values()]
-        part = summary[condition] = {"trained": {}, "trained - none": {}, "ideal": {}, "ideal - none": {}, "gradient": {}}
-        print(f"\nsigma {condition}: true reward (over the start's) of trained policies, and minus no weights")
+        names = ("trained", "trained - none", "ideal", "ideal - none", "gradient")
+        part = summary[condition] = {name: {} for name in names}
+        print(
+            f"\nsigma {condition}: true reward (over the start's) of trained policies, "
+            "and minus no weights"
+        )
         curves = [cell["curves"] for cell in cells if cell["curves"]]
-        rewards = {arm: {kl: np.array([reward_at(c[arm], kl) for c in curves]) for kl in KLS} for arm in curves[0]}
-        for arm, values in rewards.items():
+        for arm in curves[0]:
             for kl in KLS:
                 key = f"{arm}, KL {kl:g}"
-                part["trained"][key] = bootstrap(values[kl])
-                part["trained - none"][key] = bootstrap(values[kl] - rewards["none"][kl])
-                print(f"{key:28} {part['trained'][key]['mean']:.3f}   {show(part['trained - none'][key])}")
-        print("true reward at KL 1 of the best policy for E[w(r - b)], by b over the mean, and minus that for E[r]")
-        ideal = {name: np.array([c["ideal"][name]["1.0"] for c in cells]) for name in cells[0]["ideal"]}
-        for name, values in ideal.items():
-            part["ideal"][name] = bootstrap(values)
-            part["ideal - none"][name] = bootstrap(values - ideal["none 0"])
-            print(f"{name:28} {part['ideal'][name]['mean']:.3f}   {show(part['ideal - none'][name])}")
+                values = np.array([reward_at(c[arm], kl) for c in curves])
+                plain = np.array([reward_at(c["none"], kl) for c in curves])
+                mean, gain = bootstrap(values), bootstrap(values - plain)
+                part["trained"][key], part["trained - none"][key] = mean, gain
+                print(f"{key:28} {mean['mean']:.3f}   {show(gain)}")
+        print(
+            "true reward at KL 1 of the best policy for E[w(r - b)], by b over the mean, "
+            "and minus that for E[r]"
+        )
+        for name in cells[0]["ideal"]:
+            values = np.array([cell["ideal"][name]["1.0"] for cell in cells])
+            plain = np.array([cell["ideal"]["none 0"]["1.0"] for cell in cells])
+            mean, gain = bootstrap(values), bootstrap(values - plain)
+            part["ideal"][name], part["ideal - none"][name] = mean, gain
+            print(f"{name:28} {mean['mean']:.3f}   {show(gain)}")
         for kind in KINDS:
-            columns = {n: bootstrap([c["gradient"][kind][n] for c in cells]) for n in cells[0]["gradient"][kind]}
+            gradients = [cell["gradient"][kind] for cell in cells]
+            columns = {n: bootstrap([row[n] for row in gradients]) for n in gradients[0]}
             part["gradient"][kind] = columns
-            shown = [f"{name} {c['mean']:.2g} [{c['low']:.2g}, {c['high']:.2g}]" for name, c in columns.items()]
+            shown = []
+            for name, c in columns.items():
+                shown.append(f"{name} {c['mean']:.2g} [{c['low']:.2g}, {c['high']:.2g}]")
             print(f"{kind:18}" + "   ".join(shown))
     draw(summary)
     return summary
@@ -165,15 +212,21 @@ def report(results: dict[int, dict]) -> dict:
 def draw(summary: dict) -> None:
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained", width_ratios=(1.1, 1))
+    look = dict(figsize=(7, 3.5), layout="constrained", width_ratios=(1.1, 1))
+    figure, (left, right) = plt.subplots(1, 2, **look)
     arms = (*list(KINDS)[1:], "other")
-    for condition, shift, marker, colour in (("unrelated", -0.15, "o", "black"), ("good is uncertain", 0.15, "s", "tab:blue")):
+    for condition, shift, marker, colour in (
+        ("unrelated", -0.15, "o", "black"),
+        ("good is uncertain", 0.15, "s", "tab:blue"),
+    ):
         for i, arm in enumerate(arms):
             cell = summary[condition]["trained - none"][f"{arm}, KL 0.5"]
             left.plot([cell["low"], cell["high"]], [i + shift] * 2, color=colour, lw=1)
-            left.plot(cell["mean"], i + shift, marker, color=colour, markersize=5, label=None if i else f"σ: {condition}")
+            label = None if i else f"σ: {condition}"
+            left.plot(cell["mean"], i + shift, marker, color=colour, markersize=5, label=label)
     left.axvline(0, color="grey", lw=0.8)
-    left.set(yticks=range(len(arms)), yticklabels=[KINDS.get(arm, "1/σ of\nanother") for arm in arms])
+    labels = [KINDS.get(arm, "1/σ of\nanother") for arm in arms]
+    left.set(yticks=range(len(arms)), yticklabels=labels)
     left.set(xlabel="trained: true reward at KL .5, minus no weights")
     left.set_ylim(len(arms) - 0.5, -1.5)
     for kind, line in zip(KINDS, (":", "-", "--", "-.", (0, (6, 1)))):

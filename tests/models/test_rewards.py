@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from minalign import toy
-from minalign.chat import TokenizedPrompt, encode, encode_prompt
-from minalign.common import UserError
+from minalign.data import toy
+from minalign.data.chat import TokenizedPrompt, encode, encode_prompt
+from minalign.models.rewards import RewardFunction, RewardSum, average_weights, load_rewards
 from minalign.reward import RewardModel, Scores
-from minalign.rewards import RewardFunction, RewardSum, average_weights, load_rewards
+from minalign.running.errors import UserError
 
 TOKENIZER = toy.make_tokenizer()
 TEXTS = [
@@ -32,7 +32,8 @@ class Fixed:
     reading, num_labels = "fixed", 10
 
     def __init__(self, rewards, variance=None):
-        self.scores = Scores(torch.tensor(rewards), None if variance is None else torch.tensor(variance), {})
+        variance = None if variance is None else torch.tensor(variance)
+        self.scores = Scores(torch.tensor(rewards), variance, {})
 
     def score_rollout(self, *_):
         return self.scores
@@ -48,8 +49,12 @@ def test_a_reward_model_scores_a_rollout_as_it_scores_its_texts():
 
 def test_a_function_gets_the_texts_that_were_sampled():
     seen = []
-    reward = RewardFunction("f", lambda prompts, completions: seen.append((prompts, completions)) or [1, 2.5, -3])
-    scores = reward.score_rollout(*ROLLOUT)
+
+    def function(prompts, completions):
+        seen.append((prompts, completions))
+        return [1, 2.5, -3]
+
+    scores = RewardFunction("f", function).score_rollout(*ROLLOUT)
     assert scores.rewards.tolist() == [1.0, 2.5, -3.0] and scores.rewards.dtype == torch.float32
     assert seen == [([prompt for prompt, _ in TEXTS], [completion for _, completion in TEXTS])]
 
@@ -57,15 +62,22 @@ def test_a_function_gets_the_texts_that_were_sampled():
 def test_a_function_gets_chat_prompts_as_messages():
     question = [{"role": "user", "content": "the plot"}]
     seen = []
+
+    def function(prompts, completions):
+        seen.append(prompts)
+        return [0.0]
+
     prompt = TokenizedPrompt(encode_prompt(TOKENIZER, question), question)
-    RewardFunction("f", lambda prompts, completions: seen.append(prompts) or [0.0]).score_rollout(TOKENIZER, [prompt], [[5]], 1)
+    RewardFunction("f", function).score_rollout(TOKENIZER, [prompt], [[5]], 1)
     assert seen == [[question]]
 
 
 @pytest.mark.parametrize("wrong", [[1.0], [1.0, 2.0, "3"], [None] * 3, [1.0] * 4])
 def test_a_function_must_give_one_number_each(wrong):
-    with pytest.raises(UserError, match="--rm f: got .* for 3 completions, expected one number for each"):
-        RewardFunction("f", lambda prompts, completions: wrong).score_rollout(*ROLLOUT)
+    reward = RewardFunction("f", lambda prompts, completions: wrong)
+    message = "--rm f: got .* for 3 completions, expected one number for each"
+    with pytest.raises(UserError, match=message):
+        reward.score_rollout(*ROLLOUT)
 
 
 def test_a_function_is_found_in_the_current_folder(tmp_path, monkeypatch):
@@ -79,17 +91,20 @@ def test_a_function_is_found_in_the_current_folder(tmp_path, monkeypatch):
 
 
 def test_a_sum_standardises_each_part_and_keeps_them():
-    first, second = Fixed([1.0, 2.0, 6.0], [1.0, 4.0, 9.0]), Fixed([10.0, 30.0, 20.0], [25.0, 0.0, 100.0])
+    first = Fixed([1.0, 2.0, 6.0], [1.0, 4.0, 9.0])
+    second = Fixed([10.0, 30.0, 20.0], [25.0, 0.0, 100.0])
     reward = RewardSum({"a": first, "b": second}, [2.0, -0.5])
-    reward.fit({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([0.0, 10.0])})  # mean 2, deviation 2; mean 5, deviation 5
+    # Of a: mean 2, deviation 2. Of b: mean 5, deviation 5.
+    reward.fit({"a": torch.tensor([0.0, 4.0]), "b": torch.tensor([0.0, 10.0])})
     scores = reward.score_rollout(*ROLLOUT)
-    expected = [2 * (a - 2) / 2 - 0.5 * (b - 5) / 5 for a, b in ((1, 10), (2, 30), (6, 20))]
-    assert scores.rewards.tolist() == pytest.approx(expected)
-    assert scores.variance.tolist() == pytest.approx(
-        [(2 / 2) ** 2 * a + (0.5 / 5) ** 2 * b for a, b in ((1, 25), (4, 0), (9, 100))]
-    )
-    assert {name: part.tolist() for name, part in scores.parts.items()} == {"a": [1.0, 2.0, 6.0], "b": [10.0, 30.0, 20.0]}
-    assert RewardSum({"a": first, "b": Fixed([0.0] * 3)}, [1.0, 1.0]).score_rollout(*ROLLOUT).variance is None
+    rewards = [2 * (a - 2) / 2 - 0.5 * (b - 5) / 5 for a, b in ((1, 10), (2, 30), (6, 20))]
+    assert scores.rewards.tolist() == pytest.approx(rewards)
+    variance = [(2 / 2) ** 2 * a + (0.5 / 5) ** 2 * b for a, b in ((1, 25), (4, 0), (9, 100))]
+    assert scores.variance.tolist() == pytest.approx(variance)
+    parts = {name: part.tolist() for name, part in scores.parts.items()}
+    assert parts == {"a": [1.0, 2.0, 6.0], "b": [10.0, 30.0, 20.0]}
+    reward = RewardSum({"a": first, "b": Fixed([0.0] * 3)}, [1.0, 1.0])
+    assert reward.score_rollout(*ROLLOUT).variance is None
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [3.0]])
@@ -103,7 +118,8 @@ def test_an_average_is_the_mean_of_the_weights():
     weights = [{name: p.clone() for name, p in each.model.named_parameters()} for each in models]
     average = average_weights(models)
     for name, parameter in average.model.named_parameters():
-        torch.testing.assert_close(parameter.data, (weights[0][name] + weights[1][name] + weights[2][name]) / 3)
+        mean = (weights[0][name] + weights[1][name] + weights[2][name]) / 3
+        torch.testing.assert_close(parameter.data, mean)
     for each, kept in zip(models[1:], weights[1:]):
         assert all(torch.equal(p, kept[name]) for name, p in each.model.named_parameters())
 
@@ -111,9 +127,9 @@ def test_an_average_is_the_mean_of_the_weights():
 def test_models_that_differ_are_not_averaged():
     other = toy.make_tokenizer()
     other.add_tokens(["sequel"])
-    for pair in ([make_reward_model(0, 1), make_reward_model(1, 10)], [make_reward_model(0), make_reward_model(1, 1, other)]):
+    for differing in (make_reward_model(1, 10), make_reward_model(1, 1, other)):
         with pytest.raises(UserError, match="differ in architecture or vocabulary"):
-            average_weights(pair)
+            average_weights([make_reward_model(0), differing])
     swapped = make_reward_model(1)  # the same shapes, but other words for the ids
     vocabulary = {word: (i + 1) % len(toy.VOCABULARY) for i, word in enumerate(toy.VOCABULARY)}
     swapped.tokenizer.get_vocab = lambda: vocabulary

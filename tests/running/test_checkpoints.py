@@ -1,4 +1,4 @@
-"""Folders are whole or not there, and models come back in float32 with all their end tokens."""
+"""Folders are atomic, and models come back in float32 with all their end tokens."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
-from minalign import toy
-from minalign.checkpoint import end_token_ids, load_policy, resume_, save_checkpoint
-from minalign.folders import model_folder
-from minalign.common import UserError
+from minalign.data import toy
+from minalign.models.folders import model_folder
+from minalign.models.loading import end_token_ids, load_policy
+from minalign.running.checkpoints import resume_, save_checkpoint
+from minalign.running.errors import UserError
 
 
 def save_policy(folder, model=None, **special_tokens):
@@ -25,19 +26,22 @@ def save_policy(folder, model=None, **special_tokens):
 
 
 def test_a_bfloat16_checkpoint_loads_in_float32(tmp_path):
-    """In bfloat16 most updates of 1e-6 round to nothing (F1)."""
+    """In bfloat16 most updates of 1e-6 round to nothing."""
     saved = toy.make_model(toy.make_tokenizer(), seed=0).bfloat16()
     model, _ = load_policy(save_policy(tmp_path, saved))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.model.norm.weight, saved.model.norm.weight.float())
-    assert torch.equal(model.get_input_embeddings().weight, saved.get_input_embeddings().weight.float())
+    embedding, saved_embedding = (m.get_input_embeddings().weight for m in (model, saved))
+    assert torch.equal(embedding, saved_embedding.float())
 
 
 def test_a_policy_comes_with_dropout_off_and_its_tokenizer(tmp_path):
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(toy.VOCABULARY), n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    sizes = dict(n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(toy.VOCABULARY), **sizes))
     model, tokenizer = load_policy(save_policy(tmp_path, gpt2.train()))
     assert not any(module.training for module in model.modules())
-    assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab() and tokenizer.pad_token == "<pad>"
+    assert tokenizer.get_vocab() == toy.make_tokenizer().get_vocab()
+    assert tokenizer.pad_token == "<pad>"
 
 
 def test_a_missing_pad_token_becomes_the_end_token(tmp_path):
@@ -55,7 +59,11 @@ def test_what_is_no_policy_is_refused(tmp_path):
     config = toy.make_model(toy.make_tokenizer(), seed=0).config
     config.tie_word_embeddings = False  # else the embedding would do as a head
     classifier = save_policy(tmp_path / "classifier", LlamaForSequenceClassification(config))
-    for path, message in ((str(tmp_path / "empty"), "cannot be loaded"), (classifier, "weights missing: lm_head.weight")):
+    empty = str(tmp_path / "empty")
+    for path, message in (
+        (empty, "cannot be loaded"),
+        (classifier, "weights missing: lm_head.weight"),
+    ):
         with pytest.raises(UserError, match=f"--model {path}: {message}") as error:
             load_policy(path)
         assert "\n" not in str(error.value)
@@ -75,10 +83,13 @@ def test_a_run_stands_for_the_model_in_it(tmp_path):
     assert model_folder(str(tmp_path / "run" / "model")) == str(tmp_path / "run" / "model")
     assert model_folder("owner/name") == "owner/name"
     model, _ = load_policy(str(tmp_path / "run"))
-    assert torch.equal(model.model.norm.weight, load_policy(str(tmp_path / "run" / "model"))[0].model.norm.weight)
+    inner, _ = load_policy(str(tmp_path / "run" / "model"))
+    assert torch.equal(model.model.norm.weight, inner.model.norm.weight)
 
 
-@pytest.mark.parametrize("named, expected", [([7, 5], [2, 5, 7]), (7, [2, 7]), (2, [2]), ([2], [2]), (None, [2])])
+@pytest.mark.parametrize(
+    "named, expected", [([7, 5], [2, 5, 7]), (7, [2, 7]), (2, [2]), ([2], [2]), (None, [2])]
+)
 def test_end_tokens_are_the_tokenizers_and_all_of_the_generation_config(named, expected, tmp_path):
     saved = toy.make_model(toy.make_tokenizer(), seed=0)
     saved.generation_config.eos_token_id = named

@@ -1,4 +1,7 @@
-"""Nothing is lost: a run that was stopped or killed ends bit for bit as one that was left alone; faults end with one line."""
+"""Nothing is lost: a run that was stopped or killed ends bit for bit as one that was left alone.
+
+Faults end with one line.
+"""
 
 import dataclasses
 import errno
@@ -24,19 +27,23 @@ from tiny_runs import content, difference, policy_config, reward, run_policy, ru
 import train_policy
 import train_rm
 import warp
-from minalign import rollout, runs, toy
-from minalign.checkpoint import load_checkpoint, save_checkpoint
-from minalign.common import UserError, halving, stop_after_step
-from minalign.folders import whole_folder
+from minalign import rollout
+from minalign.data import toy
+from minalign.models.folders import atomic_folder
 from minalign.reward import RewardModel
-from minalign.runs import FREE_TO_CHANGE, JsonLines, resumed_run
+from minalign.running.checkpoints import load_checkpoint, save_checkpoint
+from minalign.running.errors import UserError
+from minalign.running.logs import JsonLines
+from minalign.running.optimizer import Optimizer
+from minalign.running.ranks import Ranks
+from minalign.running.run import FREE_TO_CHANGE, resumed_run, stop_after_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def no_sync(monkeypatch):
-    """What a kill leaves does not depend on it, and on a busy disk hundreds of syncs take minutes."""
+    """What a kill leaves does not depend on it; on a busy disk hundreds of syncs take minutes."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -57,7 +64,10 @@ def forkserver():
 
 
 def stopping(call):
-    """A reward, and the event that it sets in its `call`-th batch (evaluation has three completions, a batch four)."""
+    """A reward, and the event that it sets in its `call`-th batch.
+
+    A batch has four completions, evaluation three.
+    """
     stop, calls = threading.Event(), []
 
     def function(prompts, completions):
@@ -70,7 +80,7 @@ def stopping(call):
 
 
 def counted():
-    """A reward, and a list with an item for each batch that it scored: what a resumed run really did."""
+    """A reward, and a list with one item per batch that it scored: what a resumed run did."""
     batches = []
 
     def function(prompts, completions):
@@ -88,11 +98,11 @@ def stop_policy(out, call, **changes):
 def stop_rm(out, model, step, monkeypatch, **changes):
     stop, calls, real = threading.Event(), [], train_rm.pair_losses
 
-    def losses(config, logits, examples):
+    def losses(objective, logits, examples):
         calls.append(1)
         if len(calls) == step:
             stop.set()
-        return real(config, logits, examples)
+        return real(objective, logits, examples)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="after step"):
         patch.setattr(train_rm, "pair_losses", losses)
@@ -103,8 +113,13 @@ def steps_saved(out):
     return sorted(int(path.name[5:]) for path in (out / "checkpoints").iterdir())
 
 
-def newest(out):
-    return out / "checkpoints" / f"step-{steps_saved(out)[-1]:07d}" / "state.pt"
+def state_path(out, step):
+    return out / f"checkpoints/step-{step:07d}/state.pt"
+
+
+def states_of(out, *steps):
+    """What the checkpoints of these steps hold."""
+    return [torch.load(state_path(out, step), weights_only=True) for step in steps]
 
 
 def lines(path):
@@ -115,19 +130,21 @@ def assert_same(a, b, **options):
     assert difference(content(a), content(b), **options) == ""
 
 
-VARIANTS = [{"baseline": b} | a for b in ("moving", "ema", "rloo", "none") for a in ({}, {"anchor": "ema", "mu": 0.2})]
-VARIANTS += [{"lora_rank": 2}, {"lora_rank": 2, "anchor": "ema", "mu": 0.2}]
+ANCHORS = [{}, {"anchor": "ema", "mu": 0.2}]
+VARIANTS = [{"baseline": b} | a for b in ("moving", "ema", "rloo", "none") for a in ANCHORS]
+VARIANTS += [{"lora_rank": 2} | anchor for anchor in ANCHORS]
 VARIANTS += [{"on_nonfinite": "skip", "gradient_checkpointing": True}]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_a_policy_goes_on_as_if_nothing_had_happened(tmp_path, changes):
-    """Everything in the last checkpoints, every line of both logs, and the policy itself, bit for bit."""
+def test_a_policy_resumes_as_if_nothing_had_happened(tmp_path, changes):
+    """The last checkpoints, every line of both logs, and the policy itself, bit for bit."""
     whole = run_policy(tmp_path / "whole", **changes)
     stop_policy(tmp_path / "cut", 3, save_every=50, **changes)
     assert steps_saved(tmp_path / "cut") == [3] and len(lines(tmp_path / "cut/metrics.jsonl")) == 3
     state = load_checkpoint(tmp_path / "cut")[1]
-    assert state["optimizer"]["state"] and (not changes.get("mu") or any(t.any() for t in state["anchor"]))
+    assert state["optimizer"]["state"]
+    assert not changes.get("mu") or any(t.any() for t in state["anchor"])
     function, batches = counted()
     resumed = run_policy(tmp_path / "cut", resume=True, function=function, **changes)
     assert len(batches) == 3  # the other three are not done again
@@ -140,9 +157,9 @@ def test_a_policy_goes_on_as_if_nothing_had_happened(tmp_path, changes):
 
 
 def test_what_a_checkpoint_holds_is_not_what_the_run_began_with(tmp_path):
-    """The variants above prove something: anchor, baseline, optimizer and generator all move between steps 3 and 6."""
+    """The variants above prove something: all parts of the state move between steps 3 and 6."""
     run_policy(tmp_path / "run", anchor="ema", mu=0.2, keep=6)
-    three, six = (torch.load(tmp_path / f"run/checkpoints/step-000000{n}/state.pt", weights_only=True) for n in (3, 6))
+    three, six = states_of(tmp_path / "run", 3, 6)
     for name in ("policy", "anchor", "optimizer", "baseline", "sampling"):
         assert difference(three[name], six[name]) != "", name
     assert difference(six["policy"], six["anchor"]) != ""
@@ -155,20 +172,33 @@ def test_micro_batches_may_change_on_the_way(tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut", tolerance=1e-5)
 
 
-REWARD_MODELS = [{}, {"loss": "ordinal", "rating_coef": 0.5}, {"lora_rank": 2, "lora_dropout": 0.3}, {"micro_batch_size": 3}]
+REWARD_MODELS = [
+    {},
+    {"loss": "ordinal", "rating_coef": 0.5},
+    {"lora_rank": 2, "lora_dropout": 0.3},
+    {"micro_batch_size": 3},
+]
 
 
 @pytest.mark.parametrize("changes", REWARD_MODELS, ids=str)
 @pytest.mark.parametrize("eval_every", [2, 4])
-def test_a_reward_model_goes_on_as_if_nothing_had_happened(tmp_path, model, changes, eval_every, monkeypatch):
+def test_a_reward_model_resumes_as_if_nothing_had_happened(
+    tmp_path, model, changes, eval_every, monkeypatch
+):
     """Dropout, too, draws what it would have drawn; the best model so far stays the best."""
     changes = changes | {"eval_every": eval_every}
     best = run_rm(tmp_path / "whole", model, **changes)
-    stop_rm(tmp_path / "cut", model, 3 if "micro_batch_size" not in changes else 6, monkeypatch, save_every=50, **changes)
+    last = 3 if "micro_batch_size" not in changes else 6
+    stop_rm(tmp_path / "cut", model, last, monkeypatch, save_every=50, **changes)
     assert steps_saved(tmp_path / "cut") == [3]
     torch.manual_seed(99)  # another process has other numbers
     batches, real = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: batches.append(1) or real(*args))
+
+    def counted_clip(*args):
+        batches.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", counted_clip)
     assert run_rm(tmp_path / "cut", model, resume=True, **changes) == best
     assert len(batches) == 3  # the other three are not done again
     for run in ("whole", "cut"):
@@ -178,7 +208,7 @@ def test_a_reward_model_goes_on_as_if_nothing_had_happened(tmp_path, model, chan
 
 
 def test_an_epoch_may_end_on_either_side_of_the_stop(tmp_path, model, monkeypatch):
-    """Thirty pairs by four: eight steps an epoch."""
+    """Thirty pairs by four: eight steps per epoch."""
     run_rm(tmp_path / "whole", model, steps=12)
     stop_rm(tmp_path / "cut", model, 9, monkeypatch, steps=12)
     run_rm(tmp_path / "cut", model, resume=True, steps=12)
@@ -193,8 +223,11 @@ def whole_warp(tmp_path_factory):
 
 
 @pytest.mark.parametrize("call", [1, 5, 6, 8, 11], ids="in run {}".format)
-def test_warp_goes_on_in_the_middle_of_a_run(tmp_path, whole_warp, call):
-    """Three steps a run, two runs an iteration: batch 5 is in iteration 1, run 2; batch 6 its last; 8 in iteration 2."""
+def test_warp_resumes_in_the_middle_of_a_run(tmp_path, whole_warp, call):
+    """Three steps per run, two runs per iteration.
+
+    Batch 5 is in iteration 1, run 2. Batch 6 is its last one. Batch 8 is in iteration 2.
+    """
     with pytest.raises(KeyboardInterrupt):
         run_warp(tmp_path / "cut", **stopping(call))
     assert not (tmp_path / "cut/front.json").exists()
@@ -204,7 +237,7 @@ def test_warp_goes_on_in_the_middle_of_a_run(tmp_path, whole_warp, call):
     assert_same(whole_warp, tmp_path / "cut")
 
 
-def test_warp_with_adapters_goes_on_in_the_middle_of_a_run(tmp_path):
+def test_warp_with_adapters_resumes_in_the_middle_of_a_run(tmp_path):
     run_warp(tmp_path / "whole", lora_rank=2, lora_alpha=4.0)
     with pytest.raises(KeyboardInterrupt):
         run_warp(tmp_path / "cut", **stopping(5), lora_rank=2, lora_alpha=4.0)
@@ -213,8 +246,13 @@ def test_warp_with_adapters_goes_on_in_the_middle_of_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("evaluation", [1, 2, 3, 5, 10, 12])
-def test_warp_goes_on_between_training_merge_and_front(tmp_path, whole_warp, evaluation, monkeypatch):
-    """Stopped while it measures a policy, a merge or a point of the front: it obeys there, too, and measures nothing twice."""
+def test_warp_resumes_between_training_merge_and_front(
+    tmp_path, whole_warp, evaluation, monkeypatch
+):
+    """Stopped while it measures a policy, a merge or a point of the front.
+
+    It obeys there, too, and measures nothing twice.
+    """
     stop, real, calls = threading.Event(), train_policy.evaluate, []
 
     def stopped(*args):
@@ -232,7 +270,7 @@ def test_warp_goes_on_between_training_merge_and_front(tmp_path, whole_warp, eva
     assert_same(whole_warp, tmp_path / "cut")
 
 
-def test_a_run_may_stop_often_and_go_on_from_an_earlier_checkpoint(tmp_path):
+def test_a_run_may_stop_often_and_resume_from_an_earlier_checkpoint(tmp_path):
     run_policy(tmp_path / "whole", anchor="ema")
     stop_policy(tmp_path / "cut", 2, anchor="ema")
     stop_policy(tmp_path / "cut", 3, anchor="ema", resume=True)  # three more: steps 3, 4, 5
@@ -269,7 +307,9 @@ BREAKS = {
     "garbage": lambda path: path.write_bytes(random.Random(0).randbytes(5000)),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "text": lambda path: path.write_text("hello\n"),
-    "a byte": lambda path: path.write_bytes(path.read_bytes()[:20000] + b"\x77\x12" + path.read_bytes()[20002:]),
+    "two bytes": lambda path: path.write_bytes(
+        path.read_bytes()[:20000] + b"\x77\x12" + path.read_bytes()[20002:]
+    ),
     "missing": lambda path: path.unlink(),
 }
 
@@ -278,7 +318,7 @@ BREAKS = {
 def test_of_a_broken_checkpoint_the_one_before_is_taken(tmp_path, kind, capsys):
     run_policy(tmp_path / "whole")
     stop_policy(tmp_path / "cut", 4)
-    BREAKS[kind](newest(tmp_path / "cut"))
+    BREAKS[kind](state_path(tmp_path / "cut", 4))
     capsys.readouterr()
     run_policy(tmp_path / "cut", resume=True)
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be read" in line]
@@ -295,7 +335,7 @@ def test_flipped_bytes_never_end_with_a_traceback(tmp_path):
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}},
     }
     save_checkpoint(tmp_path, 1, state, keep=1)
-    path, rng = tmp_path / "checkpoints/step-0000001/state.pt", random.Random(0)
+    path, rng = state_path(tmp_path, 1), random.Random(0)
     good, read = path.read_bytes(), 0
     for _ in range(300):
         bad = bytearray(good)
@@ -315,7 +355,7 @@ def test_where_no_checkpoint_can_be_read_the_run_begins_anew(tmp_path, capsys):
     run_policy(tmp_path / "whole")
     stop_policy(tmp_path / "cut", 4)
     for step in steps_saved(tmp_path / "cut"):
-        BREAKS["truncated"](tmp_path / f"cut/checkpoints/step-{step:07d}/state.pt")
+        BREAKS["truncated"](state_path(tmp_path / "cut", step))
     capsys.readouterr()
     run_policy(tmp_path / "cut", resume=True)
     assert "beginning from the start" in capsys.readouterr().out
@@ -323,11 +363,11 @@ def test_where_no_checkpoint_can_be_read_the_run_begins_anew(tmp_path, capsys):
 
 
 def test_a_broken_checkpoint_of_a_later_step_crowds_out_no_good_one(tmp_path):
-    """Going on from step 2 with 4 and 5 broken: what is saved at step 3 is now the newest."""
+    """Resumed from step 2 with 4 and 5 broken: what is saved at step 3 is now the newest."""
     run_policy(tmp_path / "whole", keep=1)
     stop_policy(tmp_path / "cut", 5, keep=4)
     for step in (3, 4, 5):
-        BREAKS["truncated"](tmp_path / f"cut/checkpoints/step-{step:07d}/state.pt")
+        BREAKS["truncated"](state_path(tmp_path / "cut", step))
     stop_policy(tmp_path / "cut", 1, keep=1, resume=True)
     assert load_checkpoint(tmp_path / "cut")[0] == 3
     run_policy(tmp_path / "cut", resume=True, keep=1)
@@ -345,7 +385,10 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
 
 
 def test_leftovers_of_a_kill_do_not_stay(tmp_path):
-    """Half a checkpoint of a step that is never saved again, such as that of a Ctrl-C, would take its room for ever."""
+    """Half a checkpoint of a step that is never saved again would take its room for ever.
+
+    The step of a Ctrl-C is such a one.
+    """
     save_checkpoint(tmp_path, 1, {}, keep=1)
     (tmp_path / "checkpoints/step-0000002.new").mkdir()
     assert load_checkpoint(tmp_path)[0] == 1
@@ -374,11 +417,15 @@ def test_a_torn_last_line_is_left_out(tmp_path, tail):
     log = JsonLines(path, 2)
     assert log.last == {"step": 2, "seconds": 2.0}
     log.append({"step": 3, "seconds": math.inf})
-    assert lines(path) == [{"step": 1, "seconds": 1.0}, {"step": 2, "seconds": 2.0}, {"step": 3, "seconds": None}]
+    assert lines(path) == [
+        {"step": 1, "seconds": 1.0},
+        {"step": 2, "seconds": 2.0},
+        {"step": 3, "seconds": None},
+    ]
 
 
 def test_torn_logs_of_a_killed_run(tmp_path):
-    """Killed after step 4 was logged and before it was saved, in the middle of the line of step 5."""
+    """Killed after step 4 was logged and before it was saved, amid the line of step 5."""
     run_policy(tmp_path / "whole")
     stop_policy(tmp_path / "cut", 3)
     for name in ("metrics", "samples"):
@@ -408,14 +455,19 @@ def changed(value, field):
         return not value
     if isinstance(value, (int, float)):
         return value + 1
-    return [*value, "more"] if isinstance(value, list) else (0.0, 9.0) if field.name == "rating_range" else f"{value}x"
+    if isinstance(value, list):
+        return [*value, "more"]
+    return (0.0, 9.0) if field.name == "rating_range" else f"{value}x"
 
 
-@pytest.mark.parametrize("script", [train_policy, train_rm, warp], ids=lambda script: script.__name__)
+SCRIPTS = [train_policy, train_rm, warp]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_only_what_may_change_may_change(tmp_path, script):
     """Every flag of every script: the error names it, with both values."""
     config = script.resolve(script.Config())
-    runs.write_config(tmp_path, config, torch.device("cpu"), torch.float32)
+    tiny_runs.new_run(tmp_path, config, torch.float32).write_config()
     assert resumed_run(str(tmp_path), config) == tmp_path
     for field in dataclasses.fields(config):
         value = changed(getattr(config, field.name), field)
@@ -423,7 +475,8 @@ def test_only_what_may_change_may_change(tmp_path, script):
         if field.name in FREE_TO_CHANGE:
             assert resumed_run(str(tmp_path), other) == tmp_path
         else:
-            with pytest.raises(UserError, match=f"ran with --{field.name.replace('_', '-')} .*, now "):
+            name = field.name.replace("_", "-")
+            with pytest.raises(UserError, match=f"ran with --{name} .*, now "):
                 resumed_run(str(tmp_path), other)
 
 
@@ -434,8 +487,9 @@ def test_nothing_that_changes_what_is_learned_may_change():
 
 def test_a_tuple_is_a_list_in_json(tmp_path):
     config = train_rm.resolve(train_rm.Config(loss="ordinal"))
-    runs.write_config(tmp_path, config, torch.device("cpu"), torch.float32)
-    assert resumed_run(str(tmp_path), train_rm.resolve(train_rm.Config(loss="ordinal", rating_range=(1.0, 10.0)))) == tmp_path
+    tiny_runs.new_run(tmp_path, config, torch.float32).write_config()
+    given = train_rm.resolve(train_rm.Config(loss="ordinal", rating_range=(1.0, 10.0)))
+    assert resumed_run(str(tmp_path), given) == tmp_path
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "\0\0\0"])
@@ -469,7 +523,10 @@ class Crash(BaseException):
 
 
 def crash_at(patch, number):
-    """At the `number`-th change of the file system everything ends: half done, where it can be. Returns the changes."""
+    """At the `number`-th change of the file system everything ends: half done, where it can be.
+
+    Returns the changes.
+    """
     done = []
 
     def dies(name):
@@ -497,29 +554,51 @@ def crash_at(patch, number):
     def half_folder(real, path, **_):
         next(p for p in Path(path).rglob("*") if p.is_file()).unlink()
 
+    def has_files(path, **_):
+        return any(p.is_file() for p in Path(path).rglob("*"))
+
     def half_line(real, log, row):
         log.file.write(json.dumps(row)[:20].encode())
 
     wrap(os, "fsync")
     wrap(torch, "save", half_file)
     wrap(JsonLines, "append", half_line)
-    wrap(shutil, "rmtree", half_folder, lambda path, **_: any(p.is_file() for p in Path(path).rglob("*")))
+    wrap(shutil, "rmtree", half_folder, has_files)
     for name in ("rename", "replace", "mkdir"):
         wrap(Path, name)
     return done
 
 
-CRASHES = {
-    "policy": (lambda out, model, **c: run_policy(out, steps=3, keep=1, anchor="ema", mu=0.2, **c), 12),
-    "policy, two": (lambda out, model, **c: run_policy(out, steps=4, save_every=2, keep=2, **c), 8),
-    "rm": (lambda out, model, **c: run_rm(out, model, steps=3, keep=1, eval_every=1, lr=3e-2, **c), 10),
-    "warp": (lambda out, model, **c: run_warp(out, steps=2, iterations=1, keep=1, **c), 6),
+def crashing_policy(out, model, **changes):
+    run_policy(out, steps=3, keep=1, anchor="ema", mu=0.2, **changes)
+
+
+def crashing_policy_of_two_checkpoints(out, model, **changes):
+    run_policy(out, steps=4, save_every=2, keep=2, **changes)
+
+
+def crashing_rm(out, model, **changes):
+    run_rm(out, model, steps=3, keep=1, eval_every=1, lr=3e-2, **changes)
+
+
+def crashing_warp(out, model, **changes):
+    run_warp(out, steps=2, iterations=1, keep=1, **changes)
+
+
+CRASHES = {  # the run, and at how many of its changes it crashes
+    "policy": (crashing_policy, 12),
+    "policy, two": (crashing_policy_of_two_checkpoints, 8),
+    "rm": (crashing_rm, 10),
+    "warp": (crashing_warp, 6),
 }
 
 
 @pytest.mark.parametrize("case", CRASHES)
 def test_a_crash_at_any_change_of_a_file_costs_nothing(tmp_path, model, case, monkeypatch):
-    """Also twice in one run. What lies in the folder at the end is the same to the last file: no leftovers."""
+    """Also twice in one run.
+
+    What lies in the folder at the end is the same to the last file: no leftovers.
+    """
     run, tries = CRASHES[case]
     with monkeypatch.context() as patch:
         changes = crash_at(patch, 10**9)
@@ -533,20 +612,20 @@ def test_a_crash_at_any_change_of_a_file_costs_nothing(tmp_path, model, case, mo
                 crash_at(patch, at)
                 run(out, model, resume=attempt > 0)
         run(out, model, resume=True)
-        assert difference(content(tmp_path / "whole"), content(out)) == "", (number, str(where.value))
+        found = difference(content(tmp_path / "whole"), content(out))
+        assert found == "", (number, str(where.value))
         shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("script", ["train_policy", "train_rm"])
 def test_sigkill_at_random_instants_costs_nothing(tmp_path, model, script, forkserver):
-    process = forkserver.Process(target=tiny_runs.child, args=(script, str(tmp_path / "first"), model))
-    process.start()  # the forkserver's first one waits for its imports
-    process.join()
-    began = time.monotonic()
-    process = forkserver.Process(target=tiny_runs.child, args=(script, str(tmp_path / "whole"), model))
-    process.start()
-    process.join()
-    seconds = time.monotonic() - began
+    for name in ("first", "whole"):  # the forkserver's first process waits for its imports
+        args = (script, str(tmp_path / name), model)
+        process = forkserver.Process(target=tiny_runs.child, args=args)
+        began = time.monotonic()
+        process.start()
+        process.join()
+        seconds = time.monotonic() - began
     rng = random.Random(1)
     tiny_runs.kill_and_resume(forkserver, script, tmp_path / "killed", model, 4, rng, seconds)
     assert_same(tmp_path / "whole", tmp_path / "killed")
@@ -555,9 +634,13 @@ def test_sigkill_at_random_instants_costs_nothing(tmp_path, model, script, forks
 # faults
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")]
-)
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("PytorchStreamWriter failed"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, error, monkeypatch):
     stop_policy(tmp_path / "run", 3)
     before = content(tmp_path / "run")["checkpoints/step-0000003/state.pt"]
@@ -566,7 +649,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, error, monkeypatch)
         path.write_bytes(b"half")
         raise error
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="step-0000004: cannot be written .*make room"):
+    message = "step-0000004: cannot be written .*make room"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
         patch.setattr(torch, "save", full)
         run_policy(tmp_path / "run", resume=True)
     assert steps_saved(tmp_path / "run") == [2, 3]  # and no .new
@@ -577,7 +661,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, error, monkeypatch)
 
 
 @pytest.mark.parametrize("script", ["train_policy", "train_rm"])
-def test_a_really_full_disk_ends_with_status_2_and_one_line(tmp_path, model, script, forkserver, monkeypatch):
+def test_a_really_full_disk_ends_with_status_2_and_one_line(
+    tmp_path, model, script, forkserver, monkeypatch
+):
     out = tmp_path / "run"
     if script == "train_policy":
         stop_policy(out, 3, anchor="ema", mu=0.1, steps=12)
@@ -588,9 +674,11 @@ def test_a_really_full_disk_ends_with_status_2_and_one_line(tmp_path, model, scr
     process = forkserver.Process(target=tiny_runs.full_disk, args=(script, str(out), model))
     process.start()
     process.join(60)
-    said = [line for line in Path(f"{out}.err").read_text().splitlines() if line.strip() and "%|" not in line]
+    errors = Path(f"{out}.err").read_text().splitlines()
+    said = [line for line in errors if line.strip() and "%|" not in line]
     assert process.exitcode == 2, said
-    assert len(said) == 1 and said[0].startswith("error: ") and "step-0000004: cannot be written" in said[0]
+    assert len(said) == 1 and said[0].startswith("error: ")
+    assert "step-0000004: cannot be written" in said[0]
     assert difference(before, content(out / "checkpoints")) == ""
 
 
@@ -614,34 +702,40 @@ def nan_in_batch(number, value=math.nan):
 
 
 @pytest.mark.parametrize(
-    ("baseline", "value"), [("moving", math.nan), ("ema", math.inf), ("rloo", math.nan), ("none", math.inf)]
+    ("baseline", "value"),
+    [("moving", math.nan), ("ema", math.inf), ("rloo", math.nan), ("none", math.inf)],
 )
-def test_a_step_with_a_reward_that_is_no_number_is_skipped(tmp_path, baseline, value, capsys):
-    """Policy, anchor, optimizer and baseline are those of the step before; it is counted and said; then all is finite."""
+def test_a_step_with_a_reward_that_is_not_finite_is_skipped(tmp_path, baseline, value, capsys):
+    """Policy, anchor, optimizer and baseline are those of the step before.
+
+    The step is counted and said. Afterwards all is finite.
+    """
     changes = dict(anchor="ema", mu=0.2, baseline=baseline, on_nonfinite="skip", keep=9)
     policy = run_policy(tmp_path / "run", function=nan_in_batch(3, value), **changes)
     assert all(parameter.isfinite().all() for parameter in policy.parameters())
-    two, three, four = (torch.load(tmp_path / f"run/checkpoints/step-000000{n}/state.pt", weights_only=True) for n in (2, 3, 4))
-    two["optimizer"], three["optimizer"] = two["optimizer"]["state"], three["optimizer"]["state"]  # without the learning rate
+    two, three, four = states_of(tmp_path / "run", 2, 3, 4)
+    for state in (two, three):
+        state["optimizer"] = state["optimizer"]["state"]  # without the learning rate
     for name in ("policy", "anchor", "optimizer", "baseline"):
         assert difference(two[name], three[name]) == "", name
-    assert difference(two["policy"], four["policy"]) != "" and difference(two["anchor"], four["anchor"]) != ""
+    for name in ("policy", "anchor"):
+        assert difference(two[name], four[name]) != "", name
     rows = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and four["counts"]["skipped"] == 1
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert four["counts"]["skipped"] == 1
     assert [row["reward"] is None for row in rows] == [False, False, True, False, False, False]
     assert all(math.isfinite(value) for row in rows[3:] for value in row.values())
-    assert (
-        "step 3: a reward, KL or importance weight that is not finite: the step is skipped, 1 so far" in capsys.readouterr().out
-    )
+    problem = "a reward, KL or importance weight that is not finite"
+    assert f"step 3: {problem}: the step is skipped, 1 so far" in capsys.readouterr().out
     shutil.copytree(tmp_path / "run", tmp_path / "cut")
     for step in (4, 5, 6):
         shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:07d}")
-    run_policy(tmp_path / "cut", resume=True, **changes)  # the count, too, goes on
+    run_policy(tmp_path / "cut", resume=True, **changes)  # the count, too, is resumed
     assert_same(tmp_path / "run", tmp_path / "cut")
 
 
 def test_a_skipped_step_may_have_no_variance_either(tmp_path, monkeypatch):
-    """An ordinal reward model of NaN logits: the weights by its variance are no numbers, too."""
+    """An ordinal reward model of NaN logits: the weights by its variance are not finite either."""
 
     class Ordinal(tiny_runs.RewardFunction):
         def score_rollout(self, *args):
@@ -649,21 +743,24 @@ def test_a_skipped_step_may_have_no_variance_either(tmp_path, monkeypatch):
             return scores._replace(variance=scores.rewards.abs())
 
     monkeypatch.setattr(tiny_runs, "RewardFunction", Ordinal)
-    run_policy(tmp_path / "run", function=nan_in_batch(3), on_nonfinite="skip", uncertainty="one_plus_std")
+    changes = dict(on_nonfinite="skip", uncertainty="one_plus_std")
+    run_policy(tmp_path / "run", function=nan_in_batch(3), **changes)
     assert [row["skipped"] for row in lines(tmp_path / "run/metrics.jsonl")] == [0, 0, 1, 1, 1, 1]
 
 
-def test_a_reward_that_is_no_number_ends_the_run_by_default(tmp_path):
-    with pytest.raises(UserError, match="step 3: a reward, KL or importance weight that is not finite"):
+def test_a_reward_that_is_not_finite_ends_the_run_by_default(tmp_path):
+    message = "step 3: a reward, KL or importance weight that is not finite"
+    with pytest.raises(UserError, match=message):
         run_policy(tmp_path / "run", function=nan_in_batch(3))
-    assert steps_saved(tmp_path / "run") == [1, 2] and len(lines(tmp_path / "run/metrics.jsonl")) == 2
+    assert steps_saved(tmp_path / "run") == [1, 2]
+    assert len(lines(tmp_path / "run/metrics.jsonl")) == 2
     run_policy(tmp_path / "whole")
-    run_policy(tmp_path / "run", resume=True)  # with a reward that was mended
+    run_policy(tmp_path / "run", resume=True)  # with a reward that was fixed
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_gradient_that_is_no_number(tmp_path, on_nonfinite, monkeypatch):
+def test_a_gradient_that_is_not_finite(tmp_path, on_nonfinite, monkeypatch):
     calls, real = [], torch.nn.utils.clip_grad_norm_
 
     def clip(parameters, *args):
@@ -680,23 +777,20 @@ def test_a_gradient_that_is_no_number(tmp_path, on_nonfinite, monkeypatch):
         assert steps_saved(tmp_path / "run") == [1, 2]
         return
     policy = run_policy(tmp_path / "run", **changes)
-    two, three = (torch.load(tmp_path / f"run/checkpoints/step-000000{n}/state.pt", weights_only=True) for n in (2, 3))
-    two["optimizer"], three["optimizer"] = two["optimizer"]["state"], three["optimizer"]["state"]  # without the learning rate
+    two, three = states_of(tmp_path / "run", 2, 3)
+    for state in (two, three):
+        state["optimizer"] = state["optimizer"]["state"]  # without the learning rate
     for name in ("policy", "anchor", "optimizer"):
         assert difference(two[name], three[name]) == "", name
     assert difference(two["baseline"], three["baseline"]) != ""  # the rewards were good
     assert all(parameter.isfinite().all() for parameter in policy.parameters())
     rows = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and [row["grad_norm"] is None for row in rows][:4] == [
-        0,
-        0,
-        1,
-        0,
-    ]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["grad_norm"] is None for row in rows][:4] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_reward_models_loss_that_is_no_number(tmp_path, model, on_nonfinite, monkeypatch):
+def test_a_reward_models_loss_that_is_not_finite(tmp_path, model, on_nonfinite, monkeypatch):
     calls, real = [], train_rm.pair_losses
 
     def losses(*args):
@@ -707,16 +801,17 @@ def test_a_reward_models_loss_that_is_no_number(tmp_path, model, on_nonfinite, m
     if on_nonfinite == "stop":
         with pytest.raises(UserError, match="step 3: loss nan"):
             run_rm(tmp_path / "run", model, keep=9)
-        state = torch.load(tmp_path / "run/checkpoints/step-0000002/state.pt", weights_only=True)
+        (state,) = states_of(tmp_path / "run", 2)  # of the step before
         kept = RewardModel.from_pretrained(str(tmp_path / "run")).model
-        assert difference(state["trained"], [p.detach() for p in kept.parameters()]) == ""  # of the step before
+        assert difference(state["trained"], [p.detach() for p in kept.parameters()]) == ""
         return
     run_rm(tmp_path / "run", model, on_nonfinite="skip", keep=9)
-    two, three = (torch.load(tmp_path / f"run/checkpoints/step-000000{n}/state.pt", weights_only=True) for n in (2, 3))
+    two, three = states_of(tmp_path / "run", 2, 3)
     assert difference(two["trained"], three["trained"]) == ""
     assert difference(two["optimizer"]["state"], three["optimizer"]["state"]) == ""
     rows = lines(tmp_path / "run/metrics.jsonl")
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1] and rows[2]["loss"] is None and math.isfinite(rows[5]["loss"])
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert rows[2]["loss"] is None and math.isfinite(rows[5]["loss"])
 
 
 OUT_OF_MEMORY = [
@@ -726,8 +821,10 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
-def test_out_of_memory_halves_the_rows_a_pass_and_not_the_gradient(tmp_path, model, error, monkeypatch, capsys):
-    """Memory runs out in the second part of a pass, when there are gradients already: they must not count twice."""
+def test_out_of_memory_halves_the_rows_per_pass_and_not_the_gradient(
+    tmp_path, model, error, monkeypatch, capsys
+):
+    """Memory runs out in the second pass, when there are gradients already: none counts twice."""
     real, real_rm, calls = rollout.completion_logprobs, RewardModel.forward, []
 
     def fails_at_first(rows):
@@ -745,19 +842,26 @@ def test_out_of_memory_halves_the_rows_a_pass_and_not_the_gradient(tmp_path, mod
             fails_at_first(len(rows) // 2)
         return real_rm(self, rows, *rest)
 
-    for run, name in ((lambda out, **c: run_policy(out, steps=1, batch_size=8, **c), "policy"),
-                      (lambda out, **c: run_rm(out, model, steps=1, batch_size=8, **c), "rm")):  # fmt: skip
-        run(tmp_path / f"{name}-whole", micro_batch_size=8)
+    def policy(out, **changes):
+        run_policy(out, steps=1, batch_size=8, **changes)
+
+    def rm(out, **changes):
+        run_rm(out, model, steps=1, batch_size=8, **changes)
+
+    for run in (policy, rm):
+        whole, halved = tmp_path / f"{run.__name__}-whole", tmp_path / run.__name__
+        run(whole, micro_batch_size=8)
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(rollout, "completion_logprobs", policy_pass)
             patch.setattr(RewardModel, "forward", reward_pass)
             calls.clear()
-            run(tmp_path / name, micro_batch_size=4)
+            run(halved, micro_batch_size=4)
         assert calls == [4, 4, 2, 2, 2, 2]
         assert "going on with --micro-batch-size 2" in capsys.readouterr().out
-        states = [load_checkpoint(tmp_path / run)[1]["optimizer"]["state"] for run in (name, f"{name}-whole")]
-        assert difference(*states, tolerance=1e-6) == ""  # after one step: a tenth of the gradient, and of its square
+        # after one step: a tenth of the gradient, and a thousandth of its square
+        states = [load_checkpoint(out)[1]["optimizer"]["state"] for out in (halved, whole)]
+        assert difference(*states, tolerance=1e-6) == ""
         assert max(moments["exp_avg"].abs().max() for moments in states[0].values()) > 1e-3
 
 
@@ -771,21 +875,30 @@ def test_where_one_row_does_not_fit_the_run_ends_with_one_line(tmp_path, monkeyp
         return real(policy, input_ids, *rest)
 
     monkeypatch.setattr(rollout, "completion_logprobs", never)
-    with pytest.raises(UserError, match="one sequence a pass .*Tried to allocate 2 GiB.*--gradient-checkpointing") as error:
+    message = "one sequence per pass .*Tried to allocate 2 GiB.*--gradient-checkpointing"
+    with pytest.raises(UserError, match=message) as error:
         run_policy(tmp_path / "run")
     assert sizes == [4, 2, 1] and "\n" not in str(error.value)
 
 
 def test_what_is_no_lack_of_memory_is_not_tried_again():
+    net, _ = tiny_runs.tiny_model()
+    config = policy_config(batch_size=14, group_size=1, micro_batch_size=7)
+    optimizer = Optimizer(net, list(net.parameters()), config, Ranks())
+    tries = []
     with pytest.raises(RuntimeError, match="device-side assert"):
-        halving(4, lambda size: (_ for _ in ()).throw(RuntimeError("CUDA error: device-side assert triggered")))
-    sizes = []
-    assert halving(7, sizes.append) == 7 and sizes == [7]
+        for rows, _ in optimizer.micro_batches([5] * 14):
+            with optimizer.retry_in_halves():
+                tries.append(rows)
+                raise RuntimeError("CUDA error: device-side assert triggered")
+    assert len(tries) == 1
+    sizes = [len(rows) for rows, _ in optimizer.micro_batches([5] * 14)]
+    assert sizes == [7, 7] and optimizer.micro_batch_size == 7
 
 
 def test_out_of_memory_is_no_full_disk(tmp_path):
-    """The toy world's reward model is trained inside of whole_folder."""
-    with pytest.raises(torch.OutOfMemoryError), whole_folder(tmp_path / "model"):
+    """The toy world's reward model is trained inside of atomic_folder."""
+    with pytest.raises(torch.OutOfMemoryError), atomic_folder(tmp_path / "model"):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert not list(tmp_path.iterdir())
 
@@ -821,33 +934,42 @@ def test_a_second_signal_ends_at_once(tmp_path, forkserver):
     os.kill(process.pid, signal.SIGTERM)
     process.join(5)
     assert process.exitcode == 130
-    assert f"stopped: at once: go on with the same flags and --out {tmp_path} --resume" in (tmp_path / "err").read_text()
+    said = f"stopped: at once: go on with the same flags and --out {tmp_path} --resume"
+    assert said in (tmp_path / "err").read_text()
 
 
 def test_sigterm_ends_the_script_after_its_step(tmp_path, monkeypatch, capsys):
     """A process of its own, as a cluster ends it; then --resume, to the same end as without it."""
     monkeypatch.chdir(tmp_path)
-    tiny_runs.start_model_folder(Path(toy.start_policy_folder.__globals__["folder"]()) / "start-policy")
+    tiny_runs.start_model_folder(toy.folder() / "start-policy")
     Path("slow_reward.py").write_text(
         "import os, time\n"
         "def f(prompts, completions):\n"
         "    time.sleep(0 if os.path.exists('fast') else 0.1)\n"
         "    return [len(c) / 100 for c in completions]\n"
     )
-    argv = ["--rm", "slow_reward:f", "--steps", "20", "--batch-size", "4", "--eval-prompts", "4", "--max-new-tokens", "6",
-            "--out", "run", "--device", "cpu"]  # fmt: skip
+    argv = (
+        "--rm slow_reward:f --steps 20 --batch-size 4 --eval-prompts 4 --max-new-tokens 6 "
+        "--out run --device cpu"
+    ).split()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, ROOT / "train_policy.py", *argv], stderr=subprocess.PIPE, text=True, env=env,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
+    command = [sys.executable, ROOT / "train_policy.py", *argv]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, **pipes, text=True, env=env)
     log = Path("run/metrics.jsonl")
-    wait_for(lambda: process.poll() is not None or log.exists() and log.read_text().count("\n") >= 2)
+
+    def has_two_steps():
+        return log.exists() and log.read_text().count("\n") >= 2
+
+    wait_for(lambda: process.poll() is not None or has_two_steps())
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     last = [line for line in errors.splitlines() if line.startswith("stopped")]
     step = len(lines(log))
     assert 2 <= step < 20 and steps_saved(Path("run")) == [step] and Path("run/model").exists()
-    assert last == [f"stopped: after step {step} of 20: go on with the same flags and --out run --resume"]
+    how = "go on with the same flags and --out run --resume"
+    assert last == [f"stopped: after step {step} of 20: {how}"]
     Path("fast").touch()
     torch.set_num_threads(1)
     train_policy.main([*argv, "--resume"])

@@ -1,6 +1,5 @@
 """Runs get folders of their own, and a metrics log survives what happens to its run."""
 
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -13,16 +12,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_policy
-from minalign import toy
-from minalign.common import (
-    UserError, autocast, checkpoint_activations_, one_line_errors, pick_device, pick_dtype, require, warmup_factor,
-)  # fmt: skip
-from minalign.logprobs import token_logprobs
-from minalign.rollout import completion_logits, generate
-from minalign.runs import MetricsLog, new_run, open_run, resumed_run, write_config
+from minalign.models.precision import autocast
+from minalign.running.device import pick_device, pick_dtype
+from minalign.running.errors import UserError, one_line_errors, require
+from minalign.running.logs import MetricsLog
+from minalign.running.optimizer import warmup_factor
+from minalign.running.run import Run, new_run, open_run, resumed_run
 
 
 @dataclass
@@ -38,10 +35,15 @@ class Config:
     eta: list[float] | None = None
 
 
+def write_config(folder, config, dtype=torch.float32):
+    Run(folder, config, torch.device("cpu"), dtype).write_config()
+
+
 def test_a_user_error_ends_the_program_with_one_line(capsys):
     with pytest.raises(SystemExit) as exit, one_line_errors():
         require(False, "--lr 0: expected a number\n  above 0")
-    assert exit.value.code == 2 and capsys.readouterr().err == "error: --lr 0: expected a number above 0\n"
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: --lr 0: expected a number above 0\n"
 
 
 def test_an_interrupt_ends_the_program_without_a_traceback():
@@ -64,11 +66,11 @@ def test_sigterm_ends_the_program_as_ctrl_c_does(capsys):
 
 def test_any_other_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), one_line_errors():
-        1 / 0
+        _ = 1 / 0
     require(True, "nothing")
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs
 
 
 def test_runs_are_numbered_by_kind(tmp_path, monkeypatch):
@@ -92,7 +94,7 @@ def test_an_occupied_folder_is_refused(tmp_path):
 
 
 def test_the_config_file_tells_what_ran(tmp_path):
-    write_config(tmp_path, Config(lr=0.5), torch.device("cpu"), torch.bfloat16)
+    write_config(tmp_path, Config(lr=0.5), torch.bfloat16)
     ran = json.loads((tmp_path / "config.json").read_text())
     assert ran["lr"] == 0.5 and ran["device"] == "cpu" and ran["dtype"] == "bfloat16"
     assert ran["versions"]["torch"] == torch.__version__ and ran["argv"]
@@ -100,11 +102,12 @@ def test_the_config_file_tells_what_ran(tmp_path):
 
 def test_a_run_is_resumed_with_its_own_flags(tmp_path, capsys):
     config = Config(out=str(tmp_path), lr=0.5, ends=(1.0, 2.0))
-    write_config(tmp_path, config, torch.device("cpu"), torch.float32)
+    write_config(tmp_path, config)
     assert resumed_run(str(tmp_path), dataclasses.replace(config, resume=True)) == tmp_path
     with pytest.raises(UserError, match="ran with --batch-size 64, now 8"):
         resumed_run(str(tmp_path), dataclasses.replace(config, batch_size=8))
-    assert resumed_run(f"{tmp_path}/other", config) == tmp_path / "other", "a job script's first try: nothing to go on with"
+    # a job script's first try: nothing to resume
+    assert resumed_run(f"{tmp_path}/other", config) == tmp_path / "other"
     assert "no run in" in capsys.readouterr().out
     with pytest.raises(UserError, match="--resume needs --out"):
         resumed_run("", config)
@@ -115,18 +118,23 @@ def test_each_metrics_line_is_on_disk_at_once(tmp_path):
     for step in (1, 2):
         log.write(step, {"loss": step / 2})
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-        assert [(row["step"], row["loss"]) for row in rows] == [(s, s / 2) for s in range(1, step + 1)]
+        expected = [(s, s / 2) for s in range(1, step + 1)]
+        assert [(row["step"], row["loss"]) for row in rows] == expected
     assert 0 <= rows[0]["seconds"] <= rows[1]["seconds"] < 60
 
 
 def test_numbers_that_json_lacks_are_null(tmp_path):
-    MetricsLog(tmp_path).write(1, {"loss": math.nan, "lr": math.inf, "kl": -math.inf, "length": 3, "note": "x"})
-    refuse = lambda name: pytest.fail(f"{name} is not JSON")  # noqa: E731
+    written = {"loss": math.nan, "lr": math.inf, "kl": -math.inf, "length": 3, "note": "x"}
+    MetricsLog(tmp_path).write(1, written)
+
+    def refuse(name):
+        pytest.fail(f"{name} is not JSON")
+
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert (row["loss"], row["lr"], row["kl"], row["length"], row["note"]) == (None, None, None, 3, "x")
+    assert [row[name] for name in written] == [None, None, None, 3, "x"]
 
 
-# --- device and precision --------------------------------------------------------------------------------------------
+# --- device and precision
 
 
 def test_a_device_is_picked_with_a_reason():
@@ -157,53 +165,20 @@ def test_autocast_runs_products_in_the_dtype_asked_for(dtype, device):
 
 
 def test_the_learning_rate_warms_up_linearly():
-    assert [warmup_factor(step, 4) for step in (1, 2, 3, 4, 5, 100)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    factors = [warmup_factor(step, 4) for step in (1, 2, 3, 4, 5, 100)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmup_factor(1, 0) == 1.0
 
 
-# --- activation checkpoints ------------------------------------------------------------------------------------------
+HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_recomputed_activations_change_no_gradient_and_no_sample(kind):
-    """Dropout stays off, the layers run again in the backward pass, and the key-value cache is filled once."""
-    torch.manual_seed(0)
-    if kind == "llama":
-        model = toy.make_model(toy.make_tokenizer(), seed=0)
-    else:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=43, n_positions=64, n_embd=16, n_layer=2, n_head=2))
-    ids = torch.randint(4, 43, (3, 9))
-    inputs = ids[:, :4], torch.ones(3, 4), ids[:, 4:], torch.ones(3, 5, dtype=torch.bool)
-
-    def gradient_and_samples(model):
-        calls = []
-        mlp = (model.base_model.layers if kind == "llama" else model.base_model.h)[0].mlp
-        hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        model.zero_grad()
-        (-token_logprobs(completion_logits(model.train(), *inputs), ids[:, 4:])).mean().backward()
-        hook.remove()
-        assert all(module.training for module in model.modules())
-        drawn = generate(model, ids, torch.ones_like(ids), max_new_tokens=6, temperature=1.0, eos_token_ids=2, pad_token_id=0,
-                         generator=torch.Generator().manual_seed(0))  # fmt: skip
-        return [p.grad.clone() for p in model.parameters()], drawn.tokens, len(calls)
-
-    gradients, tokens, calls = gradient_and_samples(model)
-    checkpoint_activations_(model)
-    again, tokens_again, calls_again = gradient_and_samples(model)
-    assert (calls, calls_again) == (1, 2)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True)) and torch.equal(tokens, tokens_again)
-
-    twin = copy.deepcopy(model)  # what the moving anchor is made by: it must not run the layers of the first
-    for parameter in twin.parameters():
-        parameter.data.zero_()
-    assert completion_logits(twin, *inputs).abs().max() == 0 and twin is not model
-    assert completion_logits(model, *inputs).abs().max() > 0
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
+@pytest.mark.skipif(HAS_TENSORBOARD, reason="tensorboard is installed")
 def test_tensorboard_that_is_not_there_is_a_line():
+    config = train_policy.Config(tensorboard=True)
     with pytest.raises(UserError, match="--tensorboard: it is not installed"):
-        open_run(train_policy.Config(tensorboard=True), "policy")
+        with open_run(config, "policy"):
+            pass
 
 
 def test_tensorboard_gets_every_metric(tmp_path):
@@ -218,6 +193,6 @@ def test_tensorboard_gets_every_metric(tmp_path):
 
 
 def test_the_commit_that_ran_is_written_down(tmp_path):
-    write_config(tmp_path, Config(), torch.device("cpu"), torch.float32)
+    write_config(tmp_path, Config())
     revision = json.loads((tmp_path / "config.json").read_text())["git"]
     assert revision is None or re.fullmatch("[0-9a-f]{40}", revision)

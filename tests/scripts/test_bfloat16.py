@@ -1,4 +1,7 @@
-"""--dtype bfloat16: rounded weights draw the samples, the policy's own log-probs are what is learned from."""
+"""--dtype bfloat16: rounded weights draw the samples.
+
+What is learned from are the policy's own log-probs.
+"""
 
 import json
 import math
@@ -7,23 +10,33 @@ import pytest
 import torch
 from tiny_runs import difference, run_policy, tiny_model
 
-from minalign import decode, reinforce
-from minalign.common import UserError
-from minalign.decode import refresh_, sampling_copy
+from minalign import reinforce
 from minalign.logprobs import position_ids_from_mask
+from minalign.models import precision
+from minalign.models.precision import refresh_, sampling_copy
+from minalign.running.errors import UserError
 
 
 def rows_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"anchor": "ema", "mu": 0.3, "baseline": "rloo"}])
+VARIANTS = [{}, {"lora_rank": 2}, {"anchor": "ema", "mu": 0.3, "baseline": "rloo"}]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
 def test_the_first_kl_is_zero_and_the_weights_stay_near_one(tmp_path, changes):
-    """Both sides of the KL come from the same pass; a sampling copy that was not refreshed would drift off."""
-    run_policy(tmp_path, dtype=torch.bfloat16, steps=12, lr=2e-2, batch_size=32, max_new_tokens=8, **changes)
+    """Both sides of the KL come from the same pass.
+
+    A sampling copy that was not refreshed would drift off.
+    """
+    sizes = dict(steps=12, lr=2e-2, batch_size=32, max_new_tokens=8)
+    run_policy(tmp_path, dtype=torch.bfloat16, **sizes, **changes)
     rows = rows_of(tmp_path)
     assert rows[0]["kl_sft"] == 0.0 == rows[0]["kl_anchor"] and rows[-1]["kl_sft"] != 0.0
-    assert all(0.97 < row["importance"] < 1.03 for row in rows) and any(row["importance"] != 1.0 for row in rows)
+    weights = [row["importance"] for row in rows]
+    assert all(0.97 < weight < 1.03 for weight in weights)
+    assert any(weight != 1.0 for weight in weights)
 
 
 def test_in_float32_the_policy_itself_draws(tmp_path):
@@ -32,7 +45,10 @@ def test_in_float32_the_policy_itself_draws(tmp_path):
 
 
 def test_the_weights_reach_the_gradient(tmp_path, monkeypatch):
-    monkeypatch.setattr(reinforce, "importance_weights", lambda logprobs, *_: torch.zeros(len(logprobs)))
+    def nothing(logprobs, *_):
+        return torch.zeros(len(logprobs))
+
+    monkeypatch.setattr(reinforce, "importance_weights", nothing)
     run_policy(tmp_path, dtype=torch.bfloat16)
     assert {row["grad_norm"] for row in rows_of(tmp_path)} == {0.0}
 
@@ -45,11 +61,15 @@ def test_the_ratio_is_that_of_the_policy_to_the_copy(tmp_path, monkeypatch):
         seen.append((logprobs[mask], sampling_logprobs[mask]))
         return torch.ones(len(mask))
 
+    def zero_(sampler, policy):
+        for parameter in sampler.parameters():
+            parameter.zero_()
+
     monkeypatch.setattr(reinforce, "importance_weights", record)
-    monkeypatch.setattr(decode, "refresh_", lambda sampler, policy: [p.zero_() for p in sampler.parameters()])
+    monkeypatch.setattr(precision, "refresh_", zero_)
     run_policy(tmp_path, dtype=torch.bfloat16)
-    uniform = -math.log(len(tiny_model()[1]))
-    assert all(not torch.allclose(a, b) and torch.allclose(b, torch.tensor(uniform)) for a, b in seen)
+    uniform = torch.tensor(-math.log(len(tiny_model()[1])))
+    assert all(not torch.allclose(a, b) and torch.allclose(b, uniform) for a, b in seen)
 
 
 def test_a_bfloat16_run_resumes(tmp_path):
@@ -73,15 +93,22 @@ def test_the_copy_has_rounded_weights_and_whole_angles():
     assert torch.equal(copied.lm_head.weight, model.lm_head.weight.bfloat16())
     ids = torch.tensor([[1, 7, 9, 4]])
     positions = position_ids_from_mask(torch.ones_like(ids))
-    torch.testing.assert_close(copied(ids, position_ids=positions).logits.float(), model(ids).logits, rtol=0.05, atol=0.05)
+    rounded = copied(ids, position_ids=positions).logits.float()
+    torch.testing.assert_close(rounded, model(ids).logits, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
-def test_a_copy_that_is_no_number_ends_the_run_or_is_skipped(tmp_path, monkeypatch, action):
+def test_a_copy_that_is_not_finite_ends_the_run_or_is_skipped(tmp_path, monkeypatch, action):
     """The policy is sound, only the ratio is not: no gradient of it may get through."""
-    monkeypatch.setattr(decode, "refresh_", lambda sampler, policy: [p.fill_(math.nan) for p in sampler.parameters()])
+
+    def spoil_(sampler, policy):
+        for parameter in sampler.parameters():
+            parameter.fill_(math.nan)
+
+    monkeypatch.setattr(precision, "refresh_", spoil_)
     if action == "stop":
-        with pytest.raises(UserError, match="step 1: a reward, KL or importance weight that is not finite"):
+        message = "step 1: a reward, KL or importance weight that is not finite"
+        with pytest.raises(UserError, match=message):
             run_policy(tmp_path, dtype=torch.bfloat16)
     else:
         policy = run_policy(tmp_path, dtype=torch.bfloat16, on_nonfinite="skip")

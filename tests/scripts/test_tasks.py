@@ -1,5 +1,8 @@
-"""Real models and real data as people have them, on local stand-ins of the same formats: the README's tasks A and B as
-whole runs, several rewards, the tools on their results, and the one line that bad input gets."""
+"""Real models and real data as people have them, on local stand-ins of the same formats.
+
+Tasks A and B of docs/tasks.md as whole runs, several rewards, the tools on their results, and the
+one line that bad input gets.
+"""
 
 import json
 import re
@@ -14,18 +17,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import train_policy
 import train_rm
 import warp
-from minalign import generate, score
-from minalign.chat import encode_whole
-from minalign.common import UserError
+from minalign.data.chat import encode_whole
 from minalign.reward import RewardModel
+from minalign.running.errors import UserError
+from minalign.tools import generate, score
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train_rm.py": train_rm, "train_policy.py": train_policy, "warp.py": warp}
+SMALL = "--batch-size 4 --max-new-tokens 8 --eval-prompts 4"
 SHORT = {
     "train_rm.py": "--steps 6 --batch-size 8 --max-pairs 60 --max-eval-pairs 20 --lr 1e-3",
-    "train_policy.py": "--steps 2 --batch-size 4 --max-new-tokens 8 --eval-prompts 4",
-    "warp.py": "--steps 1 --batch-size 4 --max-new-tokens 8 --eval-prompts 4 --iterations 1 --etas 0,1",
+    "train_policy.py": f"--steps 2 {SMALL}",
+    "warp.py": f"--steps 1 {SMALL} --iterations 1 --etas 0,1",
 }
+TASK_A = "--model ./gpt2-imdb --dataset ./imdb"
+TASK_B = "--model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -38,40 +44,47 @@ def here(tmp_path_factory):
 
 
 def run(command: str) -> None:
-    """A command of the README, made short, with its hub ids replaced by local folders."""
+    """A command of docs/tasks.md, made short, with its hub ids replaced by local folders."""
     script, *argv = shlex.split(command.removeprefix("python ").rstrip("&\\ "))
-    argv = [re.sub(r"^(distilbert|stanfordnlp|lvwerra|esfrankel17|HuggingFaceTB)/", "./", word) for word in argv]
+    owners = r"^(distilbert|stanfordnlp|lvwerra|esfrankel17|HuggingFaceTB)/"
+    argv = [re.sub(owners, "./", word) for word in argv]
     SCRIPTS[script].main([*argv, *SHORT[script].split(), "--device", "cpu"])
 
 
 def commands(title: str) -> list[str]:
-    """The commands in the README's section on a task."""
-    section = (ROOT / "README.md").read_text().split(f"**{title}")[1].split("\n**")[0]
+    """The commands in the section of docs/tasks.md on a task."""
+    section = (ROOT / "docs/tasks.md").read_text().split(f"**{title}")[1].split("\n**")[0]
     block = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
     return [line for line in block.splitlines() if line.startswith("python")]
 
 
 def metrics(folder: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return rows_of(Path(folder) / "metrics.jsonl")
+
+
+def rows_of(path: str | Path) -> list[dict]:
+    with open(path) as file:  # splitlines would cut at other characters, too
+        return [json.loads(line) for line in file]
 
 
 @pytest.mark.parametrize("title", ["Task A", "Task B"])
-def test_the_tasks_run_by_the_commands_of_the_readme(here, title):
+def test_the_tasks_run_by_the_commands_of_the_docs(here, title):
     ran = commands(title)
-    assert [line.split()[1] for line in ran] == ["train_rm.py", "warp.py" if title == "Task A" else "train_policy.py"]
+    second = "warp.py" if title == "Task A" else "train_policy.py"
+    assert [line.split()[1] for line in ran] == ["train_rm.py", second]
     for command in ran:
         run(command)
         out = re.search(r"--out (\S+)", command)[1]
         assert (here / out / "config.json").exists()
         if "warp" not in command:
             assert (here / out / "model" / "config.json").exists()
-        if "train_policy" in command:
-            assert metrics(out)[0]["kl_sft"] == pytest.approx(0, abs=1e-4)  # the start policy is its own anchor
+        if "train_policy" in command:  # the start policy is its own anchor
+            assert metrics(out)[0]["kl_sft"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_task_b_reward_model_reads_what_its_template_makes(here):
-    """transformers alone, with apply_chat_template, gives the scores of RewardModel.score and of a rollout."""
-    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --out chat-rm")
+    """transformers alone, with apply_chat_template, gives the scores of RewardModel.score."""
+    run(f"train_rm.py {TASK_B} --out chat-rm")
     model = AutoModelForSequenceClassification.from_pretrained("chat-rm/model")
     tokenizer = AutoTokenizer.from_pretrained("chat-rm/model")
     ours = RewardModel.from_pretrained("chat-rm")
@@ -80,32 +93,40 @@ def test_a_task_b_reward_model_reads_what_its_template_makes(here):
         {"role": "assistant", "content": "Hi!"},
         {"role": "user", "content": "Plot?"},
     ]
-    texts = [
-        tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": answer}], tokenize=False)
-        for answer in ("It is good.", "It is bad. It is dull.")
-    ]
+    answers = ["It is good.", "It is bad. It is dull."]
+    turns = [{"role": "assistant", "content": answer} for answer in answers]
+    texts = [tokenizer.apply_chat_template([*dialogue, turn], tokenize=False) for turn in turns]
     batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     with torch.no_grad():
         expected = model(**batch).logits[:, 0]
-    assert torch.allclose(ours.score([dialogue] * 2, ["It is good.", "It is bad. It is dull."]), expected, atol=1e-5)
-    one = ours.score(["Plot?"], ["It is good."])
-    assert torch.equal(one, ours.score([[dialogue[-1]]], ["It is good."]))  # a text is one user's turn
+    assert torch.allclose(ours.score([dialogue] * 2, answers), expected, atol=1e-5)
+    # a text is one user's turn
+    text, turn = (ours.score([prompt], ["It is good."]) for prompt in ("Plot?", [dialogue[-1]]))
+    assert torch.equal(text, turn)
 
 
 def test_a_reward_model_of_plain_text_keeps_no_template(here):
     """With it, score("text") would be read as a user's turn."""
-    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --format plain --out plain-rm")
+    run(f"train_rm.py {TASK_B} --format plain --out plain-rm")
     ours = RewardModel.from_pretrained("plain-rm")
     assert not ours.tokenizer.chat_template
     question = [{"role": "user", "content": "Plot?"}]
-    assert ours.encode(question, "Good.") == encode_whole(ours.tokenizer, "\n\nHuman: Plot?\n\nAssistant:", " Good.")
+    plain = encode_whole(ours.tokenizer, "\n\nHuman: Plot?\n\nAssistant:", " Good.")
+    assert ours.encode(question, "Good.") == plain
 
 
 def test_several_rewards_are_standardised_and_weighted(here, capsys):
-    """A classifier with another tokenizer, and a rule: the sum is 2 z - 0.5 z' of the start policy's own scores."""
-    (here / "rules.py").write_text("def length(prompts, completions):\n    return [len(c) for c in completions]\n")
-    run("train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm ./distilbert-imdb rules:length --rm-weights 2 -0.5 "
-        "--out two-rewards --missing-eos-penalty 0 --lr 1e-9")  # fmt: skip
+    """A classifier with another tokenizer, and a rule.
+
+    The sum is 2 z - 0.5 z', with z of the start policy's own scores.
+    """
+    (here / "rules.py").write_text(
+        "def length(prompts, completions):\n    return [len(c) for c in completions]\n"
+    )
+    run(
+        f"train_policy.py {TASK_A} --rm ./distilbert-imdb rules:length --rm-weights 2 -0.5 "
+        "--missing-eos-penalty 0 --lr 1e-9 --out two-rewards"
+    )
     found = re.findall(r"reward (\S+): (\S+) \+- (\S+) on", capsys.readouterr().out)
     assert [name for name, _, _ in found] == ["./distilbert-imdb", "rules:length"]
     (_, m1, s1), (_, m2, s2) = found
@@ -113,23 +134,26 @@ def test_several_rewards_are_standardised_and_weighted(here, capsys):
         z1 = (row["reward ./distilbert-imdb"] - float(m1)) / float(s1)
         z2 = (row["reward rules:length"] - float(m2)) / float(s2)
         assert row["reward"] == pytest.approx(2 * z1 - 0.5 * z2, abs=0.05)
-    assert json.loads((here / "two-rewards" / "config.json").read_text())["rm"] == ["./distilbert-imdb", "rules:length"]
+    ran = json.loads((here / "two-rewards" / "config.json").read_text())
+    assert ran["rm"] == ["./distilbert-imdb", "rules:length"]
 
 
 def test_averaged_reward_models_are_one_model_between_them(here):
-    """WARM: bodies and heads of one start are averaged; the parts stay as they were on disk."""
-    for seed in (0, 1):
-        run(f"train_rm.py --model ./gpt2-imdb --dataset ./imdb --seed {seed} --out warm-{seed}")
-    from minalign.rewards import load_rewards
+    """WARM: bodies and heads of one start are averaged. The parts stay as they were on disk."""
+    from minalign.models.rewards import load_rewards
 
-    reward = next(iter(load_rewards(["warm-0", "warm-1"], torch.device("cpu"), average=True).values()))
+    for seed in (0, 1):
+        run(f"train_rm.py {TASK_A} --seed {seed} --out warm-{seed}")
+    loaded = load_rewards(["warm-0", "warm-1"], torch.device("cpu"), average=True)
+    reward = next(iter(loaded.values()))
     parts = [RewardModel.from_pretrained(f"warm-{seed}").model.state_dict() for seed in (0, 1)]
-    heads = [part["score.weight"] for part in parts]  # both started from one head, whatever the seed
+    # both started from one head, whatever the seed
+    heads = [part["score.weight"] for part in parts]
     assert 0 < (heads[0] - heads[1]).abs().max() < 0.05 < heads[0].abs().max()
     for name, weight in reward.model.state_dict().items():
         assert torch.allclose(weight, (parts[0][name] + parts[1][name]) / 2)
         assert "score" not in name or not torch.equal(parts[0][name], parts[1][name])
-    run("train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm warm-0 warm-1 --rm-average --out averaged")
+    run(f"train_policy.py {TASK_A} --rm warm-0 warm-1 --rm-average --out averaged")
     assert "reward warm-0" not in metrics("averaged")[0]
 
 
@@ -137,11 +161,14 @@ def test_beta_means_the_same_for_a_scaled_reward(here):
     """--standardize-rewards: 1000 r + 5 trains exactly as r does."""
     (here / "scaled.py").write_text(
         "def small(prompts, completions):\n    return [len(set(c)) for c in completions]\n"
-        "def large(prompts, completions):\n    return [1000 * len(set(c)) + 5 for c in completions]\n"
+        "def large(prompts, completions):\n"
+        "    return [1000 * len(set(c)) + 5 for c in completions]\n"
     )
     for name in ("small", "large"):
-        run(f"train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm scaled:{name} --standardize-rewards --out scaled-{name} "
-            "--missing-eos-penalty 0")  # fmt: skip
+        run(
+            f"train_policy.py {TASK_A} --rm scaled:{name} --standardize-rewards "
+            f"--missing-eos-penalty 0 --out scaled-{name}"
+        )
     for small, large in zip(metrics("scaled-small"), metrics("scaled-large"), strict=True):
         assert small["reward"] == pytest.approx(large["reward"], abs=1e-4)
         assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-3)
@@ -150,33 +177,38 @@ def test_beta_means_the_same_for_a_scaled_reward(here):
 @pytest.mark.parametrize("save", ["merged", "adapter"])
 def test_lora_runs_of_both_scripts_leave_models_that_load(here, save):
     rm, policy = f"lora-rm-{save}", f"lora-policy-{save}"
-    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --loss ordinal --rating-coef 0.5 --rating-range 0 4 "
-        f"--lora-rank 4 --lora-dropout 0.1 --lora-save {save} --gradient-checkpointing --out {rm}")  # fmt: skip
-    run(f"train_policy.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --rm {rm} --uncertainty inverse_std --anchor ema "
-        f"--mu 0.5 --lora-rank 4 --lora-targets q_proj v_proj --lora-save {save} --lr 0.1 --warmup-steps 0 --out {policy}")  # fmt: skip
+    run(
+        f"train_rm.py {TASK_B} --loss ordinal --rating-coef 0.5 --rating-range 0 4 "
+        f"--lora-rank 4 --lora-dropout 0.1 --lora-save {save} --gradient-checkpointing --out {rm}"
+    )
+    run(
+        f"train_policy.py {TASK_B} --rm {rm} --uncertainty inverse_std --anchor ema --mu 0.5 "
+        f"--lora-rank 4 --lora-targets q_proj v_proj --lora-save {save} --lr 0.1 "
+        f"--warmup-steps 0 --out {policy}"
+    )
     assert (here / policy / "model" / "adapter_config.json").exists() == (save == "adapter")
     first, last = metrics(policy)
     assert first["kl_sft"] == pytest.approx(0, abs=1e-4) and last["eval_kl_sft"] > 1e-4
-    generate.main(["--model", policy, "--rm", rm, "--prompt", "Plot?", "--max-new-tokens", "4", "--device", "cpu"])
+    flags = f"--model {policy} --rm {rm} --prompt Plot? --max-new-tokens 4 --device cpu"
+    generate.main(flags.split())
     if save == "merged":
-        AutoModelForCausalLM.from_pretrained(here / policy / "model")
         AutoModelForSequenceClassification.from_pretrained(here / rm / "model")
-        start = AutoModelForCausalLM.from_pretrained("./SmolLM2-135M-Instruct", dtype=torch.float32).state_dict()
-        moved = {n for n, w in AutoModelForCausalLM.from_pretrained(here / policy / "model").state_dict().items()
-                 if not torch.equal(w, start[n])}  # fmt: skip
-        assert moved == {f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qv"}
+        trained = AutoModelForCausalLM.from_pretrained(here / policy / "model").state_dict()
+        base = "./SmolLM2-135M-Instruct"
+        start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+        moved = {name for name, weight in trained.items() if not torch.equal(weight, start[name])}
+        targets = [f"model.layers.{i}.self_attn.{n}_proj.weight" for i in range(2) for n in "qv"]
+        assert moved == set(targets)
 
 
 def test_warp_merges_the_products_of_adapters(here):
     """Its policies are saved dense, so the merge on disk is that of the dense task vectors."""
-    from minalign.checkpoint import load_policy
     from minalign.merge import merge_policies
+    from minalign.models.loading import load_policy
 
-    run("warp.py --model ./gpt2-imdb --dataset ./imdb --rm ./distilbert-imdb --lora-rank 2 --lr 1e-2 --out lora-warp")
-    init, *thetas = (
-        dict(load_policy(path)[0].named_parameters())
-        for path in ("./gpt2-imdb", *(f"lora-warp/iteration-1/run-{m}" for m in (1, 2)))
-    )
+    run(f"warp.py {TASK_A} --rm ./distilbert-imdb --lora-rank 2 --lr 1e-2 --out lora-warp")
+    paths = ["./gpt2-imdb", "lora-warp/iteration-1/run-1", "lora-warp/iteration-1/run-2"]
+    init, *thetas = (dict(load_policy(path)[0].named_parameters()) for path in paths)
     merged, report = merge_policies(init, thetas, "slerp", "layer")
     saved = dict(load_policy("lora-warp/iteration-1/merged")[0].named_parameters())
     assert all(torch.allclose(merged[name], saved[name], atol=1e-6) for name in merged)
@@ -184,67 +216,88 @@ def test_warp_merges_the_products_of_adapters(here):
 
 
 def test_the_fixed_anchor_of_a_lora_run_in_warp_is_theta_init(here):
-    """In the first iteration theta_init is the start policy, a model of its own: both KLs are the same, and not 0."""
-    warp.main(["--model", "./gpt2-imdb", "--dataset", "./imdb", "--rm", "./distilbert-imdb", "--lora-rank", "2", "--lr", "0.1",
-               "--warmup-steps", "0", "--anchor", "fixed", "--steps", "3", "--batch-size", "4", "--max-new-tokens", "8",
-               "--eval-prompts", "4", "--iterations", "1", "--runs", "1", "--etas", "1", "--device", "cpu", "--out", "fixed-warp"])  # fmt: skip
+    """In the first iteration theta_init is the start policy, a model of its own.
+
+    Both KLs are the same, and not 0.
+    """
+    flags = (
+        f"{TASK_A} --rm ./distilbert-imdb --lora-rank 2 --lr 0.1 --warmup-steps 0 --anchor fixed "
+        f"--steps 3 {SMALL} --iterations 1 --runs 1 --etas 1 --device cpu --out fixed-warp"
+    )
+    warp.main(flags.split())
     rows = metrics("fixed-warp/iteration-1/run-1")
-    assert [row["kl_anchor"] for row in rows] == pytest.approx([row["kl_sft"] for row in rows], abs=1e-4)
+    from_anchor, from_start = ([row[name] for row in rows] for name in ("kl_anchor", "kl_sft"))
+    assert from_anchor == pytest.approx(from_start, abs=1e-4)
     assert abs(rows[2]["kl_sft"]) > 1e-3
 
 
 def test_generate_refuses_a_row_that_is_no_prompt(here):
-    (here / "answer-only.jsonl").write_text('{"prompt": [{"role": "assistant", "content": "Good."}]}\n')
+    row = {"prompt": [{"role": "assistant", "content": "Good."}]}
+    (here / "answer-only.jsonl").write_text(json.dumps(row) + "\n")
+    flags = "--model ./SmolLM2-135M-Instruct --data answer-only.jsonl --device cpu"
     with pytest.raises(UserError, match="answer-only.jsonl: row 1: .*: leave that row out"):
-        generate.main(["--model", "./SmolLM2-135M-Instruct", "--data", "answer-only.jsonl", "--device", "cpu"])
+        generate.main(flags.split())
 
 
 def test_generate_and_score_agree(here, capsys):
     """What generate writes beside a completion is what score finds for it, in chat and in text."""
-    run("train_rm.py --model ./SmolLM2-135M-Instruct --dataset helpsteer.jsonl --out tools-rm")
-    for name, flags in (("chat", ["--model", "./SmolLM2-135M-Instruct"]), ("text", ["--model", "./gpt2-imdb"])):
+    run(f"train_rm.py {TASK_B} --out tools-rm")
+    for name, model in (("chat", "./SmolLM2-135M-Instruct"), ("text", "./gpt2-imdb")):
         rows = [{"prompt": row["prompt"].split("\n")[0]} for row in helpsteer_rows(5)]
         (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rm = "tools-rm" if name == "chat" else "./distilbert-imdb"
-        generate.main([*flags, "--rm", rm, "--data", f"{name}.jsonl", "--out", f"{name}-answers.jsonl", "--samples", "6",
-                       "--max-new-tokens", "6", "--device", "cpu"])  # fmt: skip
-        score.main(["--rm", rm, "--data", f"{name}-answers.jsonl", "--out", f"{name}-scored.jsonl", "--device", "cpu"])
-        answers, scored = ([json.loads(line) for line in open(f"{name}-{part}.jsonl")] for part in ("answers", "scored"))
+        data, answered, result = (f"{name}{part}.jsonl" for part in ("", "-answers", "-scored"))
+        flags = f"--model {model} --rm {rm} --data {data} --out {answered} --device cpu"
+        generate.main([*flags.split(), "--samples", "6", "--max-new-tokens", "6"])
+        score.main(f"--rm {rm} --data {answered} --out {result} --device cpu".split())
+        answers, scored = rows_of(answered), rows_of(result)
         assert len(answers) == len(scored) == 30
-        assert len({row["completion"] for row in answers}) > 5 and isinstance(answers[0]["prompt"], list) == (name == "chat")
+        assert len({row["completion"] for row in answers}) > 5
+        assert isinstance(answers[0]["prompt"], list) == (name == "chat")
         if name == "chat":  # byte-level text of a random model does not always survive decoding
             whole = [i for i, row in enumerate(answers) if "\ufffd" not in row["completion"]]
             assert len(whole) > 2
             gaps = [abs(answers[i]["reward"] - scored[i]["reward"]) for i in whole]
-            assert sum(gap < 1e-4 for gap in gaps) > 1 and max(gaps) < 0.2  # some are spelled with other tokens than sampled
-    score.main(["--rm", "tools-rm", "--data", "helpsteer.jsonl", "--out", "pairs-scored.jsonl", "--device", "cpu"])
-    rows, reward_model = [json.loads(line) for line in open("pairs-scored.jsonl")], RewardModel.from_pretrained("tools-rm")
+            # some are spelled with other tokens than sampled
+            assert sum(gap < 1e-4 for gap in gaps) > 1 and max(gaps) < 0.2
+    flags = "--rm tools-rm --data helpsteer.jsonl --out pairs-scored.jsonl --device cpu"
+    score.main(flags.split())
+    rows, reward_model = rows_of("pairs-scored.jsonl"), RewardModel.from_pretrained("tools-rm")
+    prompts = [row["prompt"] for row in rows]
     for name in ("chosen", "rejected"):  # each row has its own, in the order of the file
-        expected = reward_model.score([row["prompt"] for row in rows], [row[name][1]["content"] for row in rows])
+        expected = reward_model.score(prompts, [row[name][1]["content"] for row in rows])
         assert [row[f"{name}_reward"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_generate_draws_fresh_samples_for_each_batch_and_the_same_for_a_seed(here, capsys):
     answers = []
+    flags = "--model ./gpt2-imdb --batch-size 2 --max-new-tokens 8 --device cpu".split()
     for seed in ("0", "0", "1"):
-        generate.main(["--model", "./gpt2-imdb", *["--prompt", "The plot"] * 4, "--batch-size", "2", "--max-new-tokens", "8",
-                       "--seed", seed, "--out", f"seed-{len(answers)}.jsonl", "--device", "cpu"])  # fmt: skip
-        answers.append([json.loads(line)["completion"] for line in open(f"seed-{len(answers)}.jsonl")])
+        out = f"seed-{len(answers)}.jsonl"
+        generate.main([*flags, *["--prompt", "The plot"] * 4, "--seed", seed, "--out", out])
+        answers.append([row["completion"] for row in rows_of(out)])
     assert answers[0] == answers[1] != answers[2] and len(set(answers[0])) == 4
 
 
 def test_gradient_checkpointing_reaches_all_three_scripts_and_changes_no_step(here, monkeypatch):
-    from minalign import common
+    from minalign.models import activations
 
-    calls, real = [], common._checkpointed
-    monkeypatch.setattr(common, "_checkpointed", lambda *args, **keywords: calls.append(1) or real(*args, **keywords))
-    for name, flags in (("kept", ""), ("recomputed", " --gradient-checkpointing")):
-        run(f"train_rm.py --model ./gpt2-imdb --dataset ./imdb{flags} --out {name}-rm")
-        counts = [len(calls)]
-        run(f"train_policy.py --model ./gpt2-imdb --dataset ./imdb --rm kept-rm{flags} --out {name}-policy")
-        counts.append(len(calls))
-        run(f"warp.py --model ./gpt2-imdb --dataset ./imdb --rm kept-rm{flags} --out {name}-warp")
-        counts.append(len(calls))
+    calls, real = [], activations._checkpointed
+
+    def counted(*args, **keywords):
+        calls.append(1)
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(activations, "_checkpointed", counted)
+    for name, flags in (("kept", ""), ("recomputed", "--gradient-checkpointing")):
+        counts = []
+        for script, kind in (
+            ("train_rm.py", "rm"),
+            ("train_policy.py --rm kept-rm", "policy"),
+            ("warp.py --rm kept-rm", "warp"),
+        ):
+            run(f"{script} {TASK_A} {flags} --out {name}-{kind}")
+            counts.append(len(calls))
         assert counts == [0, 0, 0] if not flags else 0 < counts[0] < counts[1] < counts[2]
     for kind in ("rm", "policy", "warp/iteration-1/run-2"):
         for a, b in zip(metrics(f"kept-{kind}"), metrics(f"recomputed-{kind}"), strict=True):
@@ -253,8 +306,7 @@ def test_gradient_checkpointing_reaches_all_three_scripts_and_changes_no_step(he
 
 def test_generate_keeps_a_dialogue_in_the_terminal(here, monkeypatch, capsys):
     lines = iter(["Hello", "Tell me more", "", "Plot?"])
-    seen = []
-    real = generate.encode_prompt
+    seen, real = [], generate.tokenize
 
     def typed(prompt):
         try:
@@ -262,69 +314,93 @@ def test_generate_keeps_a_dialogue_in_the_terminal(here, monkeypatch, capsys):
         except StopIteration:
             raise EOFError from None
 
+    def recorded(tokenizer, prompt):
+        seen.append(prompt)
+        return real(tokenizer, prompt)
+
     monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(generate, "encode_prompt", lambda tokenizer, prompt: seen.append(prompt) or real(tokenizer, prompt))
-    generate.main(["--model", "./SmolLM2-135M-Instruct", "--max-new-tokens", "4", "--device", "cpu"])
-    assert [[m["role"] for m in prompt] for prompt in seen] == [["user"], ["user", "assistant", "user"], ["user"]]
+    monkeypatch.setattr(generate, "tokenize", recorded)
+    generate.main("--model ./SmolLM2-135M-Instruct --max-new-tokens 4 --device cpu".split())
+    roles = [[message["role"] for message in prompt] for prompt in seen]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user"]]
     assert len(capsys.readouterr().out.strip("\n").splitlines()) >= 3
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input
 
-TASK_A = ["--model", "./gpt2-imdb", "--dataset", "./imdb", "--rm", "./distilbert-imdb"]
-RM_B = ["--model", "./SmolLM2-135M-Instruct", "--dataset", "helpsteer.jsonl"]
+PLAIN = f"{TASK_A} --rm ./distilbert-imdb"
+CHAT = f"{TASK_B} --rm ./distilbert-imdb"
+ELSEWHERE = "--model ./SmolLM2-135M-Instruct --dataset ./imdb"
 BAD = {
-    "--eval-split is not there": (train_rm, [*RM_B[:2], "--dataset", "./imdb", "--eval-split", "dev"], "dev"),
-    "--split of one file": (train_rm, [*RM_B, "--split", "test"], "one file is one split"),
-    "chat without a template": (train_rm, ["--model", "./gpt2-imdb", "--dataset", "helpsteer.jsonl"], "--format plain"),
-    "--format chat without a template": (train_policy, [*TASK_A, "--format", "chat"], "no chat template"),
+    "--eval-split is not there": (train_rm, f"{ELSEWHERE} --eval-split dev", "dev"),
+    "--split of one file": (train_rm, f"{TASK_B} --split test", "one file is one split"),
+    "chat without a template": (
+        train_rm,
+        "--model ./gpt2-imdb --dataset helpsteer.jsonl",
+        "--format plain",
+    ),
+    "--format chat without a template": (
+        train_policy,
+        f"{PLAIN} --format chat",
+        "no chat template",
+    ),
     "ratings outside": (
         train_rm,
-        [*RM_B, "--loss", "ordinal", "--rating-coef", "1", "--rating-range", "1", "4"],
+        f"{TASK_B} --loss ordinal --rating-coef 1 --rating-range 1 4",
         "--rating-range",
     ),
-    "--crop-words": (train_rm, [*RM_B, "--crop-words", "9-5"], "--crop-words 9-5"),
-    "--lora-targets": (train_rm, [*RM_B, "--lora-rank", "2", "--lora-targets", "query"], "q_proj"),
-    "--lora-alpha alone": (train_rm, [*RM_B, "--lora-alpha", "2"], "--lora-rank"),
-    "--lora-dropout of a policy": (train_policy, [*TASK_A, "--lora-rank", "2", "--lora-dropout", "0.1"], "--lora-dropout"),
-    "--lora-save of a merge": (warp, [*TASK_A, "--lora-rank", "2", "--lora-save", "adapter"], "whole weights"),
-    "--prompt-tokens": (train_policy, [*TASK_A, "--prompt-tokens", "five"], "--prompt-tokens five"),
-    "--prompt-tokens of chat": (train_policy, [*RM_B, "--rm", "./distilbert-imdb", "--prompt-tokens", "5"], "chat prompts"),
-    "--max-prompt-tokens": (
+    "--crop-words": (train_rm, f"{TASK_B} --crop-words 9-5", "--crop-words 9-5"),
+    "--lora-targets": (train_rm, f"{TASK_B} --lora-rank 2 --lora-targets query", "q_proj"),
+    "--lora-alpha alone": (train_rm, f"{TASK_B} --lora-alpha 2", "--lora-rank"),
+    "--lora-dropout of a policy": (
         train_policy,
-        [*RM_B, "--rm", "./distilbert-imdb", "--max-prompt-tokens", "2"],
-        "--max-prompt-tokens",
+        f"{PLAIN} --lora-rank 2 --lora-dropout 0.1",
+        "--lora-dropout",
     ),
-    "--prompt-column": (train_policy, [*TASK_A, "--prompt-column", "review"], "review"),
-    "--max-new-tokens": (train_policy, [*TASK_A, "--max-new-tokens", "300"], "no room"),
-    "--rm-weights": (train_policy, [*TASK_A, "--rm-weights", "1", "2"], "--rm-weights"),
-    "--rm-average of one": (train_policy, [*TASK_A, "--rm-average"], "several"),
-    "--rm twice": (train_policy, [*TASK_A, "--rm", "./distilbert-imdb"], "given twice"),
-    "a function that is not there": (train_policy, [*TASK_A[:4], "--rm", "math:cosh_of_text"], "module:function"),
-    "a function of another shape": (train_policy, [*TASK_A[:4], "--rm", "wrong:one"], "one number for each"),
-    "a constant reward": (train_policy, [*TASK_A[:4], "--rm", "wrong:constant", "--standardize-rewards"], "standardised"),
-    "--rm is a language model": (train_policy, [*TASK_A[:4], "--rm", "./gpt2-imdb"], "classification head"),
-    "--model is an encoder": (train_policy, ["--model", "./distilbert-imdb", *TASK_A[2:]], "cannot be loaded"),
+    "--lora-save of a merge": (warp, f"{PLAIN} --lora-rank 2 --lora-save adapter", "whole weights"),
+    "--prompt-tokens": (train_policy, f"{PLAIN} --prompt-tokens five", "--prompt-tokens five"),
+    "--prompt-tokens of chat": (train_policy, f"{CHAT} --prompt-tokens 5", "chat prompts"),
+    "--max-prompt-tokens": (train_policy, f"{CHAT} --max-prompt-tokens 2", "--max-prompt-tokens"),
+    "--prompt-column": (train_policy, f"{PLAIN} --prompt-column review", "review"),
+    "--max-new-tokens": (train_policy, f"{PLAIN} --max-new-tokens 300", "no room"),
+    "--rm-weights": (train_policy, f"{PLAIN} --rm-weights 1 2", "--rm-weights"),
+    "--rm-average of one": (train_policy, f"{PLAIN} --rm-average", "several"),
+    "--rm twice": (train_policy, f"{PLAIN} --rm ./distilbert-imdb", "given twice"),
+    "a function that is not there": (
+        train_policy,
+        f"{TASK_A} --rm math:cosh_of_text",
+        "module:function",
+    ),
+    "a function of another shape": (
+        train_policy,
+        f"{TASK_A} --rm wrong:one",
+        "one number for each",
+    ),
+    "a constant reward": (
+        train_policy,
+        f"{TASK_A} --rm wrong:constant --standardize-rewards",
+        "standardised",
+    ),
+    "--rm is a language model": (train_policy, f"{TASK_A} --rm ./gpt2-imdb", "classification head"),
+    "--model is an encoder": (
+        train_policy,
+        "--model ./distilbert-imdb --dataset ./imdb --rm ./distilbert-imdb",
+        "cannot be loaded",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_line(here, case, tmp_path):
-    (here / "wrong.py").write_text("def one(p, c):\n    return [1.0]\ndef constant(p, c):\n    return [1.0] * len(c)\n")
-    script, argv, word = BAD[case]
+    (here / "wrong.py").write_text(
+        "def one(p, c):\n    return [1.0]\ndef constant(p, c):\n    return [1.0] * len(c)\n"
+    )
+    script, flags, word = BAD[case]
+    if script is not train_rm and "--max-new-tokens" not in flags:
+        flags += " --max-new-tokens 8"
+    argv = f"{flags} --device cpu --batch-size 4".split()
     with pytest.raises((UserError, SystemExit)) as error:
-        script.main(
-            [
-                *argv,
-                "--out",
-                str(tmp_path / "out"),
-                "--device",
-                "cpu",
-                "--batch-size",
-                "4",
-                *(["--max-new-tokens", "8"] if script is not train_rm and "--max-new-tokens" not in argv else []),
-            ]
-        )
+        script.main([*argv, "--out", str(tmp_path / "out")])
     if isinstance(error.value, UserError):
         assert word in str(error.value) and "\n" not in str(error.value)
     else:
@@ -332,11 +408,14 @@ def test_bad_input_ends_with_one_line(here, case, tmp_path):
 
 
 def test_models_that_must_not_or_cannot_be_loaded(here, tmp_path):
-    """Code of a checkpoint is never run, a pickle is only ever read as weights, and a tokenizer must fit its model."""
+    """Code of a checkpoint is never run, and a pickle is only ever read as weights.
+
+    A tokenizer must fit its model.
+    """
     import pickle
     import shutil
 
-    from minalign.checkpoint import load_policy
+    from minalign.models.loading import load_policy
 
     def copy(name):
         shutil.copytree(here / "gpt2-imdb", tmp_path / name)
@@ -344,7 +423,8 @@ def test_models_that_must_not_or_cannot_be_loaded(here, tmp_path):
 
     custom = copy("custom")
     config = json.loads((custom / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    config["model_type"] = "mine"
+    config["auto_map"] = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
     (custom / "config.json").write_text(json.dumps(config))
     (custom / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="needs code of its own, which is never run"):
@@ -369,12 +449,13 @@ def test_models_that_must_not_or_cannot_be_loaded(here, tmp_path):
 
     other = copy("other-tokenizer")
     AutoTokenizer.from_pretrained(here / "SmolLM2-135M-Instruct").save_pretrained(other)
-    with pytest.raises(UserError, match="the tokenizer has .* tokens that the model has no embedding for"):
+    message = "the tokenizer has .* tokens that the model has no embedding for"
+    with pytest.raises(UserError, match=message):
         load_policy(str(other))
 
 
 def test_a_hub_id_without_a_network_says_what_to_do(here, monkeypatch):
-    from minalign.checkpoint import load_policy
+    from minalign.models.loading import load_policy
 
     with pytest.raises(UserError, match="--model nobody/no-such-model.*local copy") as error:
         load_policy("nobody/no-such-model")
