@@ -21,7 +21,7 @@ from minalign.reinforce import MovingAverageBaseline, kl_penalized_rewards, rein
 from minalign.rollout import sample, sequence_logprobs
 
 
-def train(steps: int = 40, batch_size: int = 32, beta: float = 0.1, seed: int = 0) -> list[float]:
+def train(steps: int = 60, batch_size: int = 16, beta: float = 0.1, seed: int = 0) -> list[float]:
     """Train a policy with REINFORCE; returns the mean true reward of each step's samples.
 
     Args:

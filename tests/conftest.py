@@ -13,3 +13,9 @@ def device(request):
 def seed():
     """Random inputs are the same in every run, whichever tests run before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The hub's client tries again after 1, 2, 4, ... seconds without a network: not here."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -190,7 +190,7 @@ def test_angles_of_many_elements_are_exact():
 
 
 def test_a_third_policy_opposite_to_the_merge_of_two_does_not_blow_up():
-    """No two of them are opposite; the weights that float32 would give are thousands."""
+    """No two of them are opposite, but the weights that float32 would give are thousands."""
     for seed in range(10):
         a, b = (v.float() for v in pair_at(1.0, size=5000, seed=seed))
         deltas = [a, b, -1.7 * slerp(a, b, 0.5)]
@@ -338,7 +338,7 @@ def test_bad_merges_are_refused_by_name():
 
 @pytest.fixture
 def saved(tmp_path):
-    """Three saved toy-sized models; the second policy in several shards."""
+    """Three saved models of the toy size, the second policy in several shards."""
     tokenizer = toy.make_tokenizer()
     start = toy.make_model(tokenizer, seed=0)
     models = {"init": start, "b": fine_tuned(start, 1), "c": fine_tuned(start, 2)}

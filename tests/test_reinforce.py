@@ -290,7 +290,7 @@ def test_exponential_average_is_free_of_the_zero_that_it_started_from():
 
 
 @pytest.mark.parametrize("decay", [None, 0.0, 0.9])
-def test_a_restored_baseline_goes_on_exactly_where_it_was(decay):
+def test_a_restored_baseline_resumes_exactly_where_it_was(decay):
     """A resumed run is the same run."""
     baseline, restored = MovingAverageBaseline(decay), MovingAverageBaseline(decay)
     baseline.advantages(torch.randn(3))

@@ -26,7 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import minalign.rollout as rollout_module
+import minalign.models.generation as generation
 from minalign.logprobs import exact_kl, kl_k1, position_ids_from_mask, token_logprobs
 from minalign.models.decode import can_be_fixed, packed_linears, preallocated_cache
 from minalign.rollout import (
@@ -551,10 +551,10 @@ def test_decoding_with_fixed_shapes_samples_as_the_loop(family, attention, devic
     """What a CUDA graph replays, against the loop that grows its mask and lets rows leave."""
     model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 3, device)
     model.set_attn_implementation(attention)
-    monkeypatch.setattr(rollout_module, "can_be_fixed", lambda model, cache: False)
+    monkeypatch.setattr(generation, "can_be_fixed", lambda model, cache: False)
     loop = sample(model, ids, mask, max_new_tokens=20)
     assert not loop.mask.all(1).all() and loop.mask.shape[1] > 2
-    monkeypatch.setattr(rollout_module, "can_be_fixed", lambda model, cache: True)
+    monkeypatch.setattr(generation, "can_be_fixed", lambda model, cache: True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)  # new buffers hold NaN
     try:
@@ -569,7 +569,7 @@ def test_fixed_decoding_stops_soon_after_the_last_row(monkeypatch):
     model, (ids, mask) = make_model("llama"), left_padded([2] * 16)
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(rollout_module, "can_be_fixed", lambda model, cache: True)
+    monkeypatch.setattr(generation, "can_be_fixed", lambda model, cache: True)
     drawn = sample(model, ids, mask, max_new_tokens=30, eos_token_ids=list(range(12)))
     assert 2 < drawn.tokens.shape[1] == int(drawn.mask.sum(1).max()) <= 16 and len(calls) == 17
 

@@ -263,7 +263,7 @@ def kill_and_resume(context, script, out, model, kills, rng, seconds):
 
 
 def full_disk(script, out, model):
-    """A run that is resumed where no file may grow beyond 20 kB, with a script's one-line errors."""
+    """A run that is resumed where no file may grow beyond 20 kB. Errors are one line."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard_limit))
     with open(f"{out}.err", "w") as errors, contextlib.redirect_stderr(errors), one_line_errors():

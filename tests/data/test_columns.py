@@ -197,7 +197,7 @@ def test_every_form_of_pairs(form, chat, tmp_path):
 )
 @pytest.mark.parametrize("kind", ["a.json", "a.parquet", "a.csv", "saved", "folder"])
 def test_every_source_of_pairs(kind, form, tmp_path):
-    """Columns of messages come as lists of dicts from all of them; .csv has none."""
+    """Columns of messages come as lists of dicts from all sources but .csv, which has none."""
     if kind == "a.csv" and form in WITH_MESSAGES:
         pytest.skip("no messages in .csv")
     rows, path = rows_of(form, range(30)), tmp_path / kind

@@ -139,7 +139,7 @@ def run_once(flags: tuple) -> None:
     if checkpoints:
         checkpoint_activations_(policy)
     task.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))
-    train_policy.evaluate = lambda *_: ({}, [])
+    train_policy.evaluate = lambda *_: ({"reward": 0.0, "kl_sft": 0.0}, [])
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), config, torch.device("cpu"), torch.float32)

@@ -165,7 +165,7 @@ def work(seed: int) -> dict:
             base, labels = toy.start_policy_folder(), config.num_scores or 1
             reward_model = RewardModel.from_base(base, num_labels=labels)
             drawn = dict(max_tokens=reward_model.context, seed=seed)
-            # some are dropped
+            # 64 more than needed: some are dropped
             examples = encode_pairs(training, reward_model.encode, max_pairs=PAIRS + 64, **drawn)
             held = encode_pairs(held_out, reward_model.encode, max_pairs=len(held_out), **drawn)
             if loss == "half" and not share:

@@ -352,7 +352,7 @@ def test_measured_kls_and_entropy_are_those_of_each_row_alone(world):
         ("--model brief", "--model brief: a context of 16 tokens"),
     ],
 )
-def test_errors_are_one_line(flags, expected, folders, monkeypatch, capsys):
+def test_errors_are_one_line(flags, expected, folders, monkeypatch, capsys, no_waiting):
     monkeypatch.chdir(folders)
     flags = flags.split()
     if flags[-1:] in (["foreign"], ["brief"]):

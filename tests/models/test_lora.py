@@ -207,7 +207,7 @@ def test_a_saved_policy_is_a_plain_checkpoint(family, tmp_path):
     assert ("lm_head.weight" in saved) == (family == "llama")
 
 
-def test_a_model_goes_on_with_new_adapters_after_merging():
+def test_a_model_takes_new_adapters_after_merging():
     """As in WARP's iterations."""
     model = make_adapted("gpt2")
     merge_lora_(model)

@@ -1,4 +1,4 @@
-"""What a Sampler draws is what rollout.generate draws; shares make up the whole batch."""
+"""What a Sampler draws is what rollout.generate draws, and shares make up the whole batch."""
 
 import random
 from types import SimpleNamespace

@@ -318,3 +318,6 @@ if __name__ == "__main__":
             # are compared to the last bit.
             padding.tokens_per_pass = as_it_is if script == "warp" else short
             importlib.import_module(script).main(flags)
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process at exit

@@ -454,7 +454,7 @@ def test_models_that_must_not_or_cannot_be_loaded(here, tmp_path):
         load_policy(str(other))
 
 
-def test_a_hub_id_without_a_network_says_what_to_do(here, monkeypatch):
+def test_a_hub_id_without_a_network_says_what_to_do(here, no_waiting):
     from minalign.models.loading import load_policy
 
     with pytest.raises(UserError, match="--model nobody/no-such-model.*local copy") as error:

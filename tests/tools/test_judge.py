@@ -27,8 +27,6 @@ from minalign.running.errors import UserError
 from minalign.tools import asking, judge, verdicts
 from minalign.tools.verdicts import make_question, outcome, parse_verdict, summarise, winner
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 CASES = {
     "Verdict: 1": "1",
     "Verdict: 2": "2",
@@ -290,6 +288,12 @@ def run(*args, **kwargs):
         return json.load(file)
 
 
+def environment():
+    """Of the tool in a process of its own."""
+    root = str(Path(__file__).parents[2])
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
 def answers(out="out"):
     with open(f"{out}/answers.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -338,7 +342,7 @@ def test_a_judge_that_takes_the_first_is_found_out(serve, files):
 
 
 def test_what_is_no_verdict_is_counted_and_not_scored(serve, files):
-    """A third of the answers is garbage. Which pairs remain is known from the answers themselves."""
+    """A third of the answers is garbage. The answers themselves say which pairs remain."""
     garbage = "I cannot decide. Verdict: 1, perhaps."
 
     def sometimes(prompt, first, second, times):
@@ -540,7 +544,7 @@ def test_killed_in_the_middle_it_is_resumed(serve, files):
     server = serve(lambda *question: honest(*question) if len(server.requests) <= 12 else None)
     command = [sys.executable, "-m", "minalign", "judge", *flags(server, "--batch-size", "2")]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, env=ENVIRONMENT, **quiet)
+    process = subprocess.Popen(command, env=environment(), **quiet)
     path, deadline = Path("out/answers.jsonl"), time.monotonic() + 60
 
     def answered():
@@ -615,7 +619,7 @@ def test_flags_that_make_no_sense_together(files, argv, message):
 def test_bad_flags_answer_at_once_in_one_line(tmp_path):
     start = time.monotonic()
     command = [sys.executable, *"-X importtime -m minalign judge --a x --b y --judge z".split()]
-    settings = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    settings = dict(cwd=tmp_path, env=environment(), capture_output=True, text=True)
     done = subprocess.run(command, **settings, check=False)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time")]
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""python -m minalign TOOL: the tools by their names, in one line where it is wrong."""
+"""python -m minalign TOOL: the tools by their names, and one line where a name is wrong."""
 
 import importlib
 import subprocess
@@ -15,9 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*argv):
-    return subprocess.run(
-        [sys.executable, "-m", "minalign", *argv], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-m", "minalign", *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_help_names_every_tool_and_imports_nothing_heavy():
@@ -25,12 +24,8 @@ def test_help_names_every_tool_and_imports_nothing_heavy():
         done = run(*argv)
         assert done.returncode == 0 and not done.stderr
         assert all(f"  {name}" in done.stdout for name in command.TOOLS)
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "minalign"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    timed = [sys.executable, *"-X importtime -m minalign".split()]
+    done = subprocess.run(timed, capture_output=True, text=True, cwd=ROOT)
     assert "torch" not in done.stderr
 
 
@@ -67,6 +62,5 @@ def test_errors_of_a_tool_are_one_line():
 def test_the_console_script_is_the_same_program():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"minalign": "minalign.__main__:main"}
-    assert (
-        "py-modules" not in project["tool"]["setuptools"]
-    )  # the scripts stay out of site-packages
+    # the scripts stay out of site-packages
+    assert "py-modules" not in project["tool"]["setuptools"]
