@@ -242,6 +242,7 @@ def test_ranks_share_a_run_of_warp_where_there_are_more_of_them(runs):
         assert_same_weights(one / place, two / place, within=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_it_resumes(runs):
     command = [*COMMANDS["moving"], "--save-every", "1", "--steps", "400", "--out", "killed"]
     (runs / "commands.json").write_text(json.dumps([command]))

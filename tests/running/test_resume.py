@@ -595,6 +595,7 @@ CRASHES = {  # the run, and at how many of its changes it crashes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CRASHES)
 def test_a_crash_at_any_change_of_a_file_costs_nothing(tmp_path, model, case, monkeypatch):
     """Also twice in one run.
@@ -619,6 +620,7 @@ def test_a_crash_at_any_change_of_a_file_costs_nothing(tmp_path, model, case, mo
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_policy", "train_rm"])
 def test_sigkill_at_random_instants_costs_nothing(tmp_path, model, script, forkserver):
     for name in ("first", "whole"):  # the forkserver's first process waits for its imports

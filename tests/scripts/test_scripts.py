@@ -133,6 +133,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_every_variant_runs_and_repeats_itself(here, tmp_path, flags):
     for run in ("a", "b"):
