@@ -16,9 +16,8 @@ from .data.prompts import beginning, load_prompts, parse_span, tokenize_prompts
 from .data.splits import Split
 from .models.loading import end_token_ids, load_policy
 from .models.precision import autocast
-from .models.rewards import RewardFunction, RewardSum, load_rewards
+from .models.rewards import RewardFunction, RewardSum, load_rewards, standardised_sum
 from .reward import RewardModel
-from .rollout import sample_completions
 from .running.errors import require
 
 if typing.TYPE_CHECKING:
@@ -133,38 +132,3 @@ def prompt_limit(start: torch.nn.Module, models: Sequence[RewardModel], flags: T
         f"{context}",
     )
     return min(context - flags.max_new_tokens, flags.max_prompt_tokens or 10**9)
-
-
-def standardised_sum(
-    parts: dict[str, RewardModel | RewardFunction],
-    weights: Sequence[float],
-    task: Task,
-    flags: TaskFlags,
-    batch_size: int,
-) -> RewardSum:
-    """Weighted sum of rewards, each standardised by its scores of the start policy.
-
-    The scores are those of one completion for each of 256 training prompts.
-    """
-    reward = RewardSum(parts, weights)
-    lengths = random.Random("standardise")
-    count = min(256, len(task.train_prompts))
-    prompts = random.Random(flags.seed).sample(task.train_prompts, count)
-    prompts = [beginning(prompt, task.prompt_tokens, lengths) for prompt in prompts]
-    _, completions, _ = sample_completions(
-        task.start,
-        [prompt.ids for prompt in prompts],
-        temperature=flags.temperature,
-        max_new_tokens=flags.max_new_tokens,
-        eos_token_ids=task.eos_token_ids,
-        seed=flags.seed,
-        batch_size=batch_size,
-    )
-    batch = (task.tokenizer, prompts, completions, batch_size)
-    reward.fit({name: part.score_rollout(*batch).rewards for name, part in parts.items()})
-    for name, mean, std in zip(parts, reward.means, reward.stds):
-        print(
-            f"reward {name}: {mean:.6g} +- {std:.4g} on {count} samples of the start policy: "
-            "standardised by these"
-        )
-    return reward

@@ -1,9 +1,13 @@
 """Several reward models, or another kind: Python functions, weighted sums, averaged weights."""
 
+from __future__ import annotations
+
 import importlib
 import math
+import random
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,8 +15,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..data.chat import Prompt, TokenizedPrompt, decode_parts
+from ..data.prompts import beginning
 from ..reward import RewardModel, Scores
+from ..rollout import sample_completions
 from ..running.errors import UserError, require
+
+if typing.TYPE_CHECKING:
+    from ..running.flags import TaskFlags
+    from ..task import Task
 
 
 class RewardFunction:
@@ -32,7 +42,7 @@ class RewardFunction:
         self.reading, self.num_labels = "Python function", 1
 
     @classmethod
-    def from_name(cls, name: str, device: torch.device | str = "cpu") -> "RewardFunction":
+    def from_name(cls, name: str, device: torch.device | str = "cpu") -> RewardFunction:
         """From "module:function", looked for in the current folder, too.
 
         Raises:
@@ -185,3 +195,38 @@ def load_rewards(
         "--rm-average: expected several reward models after --rm",
     )
     return {f"average of {len(rewards)}": average_weights(list(rewards.values()))}
+
+
+def standardised_sum(
+    parts: dict[str, RewardModel | RewardFunction],
+    weights: Sequence[float],
+    task: Task,
+    flags: TaskFlags,
+    batch_size: int,
+) -> RewardSum:
+    """Weighted sum of rewards, each standardised by its scores of the start policy.
+
+    The scores are those of one completion for each of 256 training prompts.
+    """
+    reward = RewardSum(parts, weights)
+    lengths = random.Random("standardise")
+    count = min(256, len(task.train_prompts))
+    prompts = random.Random(flags.seed).sample(task.train_prompts, count)
+    prompts = [beginning(prompt, task.prompt_tokens, lengths) for prompt in prompts]
+    _, completions, _ = sample_completions(
+        task.start,
+        [prompt.ids for prompt in prompts],
+        temperature=flags.temperature,
+        max_new_tokens=flags.max_new_tokens,
+        eos_token_ids=task.eos_token_ids,
+        seed=flags.seed,
+        batch_size=batch_size,
+    )
+    batch = (task.tokenizer, prompts, completions, batch_size)
+    reward.fit({name: part.score_rollout(*batch).rewards for name, part in parts.items()})
+    for name, mean, std in zip(parts, reward.means, reward.stds):
+        print(
+            f"reward {name}: {mean:.6g} +- {std:.4g} on {count} samples of the start policy: "
+            "standardised by these"
+        )
+    return reward
