@@ -1,6 +1,7 @@
 """Run.steps: what is saved when, what a resumed run repeats, what a second try may hold."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import weakref
@@ -122,33 +123,58 @@ def test_training_returns_the_last_row(tmp_path):
     assert train_policy.train(run, task, task.start.requires_grad_(True)) == rows[-1]
 
 
+class Mark:
+    """Lives as long as the node of a graph that holds it."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its node holds a mark, and the first backward pass finds no memory."""
+
+    @staticmethod
+    def forward(ctx, x, mark, fails):
+        ctx.mark, ctx.fails = mark, fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return gradient, None, None
+
+
 @pytest.mark.parametrize("script", ["policy", "rm"])
 def test_a_second_try_does_not_hold_the_graph_of_the_first(tmp_path, monkeypatch, script):
     """Memory runs out in a backward pass: the next forward pass begins with that graph gone."""
-    alive, graphs, tries = [], [], []
+    alive, marks = [], []
     real, real_rm = rollout.completion_logprobs, RewardModel.forward
 
-    def watched(result):
-        """Fails in its first backward pass; afterwards it is seen whether it is still there."""
+    def before():
+        """How many graphs of earlier passes are still there."""
         if torch.is_grad_enabled():
-            alive.append(sum(graph() is not None for graph in graphs))
-            tries.append(1)
-            out = result * 1.0
-            graphs.append(weakref.ref(out))
-            if len(tries) == 1:
-                out.register_hook(out_of_memory)
-            return out
-        return result
+            gc.collect()
+            alive.append(sum(mark() is not None for mark in marks))
 
-    def out_of_memory(gradient):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+    def marked(result):
+        if not torch.is_grad_enabled():
+            return result
+        mark = Mark()
+        marks.append(weakref.ref(mark))
+        return Marked.apply(result, mark, len(marks) == 1)
 
-    monkeypatch.setattr(rollout, "completion_logprobs", lambda *args: watched(real(*args)))
-    monkeypatch.setattr(RewardModel, "forward", lambda *args: watched(real_rm(*args)))
+    def policy_pass(*args):
+        before()
+        return marked(real(*args))
+
+    def reward_pass(*args):
+        before()
+        return marked(real_rm(*args))
+
+    monkeypatch.setattr(rollout, "completion_logprobs", policy_pass)
+    monkeypatch.setattr(RewardModel, "forward", reward_pass)
     if script == "policy":
         run_policy(tmp_path / "run", steps=1, micro_batch_size=4)
     else:
         run_rm(
             tmp_path / "run", start_model_folder(tmp_path / "start"), steps=1, micro_batch_size=4
         )
-    assert len(tries) >= 3 and alive[1] == 0, alive
+    assert len(alive) >= 3 and alive[1] == 0, alive
