@@ -942,6 +942,7 @@ def test_a_second_signal_ends_at_once(tmp_path, forkserver):
     assert said in (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_script_after_its_step(tmp_path, monkeypatch, capsys):
     """A process of its own, as a cluster ends it; then --resume, to the same end as without it."""
     monkeypatch.chdir(tmp_path)
