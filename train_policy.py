@@ -195,7 +195,7 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
             if anchor is not task.start:
                 anchor_logprobs = rollout.frozen_logprobs(anchor, *passes)
 
-        # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)), summed over the tokens, detached
+        # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed, detached
         rewards = scores.rewards.clamp(-clip, clip) - config.missing_eos_penalty * ~samples.ended
         logprobs = (samples.logprobs, anchor_logprobs, samples.mask)
         shaped = gather(kl_penalized_rewards(rewards, *logprobs, config.beta))

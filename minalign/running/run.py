@@ -7,7 +7,7 @@ A script opens its run, loads what it needs, and takes its steps from it:
         with run.begun():
             for step, batch in run.steps(config.steps, batches, state):
                 ...
-                run.log(step, metrics)
+                run.log(metrics)
 
 Nothing here knows a model, a loss or an optimizer.
 """
