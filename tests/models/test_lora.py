@@ -326,6 +326,8 @@ def test_adapters_under_autocast_have_float32_gradients(family, device):
     expected = logits_of(model)
     with torch.autocast(device.type, torch.bfloat16):
         assert (logits_of(model) - expected).abs().mean() < 0.05 * expected.abs().mean()
+    # of its own, as in the loops: autocast of torch 2.10 keeps what it cast without gradients
+    with torch.autocast(device.type, torch.bfloat16):
         loss = loss_of(model, ids_like(device))
     loss.backward()
     assert {p.grad.dtype for p in adapter_parameters(model)} == {torch.float32}
