@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..data.chat import note_special_tokens
 from ..data.columns import Dropped, read_pair
 from ..data.rows import read_rows, text_cell
 from ..models.precision import autocast
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     chat = bool(reward_model.tokenizer.chat_template)
     rows = read_rows(config.data, config.split)
     texts = [texts_of(row, f"{config.data}: row {n}", chat) for n, row in enumerate(rows, 1)]
-    encoded = [reward_model.encode(*text) for row in texts for text in row.values()]
+    items = [text for row in texts for text in row.values()]
+    note_special_tokens(reward_model.tokenizer, items, "texts")
+    encoded = [reward_model.encode(*text) for text in items]
 
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
     scores = [0.0] * len(encoded)
