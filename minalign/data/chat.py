@@ -5,7 +5,6 @@ become a dialogue in plain text, "\n\nHuman: ...\n\nAssistant: ...". Training an
 same functions. No template is trusted: each is tried with words of our own before it is used.
 """
 
-import concurrent.futures
 import ctypes
 import functools
 import itertools
@@ -147,8 +146,8 @@ def encode_sampled(
     """What a reward model scores of a sampled answer to messages.
 
     The sampled ids and what the template writes after an answer, if that is what it makes of the
-    whole dialogue. If not (think blocks, channels, no cue), the dialogue is written anew by
-    `encode_whole`, as it is for a given answer.
+    whole dialogue. If not (think blocks, channels, no cue, an answer with a thought), the dialogue
+    is written anew by `encode_whole`, as it is for a given answer.
 
     Args:
         tokenizer: the reward model's.
@@ -159,7 +158,7 @@ def encode_sampled(
     if not tokenizer.chat_template:
         return encode_whole(tokenizer, prompt, answer)
     same, opening, ending = answer_frame(tokenizer, _template(tokenizer), _roles(prompt))
-    if same and ids:
+    if same and ids and "</think>" not in answer:  # many templates leave thoughts out
         return ids + ending
     try:
         # Without a cue, or with channels, the policy samples the opening by itself.
@@ -210,15 +209,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, cue: bool) ->
         UserError: the template fails, refuses the turns, leaves one out, or does not end.
     """
     way = _way(tokenizer, _template(tokenizer), _roles(messages), cue)
-    if isinstance(way, str):
-        raise UserError(way)
-    return _apply(tokenizer, _given(messages, *way), cue)
+    text = _apply(tokenizer, _given(messages, *way), cue) if isinstance(way, tuple) else way
+    if isinstance(text, UserError):
+        raise text
+    return text
 
 
 @functools.lru_cache(1024)
 def _way(
     tokenizer: PreTrainedTokenizerBase, template: str, roles: tuple[str, ...], cue: bool
-) -> tuple[bool, tuple[str, ...]] | str:
+) -> tuple[bool, tuple[str, ...]] | UserError:
     """How to give turns of these roles to a template so that the words of each are in its text.
 
     Returns:
@@ -227,30 +227,29 @@ def _way(
     """
     turns, kinds = _sentinels(roles), sorted(set(roles))
     sizes = sorted({0, 1, len(kinds) - 1, len(kinds)})
-    ways = [parts for size in sizes for parts in itertools.combinations(kinds, size)]
     failures = []  # (turns left out, error)
     for folded in (False, True):
-        for parts in ways:
-            try:
-                text = _in_time(_apply, tokenizer, _given(turns, folded, parts), cue)
-            except UserError as error:
-                failures.append((len(roles) + 1, str(error)))
+        for parts in (c for size in sizes for c in itertools.combinations(kinds, size)):
+            text = _in_time(_apply, tokenizer, _given(turns, folded, parts), cue)
+            if text is None:
+                return UserError(_about(tokenizer, f"does not end in {TEMPLATE_SECONDS:g} seconds"))
+            if isinstance(text, UserError):
+                failures.append((len(roles) + 1, text))
                 continue
-            except TimeoutError:
-                return _about(tokenizer, f"does not end in {TEMPLATE_SECONDS:g} seconds")
             # A list of parts that is printed as it is has quotes around its words.
             end = "(?!['\"])" if parts else ""
             lost = [turn["role"] for turn in turns if not re.search(turn["content"] + end, text)]
-            if not lost and folded:
-                _say_once(tokenizer, "has no system turn: its text goes before the user's")
             if not lost:
+                if folded:
+                    _say_once(tokenizer, "has no system turn: its text goes before the user's")
                 return folded, parts
             error = f"leaves out turns of {lost[0]!r:.60}: --format plain takes any"
-            failures.append((len(lost), _about(tokenizer, error)))
-        refused = failures[0][0] > len(roles)
-        # Mistral's writes the system's text in the last turn, which must be the user's.
+            failures.append((len(lost), UserError(_about(tokenizer, error))))
+        if roles[:2] != ("system", "user"):
+            break
+        # Mistral's has the system's text in the last turn, which must be the user's.
         known = not cue and isinstance(_way(tokenizer, template, roles[:-1], True), tuple)
-        if roles[:2] != ("system", "user") or not (refused or known):
+        if failures[0][0] <= len(roles) and not known:  # left out, not refused
             break
     return min(failures, key=lambda failure: failure[0])[1]
 
@@ -267,42 +266,31 @@ def _given(messages: Messages, folded: bool, parts: tuple[str, ...]) -> list[dic
     ]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) -> str | UserError:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue)
     except Exception as error:  # a template is a program: anything may come out of it
-        roles, kind, reason = (
-            ", ".join(map(repr, _roles(messages))),
-            type(error).__name__,
-            first_line(error),
-        )
-        # What raise_exception() raises in a template.
-        if kind == "TemplateError":
-            message = f"refuses turns of {roles:.60} ({reason:.200}): --format plain takes any"
+        kind, reason = type(error).__name__, f"{first_line(error):.200}"
+        if kind == "TemplateError":  # of raise_exception() in the template
+            roles = ", ".join(map(repr, _roles(messages)))
+            message = f"refuses turns of {roles:.60} ({reason}): --format plain takes any"
         else:
-            message = f"fails ({kind}: {reason:.200}): mend it, or take --format plain"
-        raise UserError(_about(tokenizer, message)) from error
+            message = f"fails ({kind}: {reason}): mend it, or take --format plain"
+        return UserError(_about(tokenizer, message))
 
 
-def _in_time(work: Callable[..., str], *arguments: object) -> str:
-    """What work(*arguments) returns, or TimeoutError after TEMPLATE_SECONDS."""
-    result = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work(*arguments))
-        except BaseException as error:  # also what stops this thread
-            result.set_exception(error)
-
-    # A thread, since a signal reaches the main thread alone.
-    thread = threading.Thread(target=run, daemon=True)
+def _in_time(work: Callable[..., str | UserError], *arguments: object) -> str | UserError | None:
+    """What work(*arguments) returns, or None where it is not done in TEMPLATE_SECONDS."""
+    done = []
+    # A thread, since a signal would reach the main thread alone.
+    thread = threading.Thread(target=lambda: done.append(work(*arguments)), daemon=True)
     thread.start()
-    try:
-        return result.result(TEMPLATE_SECONDS)
-    except concurrent.futures.TimeoutError as error:
-        stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
-        stop(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        raise TimeoutError from error
+    thread.join(TEMPLATE_SECONDS)
+    if done:
+        return done[0]
+    stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    stop(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    return None
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -389,23 +377,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def note_special_tokens(
     tokenizer: PreTrainedTokenizerBase, items: Iterable[tuple[Prompt, ...]], kind: str
 ) -> None:
-    """Print how many items spell control tokens in their texts.
-
-    Args:
-        tokenizer: what makes ids of them.
-        items: of each its prompt, and answers.
-        kind: what they are, in words.
-    """
-    pattern = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
-    items = list(items)
-    found = [match for item in items if (match := pattern.search(repr(item)))]
+    """Print how many items (prompts, or prompts and answers) spell control tokens."""
+    items, pattern = list(items), "|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)"
+    found = [match for item in items if (match := re.search(pattern, repr(item)))]
     if found:
         chat = any(isinstance(prompt, list) for prompt, *_ in items)
+        advice = ", as if rendered already: --format plain takes them as they are" * chat
         print(
             f"  note: {len(found)} of {len(items)} {kind} hold special tokens such as "
-            f"{found[0][0]}, which are read as such"
-            + ", as if rendered already: --format plain takes them as they are"
-            * chat
+            f"{found[0][0]}, which are read as such{advice}"
         )
 
 

@@ -19,7 +19,7 @@ from ..data.rows import read_rows, text_cell
 from ..models.precision import autocast
 from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import require
+from ..running.errors import UserError, require
 from ..running.flags import DeviceFlags, flag, parse_flags
 
 
@@ -77,7 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     texts = [texts_of(row, f"{config.data}: row {n}", chat) for n, row in enumerate(rows, 1)]
     items = [text for row in texts for text in row.values()]
     note_special_tokens(reward_model.tokenizer, items, "texts")
-    encoded = [reward_model.encode(*text) for text in items]
+    encoded = []
+    for n, row in enumerate(texts, 1):
+        try:
+            encoded += [reward_model.encode(*text) for text in row.values()]
+        except UserError as error:  # of its chat template
+            raise UserError(f"{config.data}: row {n}: {error}") from error
 
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
     scores = [0.0] * len(encoded)

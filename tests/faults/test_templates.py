@@ -180,6 +180,8 @@ def test_rollouts_are_sampled_ids_or_what_score_reads(family, messages, capsys):
         ("qwen3, think in the last answer", "<think>\nHm.\n</think>\n\nJane.", None),
         ("qwen3 thinking, an open think in the cue", "Hm.\n</think>\n\nJane.", None),
         ("deepseek r1", "Hm.\n</think>\n\nJane.", None),
+        ("qwen3 instruct, thought is left out", "<think>Hm.</think>\n\nJane.", None),
+        ("chatml", "<think>Hm.</think>\n\nJane.", None),
         ("gpt-oss, channels", "<|channel|>final<|message|>Jane.", "Jane."),
         ("no cue", "<|im_start|>assistant\nJane.", "Jane."),
         ("command r7b, an answer in tags", "<|START_RESPONSE|>Jane.", "Jane."),
@@ -310,6 +312,7 @@ def test_a_refusal_is_the_templates_own():
         encode_prompt(tiny.tokenizer("strict"), [U("a"), U("b")])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("in_main_thread", [True, False])
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_a_template_that_never_ends_is_stopped(monkeypatch, in_main_thread, role):
@@ -332,7 +335,7 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch, in_main_thread, role
         thread.join(10)
     assert len(errors) == 20
     for thread in threading.enumerate():
-        if thread.daemon and "run" in thread.name:
+        if thread.daemon and "lambda" in thread.name:
             thread.join(5)
     assert threading.active_count() == before
 
@@ -521,6 +524,17 @@ def test_score_gives_content_in_parts_where_the_template_wants_them(here):
         for q in ("one?", "two?", "three?")
     ]
     assert got == pytest.approx(expected, abs=1e-5) and len(set(got)) == 3
+
+
+def test_score_names_the_row_that_a_template_refuses(here, capsys):
+    """A-G13"""
+    save("rm", "strict", "rm")
+    texts = [
+        {"prompt": [U("a")], "completion": "b"},
+        {"prompt": [U("a"), U("b")], "completion": "c"},
+    ]
+    line = refused(lambda rows: scores("rm", rows), texts, capsys)
+    assert "texts.jsonl: row 2: rm: the chat template refuses turns of 'user', 'user'" in line
 
 
 POLICY = "--steps 1 --batch-size 4 --eval-prompts 4 --max-new-tokens 4 --device cpu --out r".split()
