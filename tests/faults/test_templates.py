@@ -386,6 +386,14 @@ def test_special_tokens_in_pairs_are_counted_in_one_line(capsys):
     assert "2 of 5 pairs hold special tokens such as <|im_end|>" in out and "--format plain" in out
 
 
+def test_generate_counts_special_tokens(here, capsys):
+    """A-F7"""
+    save("lm", "chatml")
+    generate.main(["--model", "lm", "--prompt", RENDERED, "q", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert out.count("1 of 2 prompts hold special tokens such as <|im_start|>") == 1
+
+
 # --- texts of completions
 
 
