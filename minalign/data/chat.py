@@ -400,14 +400,17 @@ def decode_parts(
     whole, start = _decode(tokenizer, prompt + completion), _decode(tokenizer, prompt)
     if not whole.startswith(start):
         start = os.path.commonprefix([start.rstrip(UNFINISHED), whole])
-    return start, whole[len(start) :]
+    rest = whole[len(start) :]
+    # Where bytes are tokens, a character that stays unfinished spoils the bytes after it, too.
+    own = _decode(tokenizer, completion) if UNFINISHED in rest else rest
+    return start, own if own.count(UNFINISHED) < rest.count(UNFINISHED) else rest
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if not text.endswith(UNFINISHED):
         return text
-    # Where bytes are tokens, a last character that is not whole spoils all those before it.
+    # ... and those before it.
     cuts = [tokenizer.decode(ids[:end], skip_special_tokens=True) for end in (-1, -2, -3)]
     best = max((cut.rstrip(UNFINISHED) for cut in cuts), key=len)
     return best + UNFINISHED if len(best) > len(text.rstrip(UNFINISHED)) else text

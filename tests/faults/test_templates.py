@@ -447,6 +447,17 @@ def test_a_completion_is_whole_whatever_byte_the_prompt_was_cut_at(kind, text):
 
 
 @pytest.mark.parametrize("kind", [byte_fallback, tiny.tokenizer])
+@pytest.mark.parametrize("text", ["\nabc 好", "\n", " abc", "abc", "好 abc"])
+def test_a_completion_is_whole_after_a_character_that_nobody_finishes(kind, text):
+    """B7: Llama-2's line end is a byte, and a policy may sample one after half a character."""
+    tokenizer = kind()
+    half = tokenizer("a 个")["input_ids"][:-1]
+    ids = tokenizer(f"x{text}")["input_ids"]
+    ids = ids[next(i for i in range(len(ids)) if tokenizer.decode(ids[:i]) == "x") :]
+    assert decode_parts(tokenizer, half, ids)[1] == text
+
+
+@pytest.mark.parametrize("kind", [byte_fallback, tiny.tokenizer])
 def test_a_completion_that_is_cut_in_a_character_keeps_those_before(kind):
     """B7: --max-new-tokens may end in a character."""
     tokenizer = kind()
@@ -559,6 +570,15 @@ def test_a_role_that_the_policys_template_leaves_out_ends_the_run(here, capsys):
     write("p.jsonl", [{"prompt": [{"role": "critic", "content": f"q {n}"}]} for n in range(40)])
     line = refused(lambda a: policy(*a), ["--rm", "rules:short"], capsys)
     assert "leaves out turns of 'critic'" in line
+
+
+def test_a_policy_whose_embeddings_are_padded_is_scored(here):
+    """B8: ids from 300 on are no tokens, and most of what a random policy of 512 rows samples."""
+    save("lm", "plain", vocab_size=512)
+    save("rm", "plain", "rm")
+    policy("--rm", "rm")
+    with open("r/metrics.jsonl") as file:
+        assert all(json.loads(line)["reward"] is not None for line in file)
 
 
 def test_rendered_prompts_and_pairs_are_said_and_notes_come_before_the_first_step(here, capsys):
