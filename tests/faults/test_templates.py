@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from templates import FAMILIES
+from templates import FAMILIES, refuse
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -276,6 +276,14 @@ def test_an_answer_that_a_template_leaves_out_is_named():
     tokenizer = tiny.tokenizer(tiny.each(tiny.only("not loop.last or m.role == 'user'", tiny.TURN)))
     with pytest.raises(UserError, match="leaves out turns of 'assistant'"):
         whole(tokenizer, QUESTION)
+
+
+def test_a_list_of_parts_that_is_printed_as_it_is_is_no_way_to_give_content():
+    """A-F9: the words are in the text, and so are brackets and quotes."""
+    refusal = refuse("m.content is string", "no texts")
+    for body in (refusal + "{{ m.content }}", refusal + "{{ m.content | tojson }}"):
+        with pytest.raises(UserError, match="refuses turns of 'user' .no texts"):
+            encode_prompt(tiny.tokenizer(tiny.each(body)), QUESTION)
 
 
 NEVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
