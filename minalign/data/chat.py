@@ -211,7 +211,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, cue: bool) ->
     way = _way(tokenizer, _template(tokenizer), _roles(messages), cue)
     text = _apply(tokenizer, _given(messages, *way), cue) if isinstance(way, tuple) else way
     if isinstance(text, UserError):
-        raise text
+        raise UserError(str(text))  # anew, since the one that is kept would gather tracebacks
     return text
 
 
