@@ -347,8 +347,9 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
         train_pairs, eval_pairs = toy.preference_pairs(
             config.seed, config.eval_share, config.split_seed
         )
-    if isinstance(train_pairs[0].prompt, str):
-        reward_model.tokenizer.chat_template = None  # trained on plain text, it reads plain text
+    if isinstance(train_pairs[0].prompt, str) and reward_model.tokenizer.chat_template:
+        print("  note: trained on plain texts, it is saved without its chat template")
+        reward_model.tokenizer.chat_template = None  # so that it reads plain text
     for pair in (train_pairs[0], eval_pairs[0]):
         pairs.require_ratings(config.dataset, pair, config.rating_coef, config.margin)
 
@@ -356,6 +357,7 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
         max_tokens=min(config.max_tokens, reward_model.context),
         seed=config.seed,
         crop_words=parse_span("--crop-words", config.crop_words),
+        tokenizer=reward_model.tokenizer,
     )
     examples = pairs.encode_pairs(
         train_pairs, reward_model.encode, max_pairs=config.max_pairs, **drawing

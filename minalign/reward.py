@@ -6,6 +6,7 @@ Training and scoring share one text format and one forward pass.
 from __future__ import annotations
 
 import functools
+import itertools
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .data.chat import Prompt, TokenizedPrompt, answer_frame, encode, encode_whole, to_messages
+from .data.chat import Prompt, TokenizedPrompt, encode, encode_sampled, encode_whole, to_messages
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.folders import model_folder
@@ -198,9 +199,12 @@ class RewardModel:
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """The one text format, as token ids.
 
-        It is [begin] prompt + completion [end], or what the chat template makes of both. A prompt
-        as text is one user's turn where the tokenizer has a chat template: train_rm.py takes the
-        template off a reward model that it trained on plain text.
+        It is [begin] prompt + completion [end], or what the chat template makes of both, see
+        `data.chat.encode_whole`. A prompt as text is one user's turn where the tokenizer has a chat
+        template: train_rm.py takes the template off a reward model that it trained on plain text.
+
+        Raises:
+            UserError: the chat template fails, or refuses or leaves out a turn.
         """
         if prompt and self.tokenizer.chat_template:
             prompt = to_messages(prompt)
@@ -214,28 +218,30 @@ class RewardModel:
     ) -> list[list[int]]:
         """The same format for token ids of a policy.
 
-        Ids are used as they are where the two vocabularies (and chat templates) agree. Otherwise
-        they go through text.
+        Ids are used as they are where the two vocabularies (and chat templates) agree, and the
+        template writes a whole dialogue as prompt and answer. Otherwise they go through text.
 
         Args:
             tokenizer: the policy's.
             prompts: N of them, as the policy saw them.
             completions: N lists of the policy's ids, without their end token.
         """
-        ids_agree = same_ids(tokenizer, self.tokenizer)
-        same_template = tokenizer.chat_template == self.tokenizer.chat_template
+        ids_agree, known = same_ids(tokenizer, self.tokenizer), token_ids(tokenizer)
+        same_prompts = all(
+            getattr(tokenizer, name) == getattr(self.tokenizer, name)
+            for name in ("chat_template", "bos_token", "eos_token")
+        )
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         rows = []
         for prompt, completion in zip(prompts, completions):
-            if ids_agree and prompt.messages is None:
-                rows.append(prompt.ids + completion + end)
-            elif ids_agree and same_template and tokenizer.chat_template:
-                ending = answer_frame(self.tokenizer)[1]
-                ending_ids = self.tokenizer(ending, add_special_tokens=False)["input_ids"]
-                rows.append(prompt.ids + completion + ending_ids)
-            elif prompt.messages is not None:
+            # Embeddings may have more rows than there are tokens: such ids mean nothing elsewhere.
+            as_ids = ids_agree and known.issuperset(completion)
+            if prompt.messages is not None:
                 answer = tokenizer.decode(completion)
-                rows.append(encode_whole(self.tokenizer, prompt.messages, answer))
+                ids = prompt.ids + completion if as_ids and same_prompts else None
+                rows.append(encode_sampled(self.tokenizer, prompt.messages, answer, ids))
+            elif as_ids:
+                rows.append(prompt.ids + completion + end)
             else:  # all but the begin token, which encode() puts back
                 bare = prompt.ids[1:] if prompt.ids[:1] == [tokenizer.bos_token_id] else prompt.ids
                 rows.append(encode(self.tokenizer, tokenizer.decode(bare + completion), end=True))
@@ -274,6 +280,15 @@ class RewardModel:
         """
         lengths = [len(row) for row in rows]
         parts = length_parts(lengths, batch_size or len(rows), tokens_per_pass(self.model))
+        if self.model.config.is_encoder_decoder:  # pooled at end tokens: as many in all rows
+            ends = [row.count(self.model.config.eos_token_id) for row in rows]
+            parts = [
+                list(alike)
+                for part in parts
+                for _, alike in itertools.groupby(
+                    sorted(part, key=ends.__getitem__), ends.__getitem__
+                )
+            ]
         logits = torch.cat([self.one_pass([rows[i] for i in part]) for part in parts])
         order = torch.tensor([i for part in parts for i in part], device=logits.device)
         return logits[order.argsort()]
@@ -365,3 +380,9 @@ def same_ids(
     same_begin = policy_tokenizer.bos_token_id == reward_tokenizer.bos_token_id
     policy_vocab, reward_vocab = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
     return same_begin and policy_vocab.items() <= reward_vocab.items()
+
+
+@functools.lru_cache
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that are tokens."""
+    return frozenset(tokenizer.get_vocab().values())

@@ -79,8 +79,10 @@ def load_task(
         train, evaluation, column = load_prompts(data, chat=chat, column=flags.prompt_column)
         measures = {}
         for name, reward in parts.items():
-            if reward in models and reward.tokenizer.chat_template and isinstance(train[0], str):
-                print(f"  note: {name} was trained on chat, and scores these prompts as plain text")
+            chat_model = reward in models and bool(reward.tokenizer.chat_template)
+            if reward in models and chat_model == isinstance(train[0], str):
+                form = "chat" if chat_model else "plain text"
+                print(f"  note: {name} reads {form}, and scores these prompts as plain text")
     else:
         train, evaluation = toy.prompts(flags.seed, flags.eval_share, flags.split_seed)
         column, measures = "", toy.MEASURES
@@ -96,6 +98,9 @@ def load_task(
     evaluation = evaluation[: 4 * flags.eval_prompts]  # not all of them: a few may be dropped
     evaluation = tokenize_prompts(tokenizer, evaluation, limit, span, "held-out")
     evaluation = evaluation[: flags.eval_prompts]
+    kinds = {tuple(m["role"] for m in p.messages or ()): p for p in (*train, *evaluation)}
+    for reward in models:  # what a template refuses or changes is said before the first step
+        reward.encode_rollout(tokenizer, list(kinds.values()), [[]] * len(kinds))
     if span:
         print(f"  of each the first {span[0]} to {span[1]} tokens, drawn anew each time")
         begin = tokenizer.bos_token_id is not None

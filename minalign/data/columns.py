@@ -75,7 +75,7 @@ def read_pair(row: dict, where: str, ratings: tuple[str, ...], chat: bool | None
         if chat is None:
             chat = False
     if isinstance(prompt, list) and not chat:  # in text, the answer follows "Assistant:"
-        chosen, rejected = f" {chosen}", f" {rejected}"
+        chosen, rejected = f" {chosen.strip()}", f" {rejected.strip()}"
     elif chat and prompt:
         chosen, rejected = chosen.strip(), rejected.strip()
     asked = _as_asked(prompt, where, chat)

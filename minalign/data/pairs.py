@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
-from .chat import Prompt, first_turn
+from .chat import Prompt, first_turn, note_special_tokens
 from .columns import CHOSEN_RATINGS, UNDERSTOOD, Pair, read_pair
 from .rows import number_cell, text_cell
 from .splits import Split, both_splits, divide, require_both
@@ -163,6 +164,7 @@ def encode_pairs(
     max_pairs: int,
     seed: int,
     crop_words: tuple[int, int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Example]:
     """At most `max_pairs` pairs, drawn by `seed`, as token ids.
 
@@ -176,6 +178,7 @@ def encode_pairs(
         seed: of that draw and of the crops.
         crop_words: (low, high) keeps the beginning of each completion, low..high words drawn anew
             each time: for a reward model that will score short continuations, not whole reviews.
+        tokenizer: that of encode_whole, to count special tokens in the texts.
     """
     rng = random.Random(seed)
     indices = range(len(pairs))
@@ -202,6 +205,10 @@ def encode_pairs(
             identical += 1
         else:
             examples.append(Example(texts, pair.ratings, pair.gap))
+    if tokenizer is not None:
+        drawn = map(pairs.__getitem__, indices)
+        items = ((pair.prompt, pair.chosen, pair.rejected) for pair in drawn)
+        note_special_tokens(tokenizer, items, "pairs")
     print(
         f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} "
         f"longer than {max_tokens} tokens dropped"

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import require
 from .batches import shuffled_forever
-from .chat import Prompt, TokenizedPrompt, encode_prompt, first_turn
+from .chat import Prompt, TokenizedPrompt, encode_prompt, first_turn, note_special_tokens
 from .columns import UNDERSTOOD, read_prompt
 from .splits import Split, both_splits, divide, require_both
 
@@ -83,6 +83,7 @@ def tokenize_prompts(
         UserError: no prompt is left, or `span` reaches up to `limit`.
     """
     rows = [tokenize(tokenizer, p) for p in tqdm(prompts, desc=f"{kind} prompts", leave=False)]
+    note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], f"{kind} prompts")
     if span is None:
         kept = [row for row in rows if 0 < len(row.ids) <= limit]
         reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)

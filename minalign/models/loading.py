@@ -12,6 +12,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..data.chat import require_templates
 from ..running.errors import UserError, require
 from .folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter
@@ -50,6 +51,7 @@ def load_model(
             adapters.insert(0, base)
             base = model_folder(json.loads(config.read_text())["base_model_name_or_path"])
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        require_templates(tokenizer)
         model, report = kind.from_pretrained(
             base, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
         )

@@ -56,9 +56,9 @@ class LocalJudge:
         Spelled out in a text, <|im_end|> would end the user's turn, and the text could answer for
         the judge.
         """
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special}
-        for token in sorted(tokens, key=len, reverse=True):
+        from ..data.chat import special_tokens
+
+        for token in special_tokens(self.tokenizer):
             text = text.replace(token, f"{token[:1]} {token[1:]}")
         return text
 

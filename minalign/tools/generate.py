@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data.chat import Prompt, decode_parts, wants_chat
+from ..data.chat import Prompt, decode_parts, note_special_tokens, wants_chat
 from ..data.columns import Dropped, read_prompt
 from ..data.prompts import tokenize
 from ..data.rows import read_rows
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(prompt, Dropped):
             source = config.data or "--prompt"
             raise UserError(f"{source}: row {number}: {prompt.reason}: leave that row out")
+    note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
     file = open(config.out, "w") if config.out else None
     starts = range(0, len(prompts), config.batch_size)
     for i in tqdm(starts, desc="completions", unit="batch", disable=not file):

@@ -215,7 +215,7 @@ def sample(
     Raises:
         UserError: a prompt and its completion do not fit into the policy's context.
     """
-    from ..data.chat import decode_parts, encode_prompt, wants_chat
+    from ..data.chat import decode_parts, encode_prompt, note_special_tokens, wants_chat
     from ..models.loading import end_token_ids, load_policy
     from ..models.precision import autocast
     from ..rollout import sample_completions
@@ -223,6 +223,7 @@ def sample(
     device, _ = pick_device(config.device)
     policy, tokenizer = load_policy(path, flag_name)
     prompts = read_prompts(rows, source, config.column, wants_chat(tokenizer, config.format))
+    note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
     rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows_of_ids))
     context = getattr(policy.config, "max_position_embeddings", None)

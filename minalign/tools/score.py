@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..data.chat import note_special_tokens
 from ..data.columns import Dropped, read_pair
 from ..data.rows import read_rows, text_cell
 from ..models.precision import autocast
 from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import require
+from ..running.errors import UserError, require
 from ..running.flags import DeviceFlags, flag, parse_flags
 
 
@@ -74,7 +75,14 @@ def main(argv: list[str] | None = None) -> None:
     chat = bool(reward_model.tokenizer.chat_template)
     rows = read_rows(config.data, config.split)
     texts = [texts_of(row, f"{config.data}: row {n}", chat) for n, row in enumerate(rows, 1)]
-    encoded = [reward_model.encode(*text) for row in texts for text in row.values()]
+    items = [text for row in texts for text in row.values()]
+    note_special_tokens(reward_model.tokenizer, items, "texts")
+    encoded = []
+    for n, row in enumerate(texts, 1):
+        try:
+            encoded += [reward_model.encode(*text) for text in row.values()]
+        except UserError as error:  # of its chat template
+            raise UserError(f"{config.data}: row {n}: {error}") from error
 
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
     scores = [0.0] * len(encoded)

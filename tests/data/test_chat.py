@@ -192,8 +192,7 @@ LLAMA_TURN = "<turn>user\n\nWho wrote Emma?<turn_end><turn>assistant\n\n"
         ("gemma", "<bos><turn>user\nWho wrote Emma?<turn_end>\n<turn>model\n", "<turn_end>\n"),
         ("llama", "<bos>" + LLAMA_TURN, "<turn_end>"),
         ("both added", "<bos>" + LLAMA_TURN, "<turn_end>"),
-        ("think", SMOL_SYSTEM + SMOL_TURN + "<think>\n", "<|im_end|>"),
-        ("open", "<bos>\nQ: Who wrote Emma?\nA:\n", "<eos>"),
+        ("open", "<bos>\nQ: Who wrote Emma?\nA:\n", ""),
         ("plain", "<bos>\n\nHuman: Who wrote Emma?\n\nAssistant:", "<eos>"),
         ("gpt2", "<eos>\n\nHuman: Who wrote Emma?\n\nAssistant:", "<eos>"),
         ("gpt2 without bos", "\n\nHuman: Who wrote Emma?\n\nAssistant:", "<eos>"),
@@ -209,9 +208,9 @@ def test_what_a_model_sees_of_a_question(name, prompt, ending):
     assert whole == encode_whole(tokenizer, QUESTION, answer)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "think"])
 @pytest.mark.parametrize("messages", [QUESTION, DIALOGUE], ids=["question", "dialogue"])
-@pytest.mark.parametrize("completion", ["Jane Austen.", " Jane", "1815", "it\n\nwrote", "é…"])
+@pytest.mark.parametrize("completion", ["Jane Austen.", "1815", "it\n\nwrote", "é…"])
 def test_a_prompt_is_the_beginning_of_its_whole(name, messages, completion):
     tokenizer = tokenizer_like(name)
     prompt = encode_prompt(tokenizer, messages)
@@ -220,22 +219,26 @@ def test_a_prompt_is_the_beginning_of_its_whole(name, messages, completion):
     assert completion in tokenizer.decode(whole[len(prompt) :])
 
 
-@pytest.mark.parametrize("name", [name for name in CHAT if name not in ("think", "open")])
+@pytest.mark.parametrize("name", CHAT)
 @pytest.mark.parametrize(
     "messages",
     [QUESTION, DIALOGUE, [system("Be brief."), *DIALOGUE]],
     ids=["question", "dialogue", "system"],
 )
 def test_a_whole_is_what_the_template_makes_of_the_dialogue(name, messages):
-    """The reward model sees what its template writes, and its ids, not those of parts."""
+    """The reward model sees what its template writes, and its ids, not those of parts.
+
+    What the template writes has the begin token, or it is put before.
+    """
     if name == "gemma" and messages[0]["role"] == "system":
         pytest.skip("refused")
     tokenizer = tokenizer_like(name)
     text = tokenizer.apply_chat_template([*messages, assistant("In 1815.")], tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids, bos = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    if name == "open":
+        ids = [bos, *ids]
     assert encode_whole(tokenizer, messages, "In 1815.") == ids
-    bos = tokenizer.bos_token_id
-    assert name == "smol" or bos is None or ids.count(bos) == 1
+    assert name in ("smol", "think") or bos is None or ids.count(bos) == 1
 
 
 @pytest.mark.parametrize("template", [LLAMA, LLAMA.replace("{{ bos_token }}", "")])
@@ -280,7 +283,7 @@ def test_other_errors_of_a_template_are_no_users_errors():
 
 def test_a_template_without_ending_of_a_tokenizer_without_end_token():
     tokenizer = make_tokenizer("<bos>", None, template=OPEN)
-    assert answer_frame(tokenizer) == ("", "")
+    assert answer_frame(tokenizer, OPEN, ("user",)) == (True, "", [])
     text = tokenizer.decode(encode_whole(tokenizer, QUESTION, "Jane."))
     assert text == "<bos>\nQ: Who wrote Emma?\nA:\nJane."
 
@@ -289,8 +292,7 @@ def test_plain_dialogue_takes_one_space_before_the_answer():
     tokenizer = tokenizer_like("plain")
     rows = [encode_whole(tokenizer, QUESTION, completion) for completion in ("Jane", " Jane")]
     assert rows[0] == rows[1] and tokenizer.decode(rows[0]).endswith("Assistant: Jane<eos>")
-    on_a_new_line = tokenizer.decode(encode_whole(tokenizer, QUESTION, "\nJane"))
-    assert on_a_new_line.endswith("Assistant:\nJane<eos>")
+    assert encode_whole(tokenizer, QUESTION, "\nJane\n") == rows[0]
 
 
 def test_format_is_what_the_tokenizer_allows():
@@ -334,7 +336,7 @@ def reward_like(tokenizer):
 def test_chat_rollouts_are_scored_as_their_texts(policy, reward, messages):
     """Ids or templates that differ, or no template: what is scored is what was trained on."""
     policy, reward = make_tokenizer(**policy), reward_like(make_tokenizer(**reward))
-    completion = " Jane Austen, 1815."
+    completion = "Jane Austen, 1815."
     ids = policy(completion, add_special_tokens=False)["input_ids"]
     prompt = TokenizedPrompt(encode_prompt(policy, messages), messages)
     got = reward.encode_rollout(policy, [prompt], [ids])
