@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
 from .decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
-from .padding import length_parts, tokens_per_pass
+from .padding import context_of, length_parts, tokens_per_pass
 
 
 @contextlib.contextmanager
@@ -108,7 +108,7 @@ def generate(
         raise ValueError(
             f"got max_new_tokens={max_new_tokens}, temperature={temperature}, expected >= 1 and > 0"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     longest = int(attention_mask.sum(1).max())
     if context and longest + max_new_tokens > context:
         raise ValueError(

@@ -1,10 +1,21 @@
-"""Rows of token ids -> tensors: padding, and parts of like length."""
+"""Rows of token ids -> tensors: padding, parts of like length, and how long a row may be."""
 
 import math
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# What configs call the number of positions. max_position_embeddings is mostly an alias of theirs.
+CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",  # MPT
+    "max_sequence_length",
+    "model_max_length",
+    "max_target_positions",
+)
 
 
 def pad(
@@ -62,4 +73,32 @@ def tokens_per_pass(model: PreTrainedModel) -> float:
 
     On a CPU, hidden states of 1 MiB: more of them leave its cache, cost memory, and are no faster.
     """
-    return 2**18 // model.config.hidden_size if model.device.type == "cpu" else math.inf
+    if model.device.type != "cpu":
+        return math.inf
+    return 2**18 // text_config(model.config).hidden_size
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a model's config that describes its language model (of Gemma 3, an inner one)."""
+    return config.get_text_config()
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model takes, prompt and completion; None where nothing limits them.
+
+    A longrope model has two sets of angles. A text beyond original_max_position_embeddings gives
+    all rows of its batch the second set, and makes the keys in a cache wrong: that length is the
+    context.
+
+    >>> from transformers import GPT2Config
+    >>> context_of(GPT2Config(n_positions=8))
+    8
+    """
+    config = text_config(config)
+    sizes = [getattr(config, name, None) for name in CONTEXT_NAMES]
+    sizes = [size for size in sizes if size][:1]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for angles in (rope, *rope.values()):  # some have one entry for each kind of layer
+        if isinstance(angles, dict) and angles.get("rope_type") == "longrope":
+            sizes.append(angles["original_max_position_embeddings"])
+    return min(sizes, default=None)

@@ -66,13 +66,14 @@ class LocalJudge:
         """(number of a question, its reply). A question longer than the context fails."""
         from ..data.chat import decode_parts, encode_prompt
         from ..models.loading import end_token_ids
+        from ..models.padding import context_of
         from ..rollout import sample_completions
 
         rows = []
         for question in questions:
             message = {"role": "user", "content": self._without_special_tokens(question)}
             rows.append(encode_prompt(self.tokenizer, [message]))
-        context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        context = context_of(self.model.config) or 10**9
         fitting = [i for i, ids in enumerate(rows) if len(ids) + self.max_new_tokens <= context]
         for i in sorted(set(range(len(rows))) - set(fitting)):
             limit = f"the judge's context of {context}"
