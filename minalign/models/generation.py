@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
 from .decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
 from .padding import context_of, length_parts, tokens_per_pass
+from .precision import float64_device
 
 
 @contextlib.contextmanager
@@ -72,7 +73,8 @@ def generate(
         temperature: tau > 0.
         eos_token_ids: the end token, or all of them; the one drawn stays in the completion.
         pad_token_id: fills the columns after the end.
-        generator: source of the draws, on the model's device; None is torch's own.
+        generator: source of the draws, on the model's device (of an Apple GPU on the CPU, which
+            has float64); None is torch's own.
         uniforms: (B, max_new_tokens) float64 in [0, 1), the draws themselves, instead of a
             generator. What a row samples then depends on its own numbers alone, not on the rows
             beside it.
@@ -122,6 +124,9 @@ def generate(
             f"got uniforms {tuple(uniforms.shape)}, expected {(len(input_ids), max_new_tokens)}: "
             "one per row and token"
         )
+    uniforms = uniforms.to(float64_device(input_ids.device))
+    columns = attention_mask.any(0)  # some layers take padding for tokens where there is one row
+    input_ids, attention_mask = input_ids[:, columns], attention_mask[:, columns]
     ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
     eos = torch.tensor(ends, device=input_ids.device)
 
@@ -140,7 +145,9 @@ def generate(
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logprobs = torch.zeros_like(tokens, dtype=torch.float32)
     # With dropout, the samples would be those of another policy.
-    with dropout_off(model), packed_linears(model):
+    # Packing costs the time of two tokens, and the weights' memory.
+    packed = packed_linears(model) if max_new_tokens > 4 else contextlib.nullcontext()
+    with dropout_off(model), packed:
         for t in range(max_new_tokens):
             output = model(
                 input_ids=next_ids,
@@ -158,10 +165,10 @@ def generate(
                 )
             logits, positions = output.logits[:, -1], next_positions[:, -1:]
             if t == 0:  # from the different prompts to the rows of the batch
-                cache.batch_select_indices(prompt_of)
+                cache.reorder_cache(prompt_of)
                 logits, positions = logits[prompt_of], positions[prompt_of]
             distribution = (logits.float() / temperature).log_softmax(1)  # (rows, V)
-            drawn = draw(distribution, uniforms[rows, t, None])  # (rows, 1)
+            drawn = draw(distribution, uniforms[rows.to(uniforms.device), t, None])  # (rows, 1)
             tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
             mask[rows, t] = running
             logprobs[rows, t] = distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0)
@@ -185,7 +192,7 @@ def generate(
                 rows, next_ids, next_positions, attention_mask = (
                     x[running] for x in (rows, next_ids, next_positions, attention_mask)
                 )
-                cache.batch_select_indices(running.nonzero().squeeze(1))
+                cache.reorder_cache(running.nonzero().squeeze(1))
                 running = running[running]
     length = int(mask.any(0).sum())  # of the longest completion
     return Rollout(tokens[:, :length], mask[:, :length], logprobs[:, :length])
@@ -194,7 +201,11 @@ def generate(
 def draw_uniforms(
     rows: int, columns: int, device: torch.device, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """(rows, columns) float64 in [0, 1): all the chance that `generate` needs."""
+    """(rows, columns) float64 in [0, 1): all the chance that `generate` needs.
+
+    They lie, and so does the generator, on the device or where its float64 numbers are kept.
+    """
+    device = float64_device(device)
     return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
 
 
@@ -229,7 +240,7 @@ def completion_logits(
     inputs = _inputs(input_ids, attention_mask, tokens, mask)
     with dropout_off(model):
         logits = model(**inputs, logits_to_keep=tokens.shape[1] + 1).logits  # (B, T + 1, V)
-    return logits[:, :-1]
+    return logits[:, -tokens.shape[1] - 1 : -1]  # some models keep all of them
 
 
 def _inputs(
@@ -329,12 +340,22 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         head = model.get_output_embeddings()
         ids = torch.tensor([[0, 1, 1]], device=model.device)
         plain = isinstance(head, torch.nn.Linear) and head.bias is None
-        if plain:
+        if plain := plain and model.base_model is not model:
+            read = []  # what the head is given
+            # Its logits are replaced by large ones: small ones pass through a softcap unchanged.
+            large = torch.linspace(-1e3, 1e3, len(head.weight), device=ids.device).to(head.weight)
+
+            def replaced(head: torch.nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
+                read.append(args[0])
+                return large.expand_as(logits)
+
             with dropout_off(model), torch.autocast(model.device.type, enabled=False):
                 hidden = model.base_model(input_ids=ids).last_hidden_state
-                logits = model(input_ids=ids).logits
-                atol = 1e-3 * logits.abs().max().item()
-                plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=atol)
+                with head.register_forward_hook(replaced):
+                    logits = model(input_ids=ids).logits
+            plain = len(read) == 1 and torch.equal(logits, large.expand_as(logits).to(logits))
+            near = 1e-3 * hidden.abs().max().item()
+            plain = plain and torch.allclose(read[0], hidden, rtol=1e-3, atol=near)
         if not plain:
             print(
                 f"  note: {model.config.model_type} does more to its logits than the LM head's "

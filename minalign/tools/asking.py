@@ -43,11 +43,12 @@ class LocalJudge:
         self, path: str, device: str, dtype: str, max_new_tokens: int, batch_size: int
     ) -> None:
         from ..models.loading import load_policy
+        from ..models.precision import round_
         from ..running.device import pick_device, pick_dtype
 
         place, _ = pick_device(device)
         model, self.tokenizer = load_policy(path, "--judge")
-        self.model = model.to(place, pick_dtype(dtype, place))
+        self.model = round_(model.to(place), pick_dtype(dtype, place))
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def _without_special_tokens(self, text: str) -> str:
