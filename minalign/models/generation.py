@@ -73,8 +73,7 @@ def generate(
         temperature: tau > 0.
         eos_token_ids: the end token, or all of them; the one drawn stays in the completion.
         pad_token_id: fills the columns after the end.
-        generator: source of the draws, on the model's device (of an Apple GPU on the CPU, which
-            has float64); None is torch's own.
+        generator: source of the draws, on the model's device; None is torch's own.
         uniforms: (B, max_new_tokens) float64 in [0, 1), the draws themselves, instead of a
             generator. What a row samples then depends on its own numbers alone, not on the rows
             beside it.
@@ -203,7 +202,7 @@ def draw_uniforms(
 ) -> torch.Tensor:
     """(rows, columns) float64 in [0, 1): all the chance that `generate` needs.
 
-    They lie, and so does the generator, on the device or where its float64 numbers are kept.
+    They and the generator lie where the device's float64 numbers are kept.
     """
     device = float64_device(device)
     return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
@@ -341,21 +340,17 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         ids = torch.tensor([[0, 1, 1]], device=model.device)
         plain = isinstance(head, torch.nn.Linear) and head.bias is None
         if plain := plain and model.base_model is not model:
-            read = []  # what the head is given
-            # Its logits are replaced by large ones: small ones pass through a softcap unchanged.
+            # The head's logits are replaced: a softcap, say, does nothing to small ones.
             large = torch.linspace(-1e3, 1e3, len(head.weight), device=ids.device).to(head.weight)
-
-            def replaced(head: torch.nn.Module, args: tuple, logits: torch.Tensor) -> torch.Tensor:
-                read.append(args[0])
-                return large.expand_as(logits)
-
-            with dropout_off(model), torch.autocast(model.device.type, enabled=False):
+            read = []
+            hook = head.register_forward_hook(
+                lambda _, args, logits: read.append(args[0]) or large.expand_as(logits)
+            )
+            with hook, dropout_off(model), torch.autocast(model.device.type, enabled=False):
                 hidden = model.base_model(input_ids=ids).last_hidden_state
-                with head.register_forward_hook(replaced):
-                    logits = model(input_ids=ids).logits
-            plain = len(read) == 1 and torch.equal(logits, large.expand_as(logits).to(logits))
-            near = 1e-3 * hidden.abs().max().item()
-            plain = plain and torch.allclose(read[0], hidden, rtol=1e-3, atol=near)
+                logits = model(input_ids=ids).logits
+            plain = torch.equal(logits, large.expand_as(logits).to(logits))
+            plain = plain and not (read[-1] - hidden).abs().max() > 1e-3 * hidden.abs().max()
         if not plain:
             print(
                 f"  note: {model.config.model_type} does more to its logits than the LM head's "

@@ -78,8 +78,7 @@ def load_policy(
     A missing pad token becomes the end token: harmless here, since masks go by position.
 
     Raises:
-        UserError: weights are missing, the tokenizer has no end token, or the model fails the trial
-            of `check_policy`.
+        UserError: weights or the end token are missing, or it fails the trial of `check_policy`.
     """
     model, tokenizer, missing = load_model(AutoModelForCausalLM, path, flag)
     require(

@@ -6,17 +6,6 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# What configs call the number of positions. max_position_embeddings is mostly an alias of theirs.
-CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",  # MPT
-    "max_sequence_length",
-    "model_max_length",
-    "max_target_positions",
-)
-
 
 def pad(
     rows: Sequence[list[int]], side: str, device: torch.device | str = "cpu"
@@ -73,9 +62,8 @@ def tokens_per_pass(model: PreTrainedModel) -> float:
 
     On a CPU, hidden states of 1 MiB: more of them leave its cache, cost memory, and are no faster.
     """
-    if model.device.type != "cpu":
-        return math.inf
-    return 2**18 // text_config(model.config).hidden_size
+    size = text_config(model.config).hidden_size
+    return 2**18 // size if model.device.type == "cpu" else math.inf
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -86,17 +74,17 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def context_of(config: PreTrainedConfig) -> int | None:
     """The most tokens that a model takes, prompt and completion; None where nothing limits them.
 
-    A longrope model has two sets of angles. A text beyond original_max_position_embeddings gives
-    all rows of its batch the second set, and makes the keys in a cache wrong: that length is the
-    context.
+    With longrope it is original_max_position_embeddings: one longer text gives all rows of its
+    batch other angles, and the keys in a cache keep their old ones.
 
     >>> from transformers import GPT2Config
     >>> context_of(GPT2Config(n_positions=8))
     8
     """
     config = text_config(config)
-    sizes = [getattr(config, name, None) for name in CONTEXT_NAMES]
-    sizes = [size for size in sizes if size][:1]
+    names = "max_position_embeddings n_positions n_ctx max_seq_len model_max_length".split()
+    names += ["max_sequence_length", "max_target_positions"]
+    sizes = [size for name in names if (size := getattr(config, name, None))][:1]
     rope = getattr(config, "rope_parameters", None) or {}
     for angles in (rope, *rope.values()):  # some have one entry for each kind of layer
         if isinstance(angles, dict) and angles.get("rope_type") == "longrope":

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from ..running.errors import UserError, is_out_of_memory
+from ..running.errors import UserError
 from .folders import first_line
 
 
@@ -29,13 +29,10 @@ def sampling_copy(policy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
 
 @torch.no_grad()
 def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Round a model's parameters, and its buffers only where it cannot run without.
+    """Round a model's parameters, and its buffers where it does not run without.
 
-    Rotary angles need float32: `model.to(torch.bfloat16)` would turn the 1000th token by radians.
-    But XGLM adds its buffer of positions to its activations.
-
-    Raises:
-        UserError: it runs neither way.
+    Rotary angles need float32: `model.to` would turn the 1000th token by radians. But XGLM adds a
+    buffer to its activations. UserError where it runs neither way.
     """
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
@@ -45,18 +42,14 @@ def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
             return model
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
             reason = first_line(error)
-    raise UserError(
-        f"--dtype bfloat16: a {model.config.model_type} model does not run in it ({reason}): use "
-        "--dtype float32"
-    )
+    family = model.config.model_type
+    raise UserError(f"--dtype: got a {family} model, which cannot run ({reason}): use float32")
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where the float64 numbers of a device are kept: an Apple GPU has none, its CPU does."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Where the float64 numbers of a device are kept: an Apple GPU has none, so the CPU."""
+    return torch.device("cpu") if torch.device(device).type == "mps" else device
 
 
 @torch.no_grad()

@@ -48,12 +48,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
+    if name == "auto" and device.type == "cuda":
         with torch.cuda.device(device) if device.index else contextlib.nullcontext():
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 return torch.bfloat16
         print("--dtype auto: this GPU has no bfloat16 of its own: float32")
-        return torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
