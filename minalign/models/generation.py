@@ -124,8 +124,6 @@ def generate(
             "one per row and token"
         )
     uniforms = uniforms.to(float64_device(input_ids.device))
-    columns = attention_mask.any(0)  # some layers take padding for tokens where there is one row
-    input_ids, attention_mask = input_ids[:, columns], attention_mask[:, columns]
     ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
     eos = torch.tensor(ends, device=input_ids.device)
 

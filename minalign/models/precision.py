@@ -29,10 +29,9 @@ def sampling_copy(policy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
 
 @torch.no_grad()
 def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Round a model's parameters, and its buffers where it does not run without.
+    """Round a model's parameters in place, and its buffers where it does not run without (XGLM).
 
-    Rotary angles need float32: `model.to` would turn the 1000th token by radians. But XGLM adds a
-    buffer to its activations. UserError where it runs neither way.
+    Rotary angles need float32: `model.to` would turn the 1000th token by radians.
     """
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
@@ -44,7 +43,7 @@ def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         except RuntimeError as error:
             reason = first_line(error)
     family = model.config.model_type
-    raise UserError(f"--dtype: got a {family} model, which cannot run ({reason}): use float32")
+    raise UserError(f"--dtype: a {family} model does not run in {dtype} ({reason}): use float32")
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -14,16 +14,12 @@ WAY_OUT = "take a decoder with a key-value cache, such as Llama, Qwen or GPT-2"
 def check_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Sample from three short prompts, and hold the log-probs to passes over one bare row each.
 
-    Families differ in what they do with padding, positions and caches. What they do not know they
-    ignore in silence: only numbers show it. float32 is off by 1e-5 nats, 1e-3 are allowed. A second
+    Families differ in what they do with padding, positions and caches, and ignore in silence what
+    they do not know: only numbers show it. float32 is off by 1e-5 nats, 1e-3 are allowed. A second
     try decides, since a router's tie may fall either way.
 
-    Args:
-        model: in float32, with dropout off.
-        name: how the model was named, for errors.
     Raises:
-        UserError: the model cannot be sampled from, its log-probs are not those of its plain pass,
-            or they are not finite.
+        UserError: it cannot be sampled from, or log-probs differ or are not finite.
     """
     who = f"{name}: got a {model.config.model_type} model, which"
     for seed in range(2):
@@ -41,10 +37,9 @@ def check_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nam
             )
         if torch.allclose(ours, plain.expand_as(ours), rtol=1e-3, atol=1e-3):
             return
-    gap = (ours - plain).abs().max()
+    gap = f"by {(ours - plain).abs().max():.2g} nats"
     raise UserError(
-        f"{who} gives other log-probs beside padding or with a cache than alone (by {gap:.2g} "
-        f"nats): {WAY_OUT}"
+        f"{who} scores otherwise with padding and a cache than alone ({gap}): {WAY_OUT}"
     )
 
 

@@ -163,20 +163,6 @@ def test_samples_and_their_log_probs_are_those_of_bare_passes(family):
     assert_samples_are_those_of_bare_passes(make(family))
 
 
-def test_one_row_padded_by_hand_samples_as_without_padding():
-    """Of one row alone, transformers' Mamba layers take padding for tokens."""
-    model, (ids, mask, _) = make("falcon_h1"), batch((5, 5))
-    wide = [torch.nn.functional.pad(x[:1], (4, 0)) for x in (ids, mask)]
-    uniforms = torch.rand(1, 6, dtype=torch.double)
-    how = dict(max_new_tokens=6, temperature=1.0, eos_token_ids=[], pad_token_id=0)
-    drawn = [
-        rollout.generate(model, *rows, uniforms=uniforms, **how)
-        for rows in (wide, (ids[:1], mask[:1]))
-    ]
-    assert torch.equal(drawn[0].tokens, drawn[1].tokens)
-    torch.testing.assert_close(drawn[0].logprobs, drawn[1].logprobs)
-
-
 # --- the trial at load
 
 
@@ -345,7 +331,7 @@ def test_a_composite_model_says_how_many_tokens_a_pass_takes():
 
 
 @pytest.mark.parametrize(
-    "family", ids_of("M8", "xglm", "ctrl") + ids_of("works", "llama", slow=["gptj", "falcon_h1"])
+    "family", ids_of("M8", "xglm") + ids_of("works", "llama", slow=["ctrl", "gptj", "falcon_h1"])
 )
 def test_the_rounded_copy_samples(family):
     model, (ids, mask, _) = make(family, deviation=0.1), batch()
