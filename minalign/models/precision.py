@@ -43,7 +43,7 @@ def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
         except RuntimeError as error:
             reason = first_line(error)
     family = model.config.model_type
-    raise UserError(f"--dtype: a {family} model does not run in {dtype} ({reason}): use float32")
+    raise UserError(f"--dtype: a {family} model does not run in bfloat16 ({reason}): use float32")
 
 
 def float64_device(device: torch.device) -> torch.device:
