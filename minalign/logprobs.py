@@ -176,7 +176,7 @@ def token_logprobs_from_hidden(
             return hidden_grad, weight_grad, None, None
 
     known = None
-    if known_grad is not None and torch.is_grad_enabled():
+    if known_grad is not None and known_grad.numel() and torch.is_grad_enabled():
         known = known_grad.flatten().float()
     # Autocast would take the products to bfloat16.
     with torch.autocast(hidden.device.type, enabled=False):

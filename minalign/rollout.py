@@ -25,6 +25,7 @@ from .models.generation import (
     has_plain_head,
 )
 from .models.padding import pad
+from .models.precision import float64_device
 
 __all__ = [
     "Rollout",
@@ -86,9 +87,9 @@ def sample(
             positions = position_ids_from_mask(real)
             logits = model(input_ids=ids, attention_mask=real.long(), position_ids=positions).logits
             logprobs = (logits[:, -1].float() / temperature).log_softmax(1)  # (B, V)
-            cdf = logprobs.double().exp().cumsum(1)
+            cdf = logprobs.to(uniform.device).double().exp().cumsum(1)
             drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(1).clamp(max=cdf.shape[1] - 1)
-            drawn = drawn.masked_fill(~running, 0)
+            drawn = drawn.to(ids.device).masked_fill(~running, 0)
             ids = torch.cat([ids, drawn[:, None]], 1)
             real = torch.cat([real, running[:, None]], 1)
             running = running & ~torch.isin(drawn, ends)
@@ -162,7 +163,7 @@ def sample_completions(
         completions: ids of each, without its end token.
         ended: which of them ended by themselves.
     """
-    generator = torch.Generator(policy.device).manual_seed(seed)
+    generator = torch.Generator(float64_device(policy.device)).manual_seed(seed)
     uniforms = draw_uniforms(len(prompts), max_new_tokens, policy.device, generator)
     batches, completions, ended = [], [], []
     for i in range(0, len(prompts), batch_size):

@@ -15,6 +15,7 @@ from .data.chat import TokenizedPrompt, wants_chat
 from .data.prompts import beginning, load_prompts, parse_span, tokenize_prompts
 from .data.splits import Split
 from .models.loading import end_token_ids, load_policy
+from .models.padding import context_of
 from .models.precision import autocast
 from .models.rewards import RewardFunction, RewardSum, load_rewards, standardised_sum
 from .reward import RewardModel
@@ -128,7 +129,7 @@ def prompt_limit(start: torch.nn.Module, models: Sequence[RewardModel], flags: T
 
     --max-prompt-tokens may lower it. UserError where there is no room.
     """
-    contexts = [getattr(start.config, "max_position_embeddings", None)]
+    contexts = [context_of(start.config)]
     contexts += [model.context - 2 for model in models]  # an end token, a line break
     context = min((context for context in contexts if context), default=10**9)
     require(

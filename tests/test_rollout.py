@@ -580,8 +580,9 @@ def test_only_a_gpu_and_plain_layers_decode_with_fixed_shapes():
     assert not can_be_fixed(model, cache)
 
     def on_gpu(model):
-        device = torch.device("cuda")
-        return SimpleNamespace(device=device, config=model.config, forward=model.forward)
+        names = ("config", "forward", "_can_compile_fullgraph")
+        parts = {name: getattr(model, name) for name in names}
+        return SimpleNamespace(device=torch.device("cuda"), **parts)
 
     assert can_be_fixed(on_gpu(model), cache)
     # Bloom's positions come from a mask of two dimensions.

@@ -21,13 +21,13 @@ def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> f
     >>> expected_calibration_error(torch.tensor([0.75, 0.75, 0.75, 0.25]))
     0.0
     """
-    probabilities = probabilities.double()
+    probabilities = probabilities.cpu().double()
     confidence = torch.maximum(probabilities, 1 - probabilities)
     correct = (probabilities > 0.5) + 0.5 * (probabilities == 0.5)
     bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.double, device=probabilities.device)
+    gaps = torch.zeros(bins, dtype=torch.double)
     gaps.index_add_(0, bin_of, correct - confidence)  # n_b (accuracy_b - confidence_b)
-    return gaps.abs().sum().item() / len(probabilities)
+    return (gaps.abs().sum() / len(probabilities)).item()
 
 
 def evaluate_pairs(

@@ -70,6 +70,8 @@ class PreallocatedLayer(DynamicLayer):
         self.buffers = [buffer[indices] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
+    reorder_cache = batch_select_indices
+
 
 def preallocated_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
     """A DynamicCache with room for `capacity` columns.
@@ -88,9 +90,12 @@ def can_be_fixed(model: PreTrainedModel, cache: DynamicCache) -> bool:
     """Whether `decode_fixed` is worth it and possible.
 
     It is on CUDA, where every layer has a buffer, attention adds a mask of our own, and positions
-    are given, not counted from that mask (as ALiBi's are).
+    are given, not counted from that mask (as ALiBi's are). Some families compute a mask from the
+    length of the cache (GPT-Neo's windows) or ask the host in a step: transformers says so.
     """
     if model.device.type != "cuda" or model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    if not model._can_compile_fullgraph:
         return False
     buffers = all(type(layer) is PreallocatedLayer for layer in cache.layers)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -183,13 +188,13 @@ def draw(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
     Args:
         logprobs: (N, V), nats.
-        uniform: (N, 1) float64 in [0, 1).
+        uniform: (N, 1) float64 in [0, 1); where it lies, it is computed.
     Returns:
         (N, 1) long.
     """
-    cdf = logprobs.double().exp().cumsum(1)
+    cdf = logprobs.to(uniform.device).double().exp().cumsum(1)
     drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-    return drawn.clamp(max=logprobs.shape[1] - 1)
+    return drawn.clamp(max=logprobs.shape[1] - 1).to(logprobs.device)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
 from .decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
-from .padding import length_parts, tokens_per_pass
+from .padding import context_of, length_parts, tokens_per_pass
+from .precision import float64_device
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def generate(
         raise ValueError(
             f"got max_new_tokens={max_new_tokens}, temperature={temperature}, expected >= 1 and > 0"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     longest = int(attention_mask.sum(1).max())
     if context and longest + max_new_tokens > context:
         raise ValueError(
@@ -122,6 +123,7 @@ def generate(
             f"got uniforms {tuple(uniforms.shape)}, expected {(len(input_ids), max_new_tokens)}: "
             "one per row and token"
         )
+    uniforms = uniforms.to(float64_device(input_ids.device))
     ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
     eos = torch.tensor(ends, device=input_ids.device)
 
@@ -140,7 +142,9 @@ def generate(
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     logprobs = torch.zeros_like(tokens, dtype=torch.float32)
     # With dropout, the samples would be those of another policy.
-    with dropout_off(model), packed_linears(model):
+    # Packing costs the time of two tokens, and the weights' memory.
+    packed = packed_linears(model) if max_new_tokens > 4 else contextlib.nullcontext()
+    with dropout_off(model), packed:
         for t in range(max_new_tokens):
             output = model(
                 input_ids=next_ids,
@@ -158,10 +162,10 @@ def generate(
                 )
             logits, positions = output.logits[:, -1], next_positions[:, -1:]
             if t == 0:  # from the different prompts to the rows of the batch
-                cache.batch_select_indices(prompt_of)
+                cache.reorder_cache(prompt_of)
                 logits, positions = logits[prompt_of], positions[prompt_of]
             distribution = (logits.float() / temperature).log_softmax(1)  # (rows, V)
-            drawn = draw(distribution, uniforms[rows, t, None])  # (rows, 1)
+            drawn = draw(distribution, uniforms[rows.to(uniforms.device), t, None])  # (rows, 1)
             tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
             mask[rows, t] = running
             logprobs[rows, t] = distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0)
@@ -185,7 +189,7 @@ def generate(
                 rows, next_ids, next_positions, attention_mask = (
                     x[running] for x in (rows, next_ids, next_positions, attention_mask)
                 )
-                cache.batch_select_indices(running.nonzero().squeeze(1))
+                cache.reorder_cache(running.nonzero().squeeze(1))
                 running = running[running]
     length = int(mask.any(0).sum())  # of the longest completion
     return Rollout(tokens[:, :length], mask[:, :length], logprobs[:, :length])
@@ -194,7 +198,11 @@ def generate(
 def draw_uniforms(
     rows: int, columns: int, device: torch.device, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """(rows, columns) float64 in [0, 1): all the chance that `generate` needs."""
+    """(rows, columns) float64 in [0, 1): all the chance that `generate` needs.
+
+    They and the generator lie where the device's float64 numbers are kept.
+    """
+    device = float64_device(device)
     return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
 
 
@@ -229,7 +237,7 @@ def completion_logits(
     inputs = _inputs(input_ids, attention_mask, tokens, mask)
     with dropout_off(model):
         logits = model(**inputs, logits_to_keep=tokens.shape[1] + 1).logits  # (B, T + 1, V)
-    return logits[:, :-1]
+    return logits[:, -tokens.shape[1] - 1 : -1]  # some models keep all of them
 
 
 def _inputs(
@@ -329,12 +337,18 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         head = model.get_output_embeddings()
         ids = torch.tensor([[0, 1, 1]], device=model.device)
         plain = isinstance(head, torch.nn.Linear) and head.bias is None
-        if plain:
-            with dropout_off(model), torch.autocast(model.device.type, enabled=False):
+        if plain := plain and model.base_model is not model:
+            # The head's logits are replaced: a softcap, say, does nothing to small ones.
+            large = torch.linspace(-1e3, 1e3, len(head.weight), device=ids.device).to(head.weight)
+            read = []
+            hook = head.register_forward_hook(
+                lambda _, args, logits: read.append(args[0]) or large.expand_as(logits)
+            )
+            with hook, dropout_off(model), torch.autocast(model.device.type, enabled=False):
                 hidden = model.base_model(input_ids=ids).last_hidden_state
                 logits = model(input_ids=ids).logits
-                atol = 1e-3 * logits.abs().max().item()
-                plain = torch.allclose(hidden @ head.weight.T, logits, rtol=1e-3, atol=atol)
+            plain = torch.equal(logits, large.expand_as(logits).to(logits))
+            plain = plain and not (read[-1] - hidden).abs().max() > 1e-3 * hidden.abs().max()
         if not plain:
             print(
                 f"  note: {model.config.model_type} does more to its logits than the LM head's "

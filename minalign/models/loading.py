@@ -16,6 +16,7 @@ from ..data.chat import require_templates
 from ..running.errors import UserError, require
 from .folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter
+from .probe import check_policy
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
@@ -79,7 +80,7 @@ def load_policy(
     A missing pad token becomes the end token: harmless here, since masks go by position.
 
     Raises:
-        UserError: weights are missing, or the tokenizer has no end token.
+        UserError: weights or the end token are missing, or it fails the trial of `check_policy`.
     """
     model, tokenizer, missing = load_model(AutoModelForCausalLM, path, flag)
     require(
@@ -94,6 +95,7 @@ def load_policy(
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_policy(model, tokenizer, f"{flag} {path}")
     return model, tokenizer
 
 

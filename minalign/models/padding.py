@@ -1,10 +1,10 @@
-"""Rows of token ids -> tensors: padding, and parts of like length."""
+"""Rows of token ids -> tensors: padding, parts of like length, and how long a row may be."""
 
 import math
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def pad(
@@ -62,4 +62,31 @@ def tokens_per_pass(model: PreTrainedModel) -> float:
 
     On a CPU, hidden states of 1 MiB: more of them leave its cache, cost memory, and are no faster.
     """
-    return 2**18 // model.config.hidden_size if model.device.type == "cpu" else math.inf
+    size = text_config(model.config).hidden_size
+    return 2**18 // size if model.device.type == "cpu" else math.inf
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a model's config that describes its language model (of Gemma 3, an inner one)."""
+    return config.get_text_config()
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The most tokens that a model takes, prompt and completion; None where nothing limits them.
+
+    With longrope it is original_max_position_embeddings: one longer text gives all rows of its
+    batch other angles, and the keys in a cache keep their old ones.
+
+    >>> from transformers import GPT2Config
+    >>> context_of(GPT2Config(n_positions=8))
+    8
+    """
+    config = text_config(config)
+    names = "max_position_embeddings n_positions n_ctx max_seq_len model_max_length".split()
+    names += ["max_sequence_length", "max_target_positions"]
+    sizes = [size for name in names if (size := getattr(config, name, None))][:1]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for angles in (rope, *rope.values()):  # some have one entry for each kind of layer
+        if isinstance(angles, dict) and angles.get("rope_type") == "longrope":
+            sizes.append(angles["original_max_position_embeddings"])
+    return min(sizes, default=None)

@@ -4,6 +4,9 @@ import copy
 
 import torch
 
+from ..running.errors import UserError
+from .folders import first_line
+
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Autocast to `dtype`; off for float32.
@@ -21,10 +24,31 @@ def sampling_copy(policy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Modul
     """
     if dtype == torch.float32:
         return policy
-    copied = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in copied.parameters():  # not the buffers: rotary angles need float32
-        parameter.data = parameter.data.to(dtype)
-    return copied
+    return round_(copy.deepcopy(policy).requires_grad_(False), dtype)
+
+
+@torch.no_grad()
+def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Round a model's parameters in place, and its buffers where it does not run without (XGLM).
+
+    Rotary angles need float32: `model.to` would turn the 1000th token by radians.
+    """
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+            return model
+        except RuntimeError as error:
+            reason = first_line(error)
+    family = model.config.model_type
+    raise UserError(f"--dtype: a {family} model does not run in bfloat16 ({reason}): use float32")
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where the float64 numbers of a device are kept: an Apple GPU has none, so the CPU."""
+    return torch.device("cpu") if torch.device(device).type == "mps" else device
 
 
 @torch.no_grad()

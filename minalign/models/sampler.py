@@ -86,7 +86,8 @@ class Sampler:
         self.policy, self.eos_token_ids, self.config = policy, eos_token_ids, config
         self.dtype, self.mine = dtype, mine
         self.copy = precision.sampling_copy(policy, dtype)
-        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        device = precision.float64_device(policy.device)
+        self.generator = torch.Generator(device).manual_seed(config.seed)
 
     @property
     def rounded(self) -> bool:

@@ -43,11 +43,12 @@ class LocalJudge:
         self, path: str, device: str, dtype: str, max_new_tokens: int, batch_size: int
     ) -> None:
         from ..models.loading import load_policy
+        from ..models.precision import round_
         from ..running.device import pick_device, pick_dtype
 
         place, _ = pick_device(device)
         model, self.tokenizer = load_policy(path, "--judge")
-        self.model = model.to(place, pick_dtype(dtype, place))
+        self.model = round_(model.to(place), pick_dtype(dtype, place))
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def _without_special_tokens(self, text: str) -> str:
@@ -66,13 +67,14 @@ class LocalJudge:
         """(number of a question, its reply). A question longer than the context fails."""
         from ..data.chat import decode_parts, encode_prompt
         from ..models.loading import end_token_ids
+        from ..models.padding import context_of
         from ..rollout import sample_completions
 
         rows = []
         for question in questions:
             message = {"role": "user", "content": self._without_special_tokens(question)}
             rows.append(encode_prompt(self.tokenizer, [message]))
-        context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        context = context_of(self.model.config) or 10**9
         fitting = [i for i, ids in enumerate(rows) if len(ids) + self.max_new_tokens <= context]
         for i in sorted(set(range(len(rows))) - set(fitting)):
             limit = f"the judge's context of {context}"

@@ -125,6 +125,7 @@ def load_policies(
         UserError: one cannot be compared with the start policy.
     """
     from ..models.loading import load_policy
+    from ..models.padding import context_of
 
     longest = max(len(prompt.ids) for prompt in task.eval_prompts) + config.max_new_tokens
     for name in tqdm(config.model, desc="policies", unit="policy", leave=False):
@@ -133,7 +134,7 @@ def load_policies(
             tokenizer.get_vocab() == task.tokenizer.get_vocab(),
             f"--model {name}: its vocabulary is not that of --start: a KL needs the same tokens",
         )
-        context = getattr(policy.config, "max_position_embeddings", None) or longest
+        context = context_of(policy.config) or longest
         require(
             longest <= context,
             f"--model {name}: a context of {context} tokens, {longest} are needed: lower "

@@ -22,6 +22,7 @@ from ..data.columns import Dropped, read_prompt
 from ..data.prompts import tokenize
 from ..data.rows import read_rows
 from ..models.loading import end_token_ids, load_policy
+from ..models.padding import context_of
 from ..models.precision import autocast
 from ..models.rewards import load_rewards
 from ..rollout import sample_completions
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         asked = [p for p in prompts for _ in range(config.samples)]
         rows = [tokenize(tokenizer, prompt) for prompt in asked]
         longest = max(len(row.ids) for row in rows)
-        room = (getattr(policy.config, "max_position_embeddings", None) or 10**9) - longest
+        room = (context_of(policy.config) or 10**9) - longest
         require(
             room > 0,
             f"a prompt of {longest} tokens: fills the context of {config.model}: shorten it",

@@ -217,6 +217,7 @@ def sample(
     """
     from ..data.chat import decode_parts, encode_prompt, note_special_tokens, wants_chat
     from ..models.loading import end_token_ids, load_policy
+    from ..models.padding import context_of
     from ..models.precision import autocast
     from ..rollout import sample_completions
 
@@ -226,7 +227,7 @@ def sample(
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
     rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows_of_ids))
-    context = getattr(policy.config, "max_position_embeddings", None)
+    context = context_of(policy.config)
     require(
         not context or longest + config.max_new_tokens <= context,
         f"{flag_name} {path}: prompts of up to {longest} tokens and --max-new-tokens "

@@ -151,7 +151,7 @@ def test_a_device_that_is_not_there_is_refused(name):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_precision_is_bfloat16_where_cuda_has_it(able, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert pick_dtype("auto", cpu) == pick_dtype("float32", cuda) == torch.float32
     assert pick_dtype("auto", cuda) == (torch.bfloat16 if able else torch.float32)
