@@ -1,72 +1,163 @@
 """Language models and tokenizers: loaded in float32, and saved."""
 
+import contextlib
+import importlib.util
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
-from ..running.errors import UserError, require
-from .folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
+from ..running.errors import UserError, is_out_of_memory, require
+from .folders import atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
 
+# Buffers in checkpoints of before: models compute them.
+COMPUTED = re.compile(
+    r"(inv_freq|position_ids|masked_bias|causal_mask|attn\.bias|attention\.bias|_cached)$"
+)
+
+# Parts that texts do not need, and other heads. They are named in a line.
+SPARE = re.compile(r"(model\.)?(lm_head|embed_out|v_head|mtp|visual|vision|audio|multi_modal)")
+
+READ_AS_JSON = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+
 
 def load_model(
     kind: type, path: str, flag: str, **options: object
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str], set[str]]:
     """A model of an Auto class and its tokenizer, in float32, with dropout off.
 
     float32 whatever the checkpoint holds: in bfloat16 most updates of 1e-6 round to nothing.
     Adapters in PEFT's files are added to the weights of their base model. Code in a checkpoint is
-    never run, and a pickle only read as weights.
+    never run, a pickle only read as weights, and the way to compute attention never taken from it.
 
     Args:
-        kind: the Auto class.
+        kind: the Auto class. The number of a classifier's labels is that of its head.
         path: a run, a folder or a hub id.
         flag: the command-line flag that named it, for errors.
-        options: for `kind.from_pretrained`.
+        options: for the model's config.
     Returns:
-        The model, the tokenizer, and the names of the weights that the checkpoint lacks.
+        The model, the tokenizer, the names of the weights that the checkpoint lacks, and of those
+        that the model does not take.
     Raises:
-        UserError: something cannot be loaded, or the tokenizer has tokens that the model does not
-            know. The message begins with `flag`.
+        UserError: something cannot be loaded, a weight has another shape or is not finite, or the
+            tokenizer has plain tokens that the model does not know. The message begins with `flag`.
     """
-    folder = model_folder(path)
-    try:
-        base, adapters = folder, []
+    where = f"{flag} {path}"
+    folders = [model_folder(path)]
+    with one_line(where, folders[0], "adapter_config.json"):
         # Adapters may be of a model that is adapters itself.
-        while (config := Path(base) / "adapter_config.json").is_file():
-            if base in adapters:
+        while (file := Path(folders[-1]) / "adapter_config.json").is_file():
+            named = json.loads(file.read_text())["base_model_name_or_path"]
+            beside = os.path.join(folders[-1], named)
+            base = model_folder(beside if not os.path.isdir(named) else named)
+            base = base if os.path.isdir(base) else named
+            if base in folders:
                 raise ValueError(f"{base} is an adapter of itself")
-            adapters.insert(0, base)
-            base = model_folder(json.loads(config.read_text())["base_model_name_or_path"])
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            folders.append(base)
+    *adapters, base = folders
+    place = f"{where}: its base model {base}" if adapters else where
+    safe = {"trust_remote_code": False, "local_files_only": _is_local(base, place)}
+
+    with one_line(place, base, "config.json"):
+        config = AutoConfig.from_pretrained(base, **safe, **options)
+        config._attn_implementation = config._experts_implementation = None
+        heads = " ".join(config.architectures or [])
+        if kind is AutoModelForSequenceClassification:
+            require(
+                not re.search("TokenClassification|MultipleChoice", heads),
+                f"{where}: a {heads}, whose head does not score a text: expected a sequence "
+                "classifier",
+            )
+    with one_line(where, folders[0], "the tokenizer"):
+        source = next(filter(_has_tokenizer, folders), None)
+        require(source is not None, f"{where}: no tokenizer in {folders[0]}: put one there")
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    with one_line(place, base, "the weights"):
         model, report = kind.from_pretrained(
-            base, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+            base,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # an error of transformers names none
+            output_loading_info=True,
+            **safe,
         )
-        missing = set(report["missing_keys"])
-        for adapter in adapters:  # the innermost first
-            missing -= load_adapter_(model, adapter)
-    except LOADING_ERRORS as error:
-        raise UserError(f"{flag} {path}: cannot be loaded: {_reason(error)}") from error
-    known = model.get_input_embeddings().num_embeddings
-    unknown = {token for token, i in tokenizer.get_vocab().items() if i >= known}
-    unknown = sorted(unknown - {tokenizer.pad_token})  # a pad is masked, and never looked up
+        known = model.get_input_embeddings().num_embeddings
+        others = {name: (got, want) for name, got, want in report["mismatched_keys"]}
+        labels = {got[0] for name, (got, _) in others.items() if not _in_body(model, name)}
+        if others and kind is AutoModelForSequenceClassification and "num_labels" not in options:
+            if len(labels) == 1 and not any(_in_body(model, name) for name in others):
+                return load_model(kind, path, flag, num_labels=labels.pop(), **options)
+    missing = set(report["missing_keys"])
+    with one_line(where, folders[0], "the adapters"):
+        for adapter in reversed(adapters):  # the innermost first
+            brought = load_adapter_(model, adapter)
+            missing -= brought
+            others = {name: shapes for name, shapes in others.items() if name not in brought}
+    for name, (got, want) in others.items():
+        raise UserError(
+            f"{where}: cannot be loaded: {name} is {_by(got)} in the checkpoint and {_by(want)} "
+            f"in a {type(model).__name__} of its config"
+        )
+    for name, weight in model.named_parameters():
+        require(
+            bool(weight.sum().isfinite() or weight.isfinite().all()),
+            f"{where}: {name} holds NaN or infinity: a broken checkpoint",
+        )
+    unknown = {token: i for token, i in vocabulary.items() if i >= known}
+    unknown.pop(tokenizer.pad_token, None)  # a pad is masked, and never looked up
     require(
-        not unknown,
-        f"{flag} {path}: the tokenizer has {len(unknown)} tokens that the model has no embedding "
-        f"for ({unknown[:1]}): the two do not belong together",
+        unknown.keys() <= added.keys(),
+        f"{where}: the tokenizer has {len(unknown)} tokens that the model has no embedding "
+        f"for ({[t for t in unknown if t not in added][:1]}): the two do not belong together",
     )
-    return model.eval(), tokenizer, missing
+    if unknown:
+        print(f"note: {where}: without an embedding, so no text may hold it: {', '.join(unknown)}")
+        _refuse_tokens(model, {i: token for token, i in unknown.items()}, where)
+    unused = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
+    return model.eval(), tokenizer, missing, unused
+
+
+def require_all_used(where: str, model: PreTrainedModel, unused: set[str]) -> None:
+    """Name the parts of a checkpoint that texts do not need; UserError for any other."""
+    named = ", ".join(sorted(unused)[:3])
+    require(
+        all(SPARE.match(name) for name in unused),
+        f"{where}: {named}: a {type(model).__name__} has no such weights, so it is another kind of "
+        f"model ({', '.join(model.config.architectures or ['of no known architecture'])})",
+    )
+    if unused:
+        print(f"note: {where}: not used: {named}{' ...' if len(unused) > 3 else ''}")
 
 
 def load_policy(
@@ -77,17 +168,20 @@ def load_policy(
     A missing pad token becomes the end token: harmless here, since masks go by position.
 
     Raises:
-        UserError: weights are missing, or the tokenizer has no end token.
+        UserError: weights are missing or of another kind of model, or the tokenizer has no end
+            token.
     """
-    model, tokenizer, missing = load_model(AutoModelForCausalLM, path, flag)
+    where = f"{flag} {path}"
+    model, tokenizer, missing, unused = load_model(AutoModelForCausalLM, path, flag)
     require(
         not missing,
-        f"{flag} {path}: weights missing: {', '.join(sorted(missing)[:3])}: not a causal language "
+        f"{where}: weights missing: {', '.join(sorted(missing)[:3])}: not a causal language "
         "model, or a broken checkpoint",
     )
+    require_all_used(where, model, unused)
     require(
         tokenizer.eos_token_id is not None,
-        f"{flag} {path}: the tokenizer has no end token, so no completion could end: set eos_token "
+        f"{where}: the tokenizer has no end token, so no completion could end: set eos_token "
         "(and pad_token) in its tokenizer_config.json",
     )
     if tokenizer.pad_token_id is None:
@@ -128,13 +222,129 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({tokenizer.eos_token_id, *named})
 
 
-def _reason(error: Exception) -> str:
-    reason = first_line(error)
-    if "trust_remote_code" in str(error):
+@contextlib.contextmanager
+def one_line(where: str, folder: str, part: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a UserError that names the model and the file at fault.
+
+    Args:
+        where: what the message begins with: the flag and its value.
+        folder: where the files are.
+        part: what is read, where no file can be found to be broken.
+    Raises:
+        UserError: anything but Ctrl-C and running out of memory.
+    """
+    try:
+        yield
+    except BaseException as error:  # the panics of tokenizers are not Exceptions
+        named = isinstance(error, UserError) and str(error).startswith(where)
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+        if named or stopped or is_out_of_memory(error):
+            raise
+        raise UserError(f"{where}: cannot be loaded: {_reason(error, folder, part)}") from error
+
+
+def _reason(error: BaseException, folder: str, part: str) -> str:
+    """What is true of an error in loading, in one line."""
+    reason, text = first_line(error).rstrip("."), str(error)
+    if isinstance(error, UserError):
+        return reason
+    if "trust_remote_code" in text:
         return (
             "it needs code of its own, which is never run: take a model that transformers itself "
             "knows"
         )
-    if "couldn't connect" in reason or "not a local folder" in reason or "Hub" in reason:
-        return f"{reason.rstrip('.')}: without a network, give the folder of a local copy"
-    return reason
+    if not os.path.isdir(folder):
+        return f"{reason}: without a network, give the folder of a local copy"
+    if broken := _broken_file(Path(folder)):
+        return broken
+    if part == "config.json" and not (Path(folder) / part).is_file():
+        return f"no config.json in {folder}"
+    models = [] if (Path(folder) / "tokenizer.json").is_file() else Path(folder).glob("*.model")
+    lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    for file in models if lacking and part == "the tokenizer" else ():
+        if file.read_bytes()[:1] == b"\n":  # a protobuf, where tiktoken's files are text
+            return f"{file.name} needs sentencepiece and protobuf: pip install both"
+    return f"{part}: {reason}"
+
+
+def _broken_file(folder: Path) -> str:
+    """The first file of a model's folder that cannot be what its name says, and why; else ""."""
+    for file in sorted(filter(Path.is_file, folder.iterdir())):
+        try:
+            with file.open("rb") as opened:
+                if opened.read(30).startswith(b"version https://git-lfs"):
+                    return f"{file.name} is a git-lfs pointer: git lfs pull"
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            if file.name in READ_AS_JSON:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    return f"{file.name}: got {str(content):.30}, expected a JSON object"
+        except Exception as error:  # whatever a reader makes of a broken file
+            return f"{file.name}: {first_line(error)}"
+    return ""
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # google itself
+        return False
+
+
+def _is_local(name: str, where: str) -> bool:
+    """Whether a model is to be looked for on this machine alone.
+
+    Raises:
+        UserError: it is not here, and no hub can have it.
+    """
+    if os.path.isdir(name):
+        return True
+    first = name.split("/")[0]
+    reason = "there is no such folder"
+    try:
+        validate_repo_id(name)
+        if first == name or not os.path.isdir(first):
+            reason = ""
+    except HFValidationError:
+        pass
+    if os.path.exists(name):
+        reason = "a file: expected the folder that it is in"
+    require(not reason, f"{where}: cannot be loaded: {reason}")
+    try:  # once, where transformers would try for a minute
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the network says
+        return True
+    return False
+
+
+def _has_tokenizer(folder: str) -> bool:
+    """Whether a folder has files of a tokenizer; a hub id is taken to have them."""
+    patterns = ("tokenizer*", "vocab*", "*.model")
+    return not os.path.isdir(folder) or any(any(Path(folder).glob(each)) for each in patterns)
+
+
+def _in_body(model: PreTrainedModel, name: str) -> bool:
+    return name.startswith(f"{model.base_model_prefix}.")
+
+
+def _by(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _refuse_tokens(model: PreTrainedModel, tokens: dict[int, str], where: str) -> None:
+    """Let a text with one of these tokens end in one line, where its embedding is looked up."""
+
+    def look(embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        ids = inputs[0]
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # sampled ids, of which every one has an embedding
+        largest = int(ids.max())
+        require(
+            largest < embedding.num_embeddings,
+            f"{where}: a text holds {tokens.get(largest, largest)}, for which the model has no "
+            "embedding: remove it from the data",
+        )
+
+    model.get_input_embeddings().register_forward_pre_hook(look)
