@@ -28,10 +28,16 @@ from .models.folders import model_folder
 from .models.loading import load_model, one_line, require_all_used
 from .models.lora import adapter_labels, dense_state, lora_layers, save_adapter
 from .models.padding import context_of, length_parts, pad, text_config, tokens_per_pass
-from .running.errors import UserError, require
+from .running.errors import require
 
 if typing.TYPE_CHECKING:
     from .data.pairs import Example
+
+
+NUMBER = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")  # of a label's name
+
+SIDES = {"very negative": -2, "negative": -1, "neg": -1, "neutral": 0, "neu": 0}
+SIDES |= {"positive": 1, "pos": 1, "very positive": 2}
 
 
 class Scores(NamedTuple):
@@ -95,25 +101,24 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.num_labels = model.config.num_labels
         self.order = label_order(model.config)
-        context = context_of(model.config)
-        self.context = context or tokenizer.model_max_length
+        context = context_of(model.config) or 0
+        positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", 0)
+        if getattr(positions, "padding_idx", None) is not None:
+            context -= positions.padding_idx + 1  # RoBERTa's begin behind that of padding
+        self.context = context if context > 0 else tokenizer.model_max_length  # XLNet's is -1
         # A decoder's linear head is read at the last token here. Other heads pool by themselves.
         self.plain_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
-        self.padding_side, config = "right", text_config(model.config)
         if not self.plain_head:
             self.context = min(self.context, tokenizer.model_max_length)
-            for module in model.base_model.modules():
-                # RoBERTa's positions begin behind that of padding.
-                if isinstance(module, torch.nn.Embedding) and module.num_embeddings == context:
-                    if module is not model.get_input_embeddings() and module.padding_idx:
-                        self.context = min(self.context, context - module.padding_idx - 1)
-            if config.pad_token_id is None:
-                config.pad_token_id = tokenizer.pad_token_id
-            # bfloat16 scores tie, so heads stay in float32.
-            for head in set(model.children()) - {model.base_model}:
-                head.forward = functools.partial(in_float32, head.forward)
-        # Some find the end of a text by this id, so it must be what fills up.
-        self.pad_token_id = max(0, getattr(config, "pad_token_id", None) or 0)
+        # bfloat16 scores tie, so heads stay in float32.
+        for head in set(model.children()) - {model.base_model}:
+            head.forward = functools.partial(in_float32, head.forward)
+        config = text_config(model.config)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        # Some heads find the end of a text by this id, so it must be what fills up.
+        self.pad_token_id = max(0, config.pad_token_id or 0)
+        self.padding_side, self.together = "right", True  # until `try_out` finds otherwise
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -126,7 +131,7 @@ class RewardModel:
             UserError: it cannot be loaded, or has no trained head.
         """
         where, folder = f"--rm {path}", model_folder(path)
-        with one_line(where, folder, "the model"):
+        with one_line(where, folder, "its first pass"):
             labels = adapter_labels(folder)
             options = {} if labels is None else {"num_labels": labels, "problem_type": None}
             model, tokenizer, missing, unused = load_model(
@@ -161,7 +166,7 @@ class RewardModel:
             UserError: it cannot be loaded, or weights of the body are missing or left over.
         """
         where, options = f"--model {path}", {"num_labels": num_labels, "problem_type": None}
-        with one_line(where, model_folder(path), "the model"):
+        with one_line(where, model_folder(path), "its first pass"):
             model, tokenizer, missing, unused = load_model(
                 AutoModelForSequenceClassification, path, "--model", **options
             )
@@ -169,7 +174,7 @@ class RewardModel:
             # A pooler belongs to the head: masked language models have none.
             lacking = [name for name in missing if name.startswith(body) and "pooler" not in name]
             require(
-                not lacking and len(missing) < len(model.state_dict()),
+                not lacking,
                 f"{where}: weights missing: {', '.join(sorted(lacking)[:3])}: a broken checkpoint",
             )
             old_head = {name for name in unused if missing and not name.startswith(body)}
@@ -324,6 +329,8 @@ class RewardModel:
 
     def one_pass(self, rows: Sequence[list[int]]) -> torch.Tensor:
         """Logits (N, K), float32, of token rows that go through the model together."""
+        if not self.together and len(rows) > 1:
+            return torch.cat([self.one_pass([row]) for row in rows])
         self.model.eval()  # dropout would make a score a random number
         for adapter in lora_layers(self.model).values():
             adapter.training = torch.is_grad_enabled()  # but --lora-dropout acts in training
@@ -350,30 +357,31 @@ class RewardModel:
 
     @torch.no_grad()
     def try_out(self) -> None:
-        """Choose the padding side by which a text has the same logits alone and in a batch.
+        """Find out how texts go through the model together: as each would alone.
 
-        The reference is transformers' own forward of one row.
-
-        Raises:
-            UserError: there is none. The model's family is named.
+        The reference is transformers' own forward of one row. Where padding changes the logits on
+        either side (FNet, Nystromformer), texts go one at a time, which is said.
         """
         tokenizer = self.tokenizer
-        rows_known = range(self.model.get_input_embeddings().num_embeddings)
         words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-        words = sorted(words.intersection(rows_known))
+        words &= set(range(self.model.get_input_embeddings().num_embeddings))
+        words = itertools.cycle(sorted(words))
         end = {tokenizer.eos_token_id} - {None, self.pad_token_id}
-        endless = itertools.cycle(words)
-        rows = [[*itertools.islice(endless, n), *end] for n in (3, min(13, self.context - 1))]
+        rows = [[*itertools.islice(words, n), *end] for n in (3, min(13, self.context - 1))]
+        options = {"use_cache": False} if self.plain_head else {}
         one_by_one = [torch.tensor([row], device=self.model.device) for row in rows]
-        alone = torch.cat([self.model(input_ids=ids).logits for ids in one_by_one]).float()
-        for side in ("right",) if self.plain_head else ("right", "left"):
-            self.padding_side = side
-            logits = self.one_pass(rows)
-            if (logits - alone).abs().max() <= 1e-3 * max(1.0, alone.abs().max().item()):
+        alone = torch.cat([self.model(input_ids=ids, **options).logits for ids in one_by_one])
+        for self.plain_head, self.padding_side in (  # noqa: B020
+            (self.plain_head, "right"),
+            (False, "right"),
+            (False, "left"),
+        ):
+            difference = (self.one_pass(rows) - alone).abs().max()
+            if difference <= 1e-3 * max(1.0, alone.abs().max().item()):
                 return
-        raise UserError(
-            f"a {self.model.config.model_type} classifier gives a text {alone[0, 0]:.4g} alone and "
-            f"{logits[0, 0]:.4g} beside a longer one: take a reward model of another family"
+        self.together = False
+        print(
+            f"note: padding changes the scores of a {self.model.config.model_type}: one at a time"
         )
 
     @torch.no_grad()
@@ -443,28 +451,28 @@ def label_order(config: PreTrainedConfig) -> list[int]:
     [2, 1, 0]
     """
     count = config.num_labels
-    names = [str(config.id2label.get(k, k)).strip().lower() for k in range(count)]
+    given = [str(config.id2label.get(k, k)) for k in range(count)]
+    names = [name.strip().lower() for name in given]
+    labels = f"{count} labels ({', '.join(given[:5])})"
     require(
-        count == 1 or config.problem_type not in ("regression", "multi_label_classification"),
-        f"{count} labels of a {config.problem_type} ({', '.join(names[:5])}): expected one, or "
-        "labels that exclude each other",
+        count == 1 or config.problem_type in (None, "single_label_classification"),
+        f"{labels} of a {config.problem_type}: expected one, or labels that exclude each other",
     )
-    number = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")
-    found = [number.search(name) for name in names]
-    if all(found) and len({number.sub("", name).strip().rstrip("s") for name in names}) == 1:
-        values = [float(match[0]) for match in found]
+    numbers = [NUMBER.search(name) for name in names]
+    if all(numbers) and len({NUMBER.sub("", name).strip().rstrip("s") for name in names}) == 1:
+        values = [float(number[0]) for number in numbers]
     else:
-        sides = {"neg": -1, "neu": 0, "pos": 1}
-        words = [re.fullmatch(r"(very|)[ _-]?(neg|neu|pos)(ative|tral|itive|)", n) for n in names]
-        values = [sides[match[2]] * (2 if match[1] else 1) if match else None for match in words]
-    if None in values or len(set(values)) < count:
-        require(
-            count <= 2,
-            f"{count} labels ({', '.join(names[:5])}): which is better is not in their names: "
-            "number them in id2label of its config.json",
-        )
-        return list(range(count))
-    return sorted(range(count), key=values.__getitem__)
+        values = [SIDES.get(re.sub("[_-]", " ", name)) for name in names]
+        if count == 2 and values.count(None) == 1:  # one name says what the other is
+            values = [-sum(filter(None, values)) if v is None else v for v in values]
+    if None not in values and len(set(values)) == count:
+        return sorted(range(count), key=values.__getitem__)
+    require(
+        count <= 2,
+        f"{labels}: their names do not say which is better: number them in id2label of its "
+        "config.json",
+    )
+    return list(range(count))
 
 
 def in_float32(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Language models and tokenizers: loaded in float32, and saved."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
 from ..running.errors import UserError, is_out_of_memory, require
 from .folders import atomic_folder, first_line, model_folder
@@ -38,17 +37,9 @@ COMPUTED = re.compile(
 SPARE = re.compile(r"(model\.)?(lm_head|embed_out|v_head|mtp|visual|vision|audio|multi_modal)")
 
 READ_AS_JSON = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)
+    "config.json generation_config.json adapter_config.json tokenizer_config.json tokenizer.json "
+    "special_tokens_map.json added_tokens.json vocab.json model.safetensors.index.json"
+).split()
 
 
 def load_model(
@@ -76,11 +67,11 @@ def load_model(
     folders = [model_folder(path)]
     with one_line(where, folders[0], "adapter_config.json"):
         # Adapters may be of a model that is adapters itself.
-        while (file := Path(folders[-1]) / "adapter_config.json").is_file():
-            named = json.loads(file.read_text())["base_model_name_or_path"]
+        while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
+            named = json.loads(Path(file).read_text())["base_model_name_or_path"]
             beside = os.path.join(folders[-1], named)
-            base = model_folder(beside if not os.path.isdir(named) else named)
-            base = base if os.path.isdir(base) else named
+            is_beside = os.path.isdir(beside) and not os.path.isdir(named)
+            base = model_folder(beside if is_beside else named)
             if base in folders:
                 raise ValueError(f"{base} is an adapter of itself")
             folders.append(base)
@@ -103,7 +94,12 @@ def load_model(
         require(source is not None, f"{where}: no tokenizer in {folders[0]}: put one there")
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some files are found to be wrong in use
     with one_line(place, base, "the weights"):
+        for index in Path(base).glob("*.index.json"):
+            files = set(json.loads(index.read_text())["weight_map"].values())
+            away = [file for file in files if file != os.path.basename(file)]
+            require(not away, f"{place}: {index.name} names {away[:1]}, outside of the folder")
         model, report = kind.from_pretrained(
             base,
             config=config,
@@ -113,11 +109,12 @@ def load_model(
             **safe,
         )
         known = model.get_input_embeddings().num_embeddings
-        others = {name: (got, want) for name, got, want in report["mismatched_keys"]}
-        labels = {got[0] for name, (got, _) in others.items() if not _in_body(model, name)}
-        if others and kind is AutoModelForSequenceClassification and "num_labels" not in options:
-            if len(labels) == 1 and not any(_in_body(model, name) for name in others):
-                return load_model(kind, path, flag, num_labels=labels.pop(), **options)
+    others = {name: (list(got), list(want)) for name, got, want in report["mismatched_keys"]}
+    in_head = not any(name.startswith(f"{model.base_model_prefix}.") for name in others)
+    labels = {got[0] for got, _ in others.values()}
+    if kind is AutoModelForSequenceClassification and "num_labels" not in options:
+        if in_head and len(labels) == 1:
+            return load_model(kind, path, flag, num_labels=labels.pop(), **options)
     missing = set(report["missing_keys"])
     with one_line(where, folders[0], "the adapters"):
         for adapter in reversed(adapters):  # the innermost first
@@ -126,24 +123,26 @@ def load_model(
             others = {name: shapes for name, shapes in others.items() if name not in brought}
     for name, (got, want) in others.items():
         raise UserError(
-            f"{where}: cannot be loaded: {name} is {_by(got)} in the checkpoint and {_by(want)} "
-            f"in a {type(model).__name__} of its config"
+            f"{where}: cannot be loaded: {name} is {got} in the checkpoint, expected {want} of a "
+            f"{type(model).__name__} {f'of {want[0]} labels' if in_head else 'of its config'}"
         )
     for name, weight in model.named_parameters():
         require(
             bool(weight.sum().isfinite() or weight.isfinite().all()),
             f"{where}: {name} holds NaN or infinity: a broken checkpoint",
         )
-    unknown = {token: i for token, i in vocabulary.items() if i >= known}
-    unknown.pop(tokenizer.pad_token, None)  # a pad is masked, and never looked up
+    unknown = {i: token for token, i in vocabulary.items() if i >= known}
+    unknown.pop(tokenizer.pad_token_id, None)  # a pad is masked, and never looked up
+    plain = [token for token in unknown.values() if token not in added]
     require(
-        unknown.keys() <= added.keys(),
-        f"{where}: the tokenizer has {len(unknown)} tokens that the model has no embedding "
-        f"for ({[t for t in unknown if t not in added][:1]}): the two do not belong together",
+        not plain,
+        f"{where}: the tokenizer has {len(plain)} tokens that the model has no embedding for "
+        f"({plain[:1]}): the two do not belong together",
     )
     if unknown:
-        print(f"note: {where}: without an embedding, so no text may hold it: {', '.join(unknown)}")
-        _refuse_tokens(model, {i: token for token, i in unknown.items()}, where)
+        named = ", ".join(list(unknown.values())[:3])
+        print(f"note: {where}: {len(unknown)} special tokens without an embedding: {named:.80}")
+        _refuse_tokens(model, unknown, where)
     unused = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
     return model.eval(), tokenizer, missing, unused
 
@@ -259,9 +258,8 @@ def _reason(error: BaseException, folder: str, part: str) -> str:
         return broken
     if part == "config.json" and not (Path(folder) / part).is_file():
         return f"no config.json in {folder}"
-    models = [] if (Path(folder) / "tokenizer.json").is_file() else Path(folder).glob("*.model")
-    lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
-    for file in models if lacking and part == "the tokenizer" else ():
+    lacking = not (is_sentencepiece_available() and is_protobuf_available())
+    for file in Path(folder).glob("*.model") if lacking and part == "the tokenizer" else ():
         if file.read_bytes()[:1] == b"\n":  # a protobuf, where tiktoken's files are text
             return f"{file.name} needs sentencepiece and protobuf: pip install both"
     return f"{part}: {reason}"
@@ -286,13 +284,6 @@ def _broken_file(folder: Path) -> str:
     return ""
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # google itself
-        return False
-
-
 def _is_local(name: str, where: str) -> bool:
     """Whether a model is to be looked for on this machine alone.
 
@@ -301,17 +292,13 @@ def _is_local(name: str, where: str) -> bool:
     """
     if os.path.isdir(name):
         return True
-    first = name.split("/")[0]
-    reason = "there is no such folder"
+    owner, _, rest = name.partition("/")
     try:
         validate_repo_id(name)
-        if first == name or not os.path.isdir(first):
-            reason = ""
+        possible = not (rest and os.path.isdir(owner)) and not os.path.isfile(name)
     except HFValidationError:
-        pass
-    if os.path.exists(name):
-        reason = "a file: expected the folder that it is in"
-    require(not reason, f"{where}: cannot be loaded: {reason}")
+        possible = False
+    require(possible, f"{where}: cannot be loaded: there is no such folder, nor can a hub have it")
     try:  # once, where transformers would try for a minute
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # whatever the network says
@@ -325,26 +312,16 @@ def _has_tokenizer(folder: str) -> bool:
     return not os.path.isdir(folder) or any(any(Path(folder).glob(each)) for each in patterns)
 
 
-def _in_body(model: PreTrainedModel, name: str) -> bool:
-    return name.startswith(f"{model.base_model_prefix}.")
-
-
-def _by(shape: torch.Size) -> str:
-    return " x ".join(map(str, shape)) or "a number"
-
-
 def _refuse_tokens(model: PreTrainedModel, tokens: dict[int, str], where: str) -> None:
     """Let a text with one of these tokens end in one line, where its embedding is looked up."""
 
     def look(embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        ids = inputs[0]
-        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # sampled ids, of which every one has an embedding
-        largest = int(ids.max())
+        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # sampled ids: every one has an embedding
+        token = int(inputs[0].max())
         require(
-            largest < embedding.num_embeddings,
-            f"{where}: a text holds {tokens.get(largest, largest)}, for which the model has no "
-            "embedding: remove it from the data",
+            token < embedding.num_embeddings,
+            f"{where}: a text holds {tokens.get(token, token)}, which has no embedding: remove it",
         )
 
     model.get_input_embeddings().register_forward_pre_hook(look)

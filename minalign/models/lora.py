@@ -9,6 +9,7 @@ moving anchor.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -325,8 +326,8 @@ def adapter_labels(folder: str | Path) -> int | None:
 
     None where the folder holds no adapters or no head.
     """
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
+    path = os.path.join(folder, "adapter_model.safetensors")
+    if not os.path.isfile(path):
         return None
     endings = (".score.weight", ".classifier.weight", ".out_proj.weight")
     heads = [tensor for name, tensor in load_file(path).items() if name.endswith(endings)]
