@@ -427,7 +427,7 @@ class RewardModel:
             adapter_of: the name of the adapters' base model. With it, the adapters and the head
                 are saved alone, in PEFT's files.
         """
-        padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, "right"
+        padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, self.padding_side
         if adapter_of:
             save_adapter(self.model, path, model_folder(adapter_of))
         else:

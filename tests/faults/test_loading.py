@@ -601,13 +601,12 @@ def fuzz(folders, folder, seed):
     shutil.copytree(folders / kind, folder, copy_function=shutil.copyfile)
     what = broken(rng, folder)
     try:
-        if kind == "rm":
-            rm_of(str(folder)).score(["a"], ["b"])
-        else:
-            load_policy(str(folder))
+        loaded = rm_of(str(folder)) if kind == "rm" else load_policy(str(folder))
     except UserError as error:
         assert "\n" not in str(error) and str(folder) in str(error), what
         return False
+    if kind == "rm" and loaded.context > 50:
+        loaded.score(["a"], ["b"])
     return True
 
 
@@ -618,10 +617,10 @@ def test_a_broken_folder_is_one_line(seed, folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_hundred_broken_folders_are_one_line_each(folders, tmp_path):
+def test_a_hundred_more_broken_folders_are_one_line_each(folders, tmp_path):
     """S5, and some of them are refused indeed."""
-    loaded = [fuzz(folders, tmp_path / str(seed), seed) for seed in range(100, 500)]
-    assert 100 < loaded.count(False) < 390
+    loaded = [fuzz(folders, tmp_path / str(seed), seed) for seed in range(100, 200)]
+    assert 30 < loaded.count(False) < 95
 
 
 @pytest.mark.parametrize(
