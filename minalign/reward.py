@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,13 +25,19 @@ from .data.chat import Prompt, TokenizedPrompt, encode, encode_sampled, encode_w
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.folders import model_folder
-from .models.loading import load_model
+from .models.loading import load_model, one_line, require_all_used
 from .models.lora import adapter_labels, dense_state, lora_layers, save_adapter
-from .models.padding import length_parts, pad, tokens_per_pass
+from .models.padding import context_of, length_parts, pad, text_config, tokens_per_pass
 from .running.errors import require
 
 if typing.TYPE_CHECKING:
     from .data.pairs import Example
+
+
+NUMBER = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")  # of a label's name
+
+SIDES = {"very negative": -2, "negative": -1, "neg": -1, "neutral": 0, "neu": 0}
+SIDES |= {"positive": 1, "pos": 1, "very positive": 2}
 
 
 class Scores(NamedTuple):
@@ -71,6 +79,8 @@ class RewardModel:
     2 labels: the positive minus the negative logit (a sentiment classifier).
     K > 2 labels: the expected score over 1..K (ordinal).
 
+    Which label is better is what their names say, see `label_order`.
+
     The text is prompt + completion, with the begin and end tokens of `data.chat.encode_whole`.
     Dropout is always off. Scores are float32 whatever the model's dtype.
 
@@ -90,11 +100,25 @@ class RewardModel:
         self.model = model
         self.tokenizer = tokenizer
         self.num_labels = model.config.num_labels
-        context = getattr(model.config, "max_position_embeddings", None)
-        self.context = context or tokenizer.model_max_length
-        # An encoder. Some have positions that no token can take (RoBERTa: 514 for 512 tokens).
-        if not hasattr(model, "score"):
+        self.order = label_order(model.config)
+        context = context_of(model.config) or 0
+        positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", 0)
+        if getattr(positions, "padding_idx", None) is not None:
+            context -= positions.padding_idx + 1  # RoBERTa's begin behind that of padding
+        self.context = context if context > 0 else tokenizer.model_max_length  # XLNet's is -1
+        # A decoder's linear head is read at the last token here. Other heads pool by themselves.
+        self.plain_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
+        if not self.plain_head:
             self.context = min(self.context, tokenizer.model_max_length)
+        # bfloat16 scores tie, so heads stay in float32.
+        for head in set(model.children()) - {model.base_model}:
+            head.forward = functools.partial(in_float32, head.forward)
+        config = text_config(model.config)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        # Some heads find the end of a text by this id, so it must be what fills up.
+        self.pad_token_id = max(0, config.pad_token_id or 0)
+        self.padding_side, self.together = "right", True  # until `try_out` finds otherwise
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -106,21 +130,28 @@ class RewardModel:
         Raises:
             UserError: it cannot be loaded, or has no trained head.
         """
-        labels = adapter_labels(model_folder(path))
-        options = {} if labels is None else {"num_labels": labels}
-        model, tokenizer, missing = load_model(
-            AutoModelForSequenceClassification, path, "--rm", **options
-        )
-        # transformers would continue with a random head.
-        require(
-            not missing,
-            f"--rm {path}: no trained classification head ({', '.join(sorted(missing)[:3])} "
-            "missing): make one with train_rm.py",
-        )
-        # Adapters bring no config, and so neither the pad token nor the names of the scores.
-        if labels is not None:
-            return cls._with_labels(model.to(device), tokenizer, new_head=False)
-        return cls(model.to(device), tokenizer)
+        where, folder = f"--rm {path}", model_folder(path)
+        with one_line(where, folder, "its first pass"):
+            labels = adapter_labels(folder)
+            options = {} if labels is None else {"num_labels": labels, "problem_type": None}
+            model, tokenizer, missing, unused = load_model(
+                AutoModelForSequenceClassification, path, "--rm", **options
+            )
+            # transformers would continue with a random head.
+            require(
+                not missing,
+                f"{where}: no trained classification head ({', '.join(sorted(missing)[:3])} "
+                f"missing{', got ' if unused else ''}{', '.join(sorted(unused)[:3])}): make one "
+                "with train_rm.py",
+            )
+            require_all_used(where, model, unused)
+            # Adapters bring no config, and so neither the pad token nor the names of the scores.
+            if labels is None:
+                reward_model = cls(model.to(device), tokenizer)
+            else:
+                reward_model = cls._with_labels(model.to(device), tokenizer, new_head=False)
+            reward_model.try_out()
+        return reward_model
 
     @classmethod
     def from_base(cls, path: str, num_labels: int) -> RewardModel:
@@ -132,18 +163,28 @@ class RewardModel:
             path: a causal language model, or an encoder such as BERT: a folder or a hub id.
             num_labels: outputs of the head.
         Raises:
-            UserError: it cannot be loaded, or weights of the body are missing.
+            UserError: it cannot be loaded, or weights of the body are missing or left over.
         """
-        options = {"num_labels": num_labels, "problem_type": None}
-        model, tokenizer, missing = load_model(
-            AutoModelForSequenceClassification, path, "--model", **options
-        )
-        body = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
-        require(
-            not body,
-            f"--model {path}: weights missing: {', '.join(sorted(body)[:3])}: a broken checkpoint",
-        )
-        return cls._with_labels(model, tokenizer, new_head=bool(missing))
+        where, options = f"--model {path}", {"num_labels": num_labels, "problem_type": None}
+        with one_line(where, model_folder(path), "its first pass"):
+            model, tokenizer, missing, unused = load_model(
+                AutoModelForSequenceClassification, path, "--model", **options
+            )
+            body = f"{model.base_model_prefix}."
+            # A pooler belongs to the head: masked language models have none.
+            lacking = [name for name in missing if name.startswith(body) and "pooler" not in name]
+            require(
+                not lacking,
+                f"{where}: weights missing: {', '.join(sorted(lacking)[:3])}: a broken checkpoint",
+            )
+            old_head = {name for name in unused if missing and not name.startswith(body)}
+            require_all_used(where, model, unused - old_head)
+            if old_head:
+                named = ", ".join(sorted(old_head)[:3])
+                print(f"note: {where}: a new head, so not used: {named}")
+            reward_model = cls._with_labels(model, tokenizer, new_head=bool(missing))
+            reward_model.try_out()
+        return reward_model
 
     @classmethod
     def from_backbone(
@@ -173,7 +214,8 @@ class RewardModel:
         token, or a new one is added.
         """
         # An encoder's head has layers of its own, started as it was designed.
-        if new_head and hasattr(model, "score"):
+        plain_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
+        if new_head and plain_head:
             std = (model.score.in_features + 1) ** -0.5  # Stiennon et al. 2020
             torch.nn.init.normal_(model.score.weight, std=std)
         taken = (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
@@ -184,7 +226,9 @@ class RewardModel:
                 tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model.config.pad_token_id = tokenizer.pad_token_id
+        if plain_head or text_config(model.config).pad_token_id is None:
+            for config in (model.config, text_config(model.config)):
+                config.pad_token_id = tokenizer.pad_token_id
         if model.config.num_labels > 2:
             model.config.id2label = {k: str(k + 1) for k in range(model.config.num_labels)}
             model.config.label2id = {str(k + 1): k for k in range(model.config.num_labels)}
@@ -193,8 +237,12 @@ class RewardModel:
     @property
     def reading(self) -> str:
         """How the logits become a reward, in words."""
-        words = {1: "scalar", 2: "logit difference of 2 labels"}
-        return words.get(self.num_labels, f"expected score 1..{self.num_labels}")
+        names = [str(self.model.config.id2label.get(k, k)) for k in self.order]
+        if self.num_labels == 1:
+            return "scalar"
+        if self.num_labels == 2:
+            return f"logit difference of 2 labels, {names[1]} - {names[0]}"
+        return f"expected score 1..{self.num_labels}, from label {names[0]} to {names[-1]}"
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """The one text format, as token ids.
@@ -262,7 +310,7 @@ class RewardModel:
         """
         rows = self.encode_rollout(tokenizer, prompts, completions)
         logits = self.logits(rows, batch_size)  # (B, K)
-        variance = score_variance(logits) if self.num_labels > 2 else None
+        variance = score_variance(logits[:, self.order]) if self.num_labels > 2 else None
         return Scores(self.read_out(logits), variance, {})
 
     def forward(self, rows: Sequence[list[int]], batch_size: int | None = None) -> torch.Tensor:
@@ -295,29 +343,60 @@ class RewardModel:
 
     def one_pass(self, rows: Sequence[list[int]]) -> torch.Tensor:
         """Logits (N, K), float32, of token rows that go through the model together."""
+        if not self.together and len(rows) > 1:
+            return torch.cat([self.one_pass([row]) for row in rows])
         self.model.eval()  # dropout would make a score a random number
         for adapter in lora_layers(self.model).values():
             adapter.training = torch.is_grad_enabled()  # but --lora-dropout acts in training
-        ids, mask = pad(rows, "right", self.model.device)
+        ids, mask = pad(rows, self.padding_side, self.model.device)
+        ids = ids.masked_fill(mask == 0, self.pad_token_id)
         require(
             ids.shape[1] <= self.context,
             f"got a text of {ids.shape[1]} tokens, expected at most {self.context}, the reward "
             "model's context: shorten the prompts or --max-new-tokens",
         )
-        # An encoder: pooling and head are its own, and stay in float32 as ours does.
-        if not hasattr(self.model, "score"):
-            with torch.autocast(ids.device.type, enabled=False):
-                return self.model(input_ids=ids, attention_mask=mask).logits
-        positions = position_ids_from_mask(mask)
+        if not self.plain_head:
+            return self.model(input_ids=ids, attention_mask=mask).logits.float()
         output = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids_from_mask(mask),
+            use_cache=False,
         )
         hidden = output.last_hidden_state  # (N, T, D)
         # The last real token by the mask: going by token id stops early where pad == eos.
         pooled = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-        # bfloat16 scores tie: near 5 they are .02 apart.
-        with torch.autocast(ids.device.type, enabled=False):
-            return torch.nn.functional.linear(pooled.float(), self.model.score.weight.float())
+        head = self.model.score
+        return in_float32(torch.nn.functional.linear, pooled, head.weight, head.bias)
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Find out how texts go through the model together: as each would alone.
+
+        The reference is transformers' own forward of one row. Where padding changes the logits on
+        either side (FNet, Nystromformer), texts go one at a time, which is said.
+        """
+        tokenizer = self.tokenizer
+        words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+        words &= set(range(self.model.get_input_embeddings().num_embeddings))
+        words = itertools.cycle(sorted(words))
+        end = {tokenizer.eos_token_id} - {None, self.pad_token_id}
+        rows = [[*itertools.islice(words, n), *end] for n in (3, min(13, self.context - 1))]
+        options = {"use_cache": False} if self.plain_head else {}
+        one_by_one = [torch.tensor([row], device=self.model.device) for row in rows]
+        alone = torch.cat([self.model(input_ids=ids, **options).logits for ids in one_by_one])
+        for self.plain_head, self.padding_side in (  # noqa: B020
+            (self.plain_head, "right"),
+            (False, "right"),
+            (False, "left"),
+        ):
+            difference = (self.one_pass(rows) - alone).abs().max()
+            if difference <= 1e-3 * max(1.0, alone.abs().max().item()):
+                return
+        self.together = False
+        print(
+            f"note: padding changes the scores of a {self.model.config.model_type}: one at a time"
+        )
 
     @torch.no_grad()
     def logits(self, rows: Sequence[list[int]], batch_size: int = 64) -> torch.Tensor:
@@ -328,10 +407,9 @@ class RewardModel:
         """Rewards (N,) from logits (N, K), as the class says for its number of labels."""
         if self.num_labels == 1:
             return logits[:, 0]
+        logits = logits[:, self.order]
         if self.num_labels == 2:
-            names = [str(self.model.config.id2label.get(k, "")).lower() for k in range(2)]
-            positive = 0 if names[0].startswith("pos") else 1
-            return logits[:, positive] - logits[:, 1 - positive]
+            return logits[:, 1] - logits[:, 0]
         return expected_score(logits)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> torch.Tensor:
@@ -363,13 +441,59 @@ class RewardModel:
             adapter_of: the name of the adapters' base model. With it, the adapters and the head
                 are saved alone, in PEFT's files.
         """
-        padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, "right"
+        padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, self.padding_side
         if adapter_of:
             save_adapter(self.model, path, model_folder(adapter_of))
         else:
             self.model.save_pretrained(path, state_dict=dense_state(self.model))
         self.tokenizer.save_pretrained(path)
         self.tokenizer.padding_side = padding_side
+
+
+def label_order(config: PreTrainedConfig) -> list[int]:
+    """The labels of a classifier from the worst to the best, by their names.
+
+    Names are numbers ("1 star", "LABEL_0"), or negative, neutral and positive, in any order. Two
+    labels of other names are taken as they come.
+
+    Raises:
+        UserError: more labels, of which the names do not say what is better; or labels that do not
+            exclude each other.
+
+    >>> from transformers import BertConfig
+    >>> label_order(BertConfig(id2label={0: "positive", 1: "neutral", 2: "negative"}))
+    [2, 1, 0]
+    """
+    count = config.num_labels
+    given = [str(config.id2label.get(k, k)) for k in range(count)]
+    names = [name.strip().lower() for name in given]
+    labels = f"{count} labels ({', '.join(given[:5])})"
+    require(
+        count == 1 or config.problem_type in (None, "single_label_classification"),
+        f"{labels} of a {config.problem_type}: expected one, or labels that exclude each other",
+    )
+    numbers = [NUMBER.search(name) for name in names]
+    if all(numbers) and len({NUMBER.sub("", name).strip().rstrip("s") for name in names}) == 1:
+        values = [float(number[0]) for number in numbers]
+    else:
+        values = [SIDES.get(re.sub("[_-]", " ", name)) for name in names]
+        if count == 2 and values.count(None) == 1:  # one name says what the other is
+            values = [-sum(filter(None, values)) if v is None else v for v in values]
+    if None not in values and len(set(values)) == count:
+        return sorted(range(count), key=values.__getitem__)
+    require(
+        count <= 2,
+        f"{labels}: their names do not say which is better: number them in id2label of its "
+        "config.json",
+    )
+    return list(range(count))
+
+
+def in_float32(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+    """Outside of autocast, with inputs in float32: in bfloat16 scores near 5 are .02 apart."""
+    floats = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return function(*floats)
 
 
 @functools.lru_cache

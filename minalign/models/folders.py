@@ -60,10 +60,16 @@ def model_folder(path: str) -> str:
     A run's folder stands for the `model` folder in it. Hub ids and model folders stand for
     themselves.
     """
-    inner = Path(path) / "model"
-    return str(inner) if inner.is_dir() else path
+    inner = os.path.join(path, "model")
+    return inner if os.path.isdir(inner) else path  # False, too, where a name is too long
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name.
+
+    Lines that end in a colon bring the next one along.
+    """
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    while first.endswith(":") and others:
+        first += f" {others.pop(0).strip()}"
+    return first

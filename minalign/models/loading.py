@@ -1,75 +1,165 @@
 """Language models and tokenizers: loaded in float32, and saved."""
 
+import contextlib
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
 from ..data.chat import require_templates
-from ..running.errors import UserError, require
-from .folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
+from ..running.errors import UserError, is_out_of_memory, require
+from .folders import atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter
 from .probe import check_policy
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
 
+# Buffers in checkpoints of before: models compute them.
+COMPUTED = re.compile(
+    r"(inv_freq|position_ids|masked_bias|causal_mask|attn\.bias|attention\.bias|_cached)$"
+)
+
+# Parts that texts do not need, and other heads. They are named in a line.
+SPARE = re.compile(r"(model\.)?(lm_head|embed_out|v_head|mtp|visual|vision|audio|multi_modal)")
+
+READ_AS_JSON = (
+    "config.json generation_config.json adapter_config.json tokenizer_config.json tokenizer.json "
+    "special_tokens_map.json added_tokens.json vocab.json model.safetensors.index.json"
+).split()
+
 
 def load_model(
     kind: type, path: str, flag: str, **options: object
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str]]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, set[str], set[str]]:
     """A model of an Auto class and its tokenizer, in float32, with dropout off.
 
     float32 whatever the checkpoint holds: in bfloat16 most updates of 1e-6 round to nothing.
     Adapters in PEFT's files are added to the weights of their base model. Code in a checkpoint is
-    never run, and a pickle only read as weights.
+    never run, a pickle only read as weights, and the way to compute attention never taken from it.
 
     Args:
-        kind: the Auto class.
+        kind: the Auto class. The number of a classifier's labels is that of its head.
         path: a run, a folder or a hub id.
         flag: the command-line flag that named it, for errors.
-        options: for `kind.from_pretrained`.
+        options: for the model's config.
     Returns:
-        The model, the tokenizer, and the names of the weights that the checkpoint lacks.
+        The model, the tokenizer, the names of the weights that the checkpoint lacks, and of those
+        that the model does not take.
     Raises:
-        UserError: something cannot be loaded, or the tokenizer has tokens that the model does not
-            know. The message begins with `flag`.
+        UserError: something cannot be loaded, a weight has another shape or is not finite, or the
+            tokenizer has plain tokens that the model does not know. The message begins with `flag`.
     """
-    folder = model_folder(path)
-    try:
-        base, adapters = folder, []
+    where = f"{flag} {path}"
+    folders = [model_folder(path)]
+    with one_line(where, folders[0], "adapter_config.json"):
         # Adapters may be of a model that is adapters itself.
-        while (config := Path(base) / "adapter_config.json").is_file():
-            if base in adapters:
+        while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
+            named = json.loads(Path(file).read_text())["base_model_name_or_path"]
+            beside = os.path.join(folders[-1], named)
+            is_beside = os.path.isdir(beside) and not os.path.isdir(named)
+            base = model_folder(beside if is_beside else named)
+            if base in folders:
                 raise ValueError(f"{base} is an adapter of itself")
-            adapters.insert(0, base)
-            base = model_folder(json.loads(config.read_text())["base_model_name_or_path"])
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            folders.append(base)
+    *adapters, base = folders
+    place = f"{where}: its base model {base}" if adapters else where
+    safe = {"trust_remote_code": False, "local_files_only": _is_local(base, place)}
+
+    with one_line(place, base, "config.json"):
+        config = AutoConfig.from_pretrained(base, **safe, **options)
+        config._attn_implementation = config._experts_implementation = None
+        heads = " ".join(config.architectures or [])
+        if kind is AutoModelForSequenceClassification:
+            require(
+                not re.search("TokenClassification|MultipleChoice", heads),
+                f"{where}: a {heads}, whose head does not score a text: expected a sequence "
+                "classifier",
+            )
+    with one_line(where, folders[0], "the tokenizer"):
+        source = next(filter(_has_tokenizer, folders), None)
+        require(source is not None, f"{where}: no tokenizer in {folders[0]}: put one there")
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         require_templates(tokenizer)
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+        tokenizer.decode(tokenizer("a")["input_ids"])  # some files are found to be wrong in use
+    with one_line(place, base, "the weights"):
+        for index in Path(base).glob("*.index.json"):
+            files = set(json.loads(index.read_text())["weight_map"].values())
+            away = [file for file in files if file != os.path.basename(file)]
+            require(not away, f"{place}: {index.name} names {away[:1]}, outside of the folder")
         model, report = kind.from_pretrained(
-            base, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+            base,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # an error of transformers names none
+            output_loading_info=True,
+            **safe,
         )
-        missing = set(report["missing_keys"])
-        for adapter in adapters:  # the innermost first
-            missing -= load_adapter_(model, adapter)
-    except LOADING_ERRORS as error:
-        raise UserError(f"{flag} {path}: cannot be loaded: {_reason(error)}") from error
-    known = model.get_input_embeddings().num_embeddings
-    unknown = {token for token, i in tokenizer.get_vocab().items() if i >= known}
-    unknown = sorted(unknown - {tokenizer.pad_token})  # a pad is masked, and never looked up
+        known = model.get_input_embeddings().num_embeddings
+    others = {name: (list(got), list(want)) for name, got, want in report["mismatched_keys"]}
+    in_head = not any(name.startswith(f"{model.base_model_prefix}.") for name in others)
+    labels = {got[0] for got, _ in others.values()}
+    if kind is AutoModelForSequenceClassification and "num_labels" not in options:
+        if in_head and len(labels) == 1:
+            return load_model(kind, path, flag, num_labels=labels.pop(), **options)
+    missing = set(report["missing_keys"])
+    with one_line(where, folders[0], "the adapters"):
+        for adapter in reversed(adapters):  # the innermost first
+            brought = load_adapter_(model, adapter)
+            missing -= brought
+            others = {name: shapes for name, shapes in others.items() if name not in brought}
+    for name, (got, want) in others.items():
+        raise UserError(
+            f"{where}: cannot be loaded: {name} is {got} in the checkpoint, expected {want} of a "
+            f"{type(model).__name__} {f'of {want[0]} labels' if in_head else 'of its config'}"
+        )
+    for name, weight in model.named_parameters():
+        require(
+            bool(weight.sum().isfinite() or weight.isfinite().all()),
+            f"{where}: {name} holds NaN or infinity: a broken checkpoint",
+        )
+    unknown = {i: token for token, i in vocabulary.items() if i >= known}
+    unknown.pop(tokenizer.pad_token_id, None)  # a pad is masked, and never looked up
+    plain = [token for token in unknown.values() if token not in added]
     require(
-        not unknown,
-        f"{flag} {path}: the tokenizer has {len(unknown)} tokens that the model has no embedding "
-        f"for ({unknown[:1]}): the two do not belong together",
+        not plain,
+        f"{where}: the tokenizer has {len(plain)} tokens that the model has no embedding for "
+        f"({plain[:1]}): the two do not belong together",
     )
-    return model.eval(), tokenizer, missing
+    if unknown:
+        named = ", ".join(list(unknown.values())[:3])
+        print(f"note: {where}: {len(unknown)} special tokens without an embedding: {named:.80}")
+        _refuse_tokens(model, unknown, where)
+    unused = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
+    return model.eval(), tokenizer, missing, unused
+
+
+def require_all_used(where: str, model: PreTrainedModel, unused: set[str]) -> None:
+    """Name the parts of a checkpoint that texts do not need; UserError for any other."""
+    named = ", ".join(sorted(unused)[:3])
+    require(
+        all(SPARE.match(name) for name in unused),
+        f"{where}: {named}: a {type(model).__name__} has no such weights, so it is another kind of "
+        f"model ({', '.join(model.config.architectures or ['of no known architecture'])})",
+    )
+    if unused:
+        print(f"note: {where}: not used: {named}{' ...' if len(unused) > 3 else ''}")
 
 
 def load_policy(
@@ -80,17 +170,20 @@ def load_policy(
     A missing pad token becomes the end token: harmless here, since masks go by position.
 
     Raises:
-        UserError: weights or the end token are missing, or it fails the trial of `check_policy`.
+        UserError: weights or the end token are missing, weights are of another kind of model, or it
+            fails the trial of `check_policy`.
     """
-    model, tokenizer, missing = load_model(AutoModelForCausalLM, path, flag)
+    where = f"{flag} {path}"
+    model, tokenizer, missing, unused = load_model(AutoModelForCausalLM, path, flag)
     require(
         not missing,
-        f"{flag} {path}: weights missing: {', '.join(sorted(missing)[:3])}: not a causal language "
+        f"{where}: weights missing: {', '.join(sorted(missing)[:3])}: not a causal language "
         "model, or a broken checkpoint",
     )
+    require_all_used(where, model, unused)
     require(
         tokenizer.eos_token_id is not None,
-        f"{flag} {path}: the tokenizer has no end token, so no completion could end: set eos_token "
+        f"{where}: the tokenizer has no end token, so no completion could end: set eos_token "
         "(and pad_token) in its tokenizer_config.json",
     )
     if tokenizer.pad_token_id is None:
@@ -132,13 +225,107 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({tokenizer.eos_token_id, *named})
 
 
-def _reason(error: Exception) -> str:
-    reason = first_line(error)
-    if "trust_remote_code" in str(error):
+@contextlib.contextmanager
+def one_line(where: str, folder: str, part: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a UserError that names the model and the file at fault.
+
+    Args:
+        where: what the message begins with: the flag and its value.
+        folder: where the files are.
+        part: what is read, where no file can be found to be broken.
+    Raises:
+        UserError: anything but Ctrl-C and running out of memory.
+    """
+    try:
+        yield
+    except BaseException as error:  # the panics of tokenizers are not Exceptions
+        named = isinstance(error, UserError) and str(error).startswith(where)
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+        if named or stopped or is_out_of_memory(error):
+            raise
+        raise UserError(f"{where}: cannot be loaded: {_reason(error, folder, part)}") from error
+
+
+def _reason(error: BaseException, folder: str, part: str) -> str:
+    """What is true of an error in loading, in one line."""
+    reason, text = first_line(error).rstrip("."), str(error)
+    if isinstance(error, UserError):
+        return reason
+    if "trust_remote_code" in text:
         return (
             "it needs code of its own, which is never run: take a model that transformers itself "
             "knows"
         )
-    if "couldn't connect" in reason or "not a local folder" in reason or "Hub" in reason:
-        return f"{reason.rstrip('.')}: without a network, give the folder of a local copy"
-    return reason
+    if not os.path.isdir(folder):
+        return f"{reason}: without a network, give the folder of a local copy"
+    if broken := _broken_file(Path(folder)):
+        return broken
+    if part == "config.json" and not (Path(folder) / part).is_file():
+        return f"no config.json in {folder}"
+    lacking = not (is_sentencepiece_available() and is_protobuf_available())
+    for file in Path(folder).glob("*.model") if lacking and part == "the tokenizer" else ():
+        if file.read_bytes()[:1] == b"\n":  # a protobuf, where tiktoken's files are text
+            return f"{file.name} needs sentencepiece and protobuf: pip install both"
+    return f"{part}: {reason}"
+
+
+def _broken_file(folder: Path) -> str:
+    """The first file of a model's folder that cannot be what its name says, and why; else ""."""
+    for file in sorted(filter(Path.is_file, folder.iterdir())):
+        try:
+            with file.open("rb") as opened:
+                if opened.read(30).startswith(b"version https://git-lfs"):
+                    return f"{file.name} is a git-lfs pointer: git lfs pull"
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            if file.name in READ_AS_JSON:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(content, dict):
+                    return f"{file.name}: got {str(content):.30}, expected a JSON object"
+        except Exception as error:  # whatever a reader makes of a broken file
+            return f"{file.name}: {first_line(error)}"
+    return ""
+
+
+def _is_local(name: str, where: str) -> bool:
+    """Whether a model is to be looked for on this machine alone.
+
+    Raises:
+        UserError: it is not here, and no hub can have it.
+    """
+    if os.path.isdir(name):
+        return True
+    owner, _, rest = name.partition("/")
+    try:
+        validate_repo_id(name)
+        possible = not (rest and os.path.isdir(owner)) and not os.path.isfile(name)
+    except HFValidationError:
+        possible = False
+    require(possible, f"{where}: cannot be loaded: there is no such folder, nor can a hub have it")
+    try:  # once, where transformers would try for a minute
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the network says
+        return True
+    return False
+
+
+def _has_tokenizer(folder: str) -> bool:
+    """Whether a folder has files of a tokenizer; a hub id is taken to have them."""
+    patterns = ("tokenizer*", "vocab*", "*.model")
+    return not os.path.isdir(folder) or any(any(Path(folder).glob(each)) for each in patterns)
+
+
+def _refuse_tokens(model: PreTrainedModel, tokens: dict[int, str], where: str) -> None:
+    """Let a text with one of these tokens end in one line, where its embedding is looked up."""
+
+    def look(embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # sampled ids: every one has an embedding
+        token = int(inputs[0].max())
+        require(
+            token < embedding.num_embeddings,
+            f"{where}: a text holds {tokens.get(token, token)}, which has no embedding: remove it",
+        )
+
+    model.get_input_embeddings().register_forward_pre_hook(look)

@@ -9,6 +9,7 @@ moving anchor.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,11 +46,18 @@ class LoraLinear(nn.Module):
         low = nn.functional.linear(dropped, self.lora_A)  # (..., rank)
         return self.base(x) + self.scaling * nn.functional.linear(low, self.lora_B)
 
-    def dense_weight(self) -> torch.Tensor:
-        """W + scaling B A, in the layout of the layer's own weight."""
+    @property
+    def weight(self) -> torch.Tensor:
+        """W + scaling B A, in the layer's own layout: some models read it and do not call."""
+        if not self.on:
+            return self.base.weight
         delta = self.scaling * self.lora_B @ self.lora_A  # (out, in)
-        delta = delta if isinstance(self.base, nn.Linear) else delta.T
-        return (self.base.weight + delta).detach()
+        return self.base.weight + (delta if isinstance(self.base, nn.Linear) else delta.T)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """That of the layer itself."""
+        return self.base.bias
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
@@ -76,7 +84,7 @@ def add_lora_(
         alpha: adapters count alpha / rank. None: twice the rank.
         dropout: probability of dropping an input of an adapter in training mode.
         targets: last parts of names, such as ["q_proj", "v_proj"]. None: every linear layer of the
-            body.
+            body. Layers that compute something else from their weight, such as routers, are none.
     Raises:
         UserError: no layer of the body has such a name, or the model has adapters already.
     """
@@ -84,7 +92,7 @@ def add_lora_(
     linear = {
         name: module
         for name, module in body.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, (nn.Linear, Conv1D)) and _is_linear(module)
     }
     if lora_layers(model):
         raise UserError("the model has adapters already: merge_lora_ first")
@@ -105,6 +113,19 @@ def add_lora_(
         setattr(body.get_submodule(parent), child, adapter)
 
 
+@torch.no_grad()
+def _is_linear(layer: nn.Linear | Conv1D) -> bool:
+    """Whether a layer, perhaps of a class derived from Linear, gives W x + b and nothing else."""
+    if type(layer) in (nn.Linear, Conv1D):
+        return True
+    try:
+        x = torch.linspace(-1, 1, layer.in_features, device=layer.weight.device)[None]
+        given, plain = layer(x), nn.Linear.forward(layer, x)
+        return given.shape == plain.shape and torch.allclose(given, plain, 1e-4, 1e-5)
+    except Exception:  # a tuple, or other inputs
+        return False
+
+
 def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict that the model would have without adapters, their products added in."""
     layers = lora_layers(model)
@@ -116,7 +137,7 @@ def dense_state(model: nn.Module) -> dict[str, torch.Tensor]:
         layer = owner.removesuffix(".base")
         if layer in layers and owner.endswith(".base"):
             name = f"{layer}.{leaf}"
-            tensor = layers[layer].dense_weight() if leaf == "weight" else tensor
+            tensor = layers[layer].weight.detach() if leaf == "weight" else tensor
         state[name] = tensor
     return state
 
@@ -129,7 +150,7 @@ def merge_lora_(model: nn.Module) -> None:
     """
     for name, layer in lora_layers(model).items():
         parent, _, child = name.rpartition(".")
-        layer.base.weight.copy_(layer.dense_weight())
+        layer.base.weight.copy_(layer.weight)
         setattr(model.get_submodule(parent), child, layer.base)
     model.requires_grad_(True)
 
@@ -275,14 +296,11 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
         delta = scaling * tensors.pop(f"{layer}.lora_B.weight").float() @ tensors.pop(name).float()
-        weight = state.get(f"{layer}.weight")
         delta = delta.T if config.get("fan_in_fan_out") else delta
-        if weight is None or weight.shape != delta.shape:
-            raise UserError(f"{folder}: the adapter of {layer} does not fit the base model")
-        weight.add_(delta)
+        _require_fit(folder, f"{layer}.weight", delta, state)
+        state[f"{layer}.weight"].add_(delta)
     for name, tensor in tensors.items():
-        if name not in state or state[name].shape != tensor.shape:
-            raise UserError(f"{folder}: {name} does not fit the base model")
+        _require_fit(folder, name, tensor, state)
         if sum(other.data_ptr() == state[name].data_ptr() for other in state.values()) > 1:
             raise UserError(
                 f"{folder}: {name} is tied to another weight of the base model: "
@@ -292,13 +310,24 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
     return set(tensors)
 
 
+def _require_fit(
+    folder: str | Path, name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor]
+) -> None:
+    if name not in state or state[name].shape != tensor.shape:
+        own = list(state[name].shape) if name in state else "no such weight"
+        raise UserError(
+            f"{folder}: {name} does not fit the base model: got {list(tensor.shape)}, the base "
+            f"model has {own}"
+        )
+
+
 def adapter_labels(folder: str | Path) -> int | None:
     """How many outputs the reward head in a folder of adapters has.
 
     None where the folder holds no adapters or no head.
     """
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
+    path = os.path.join(folder, "adapter_model.safetensors")
+    if not os.path.isfile(path):
         return None
     endings = (".score.weight", ".classifier.weight", ".out_proj.weight")
     heads = [tensor for name, tensor in load_file(path).items() if name.endswith(endings)]
