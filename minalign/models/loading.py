@@ -1,12 +1,16 @@
 """Language models and tokenizers: loaded in float32, and saved."""
 
+import copy
 import json
+import tempfile
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -15,6 +19,7 @@ from transformers.utils import logging
 from ..running.errors import UserError, require
 from .folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter
+from .older_readers import write_for_older_readers
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
 logging.disable_progress_bar()
@@ -110,22 +115,108 @@ def save_policy(
     with atomic_folder(folder) as new:
         if adapter_of:
             save_adapter(policy, new, model_folder(adapter_of))
+            tokenizer.save_pretrained(new)
+            write_for_older_readers(new)
         else:
-            # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks
-            # have runs of their own.
-            policy.should_save_on_this_rank = lambda is_main_process: True
-            policy.save_pretrained(new, state_dict=dense_state(policy))
-        tokenizer.save_pretrained(new)
+            save_whole(policy, tokenizer, new, dense_state(policy))
+
+
+def save_whole(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: dict[str, torch.Tensor],
+) -> None:
+    """Write a model, with every end token in its generation config, and its tokenizer.
+
+    transformers 4 reads the same model from it as transformers 5.
+
+    Args:
+        model: of any Auto class.
+        tokenizer: saved beside it.
+        folder: where to.
+        state: the weights to write.
+    """
+    # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks have
+    # runs of their own.
+    model.should_save_on_this_rank = lambda is_main_process: True
+    generation = model.generation_config if model.can_generate() else None
+    try:
+        if generation is not None:
+            # Before 5.21, transformers refuses to save some that it loads (a temperature beside
+            # do_sample false).
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        save_generation_config(generation, end_token_ids(model, tokenizer), folder)
+    tokenizer.save_pretrained(folder)
+    write_for_older_readers(Path(folder))
+
+
+def save_generation_config(generation: GenerationConfig, ends: list[int], folder: Path) -> None:
+    """Write a generation config with these end tokens."""
+    generation = copy.deepcopy(generation)
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    generation._from_model_config = None  # or readers may make it anew from config.json
+    generation.to_json_file(Path(folder) / "generation_config.json")
+
+
+def try_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save all but the weights, and throw it away.
+
+    What could only fail at a run's end fails before its first step.
+
+    Raises:
+        UserError: something cannot be saved.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_whole(model, tokenizer, folder, {})
+    except Exception as error:
+        raise UserError(
+            f"{model.name_or_path}: loaded, but it cannot be saved ({first_line(error)}): mend its "
+            "config.json or tokenizer files"
+        ) from error
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion.
 
-    The tokenizer's end token, and all that the checkpoint's generation config names.
+    The tokenizer's end token, all that the checkpoint's generation config and config name, and the
+    end of turn that the chat template writes after an answer.
     """
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return sorted({tokenizer.eos_token_id, *named})
+    ends = {tokenizer.eos_token_id, *_ends_of_turn(tokenizer), *named_ends(model.generation_config)}
+    # A config that names none has its family's default, which may be any word of this vocabulary.
+    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        ends |= named_ends(config) & added
+    return sorted(ends - {None})
+
+
+def named_ends(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
+    """The end tokens that a config names: none, one or a list."""
+    named = getattr(config, "eos_token_id", None)
+    return set() if named is None else {named} if isinstance(named, int) else set(named)
+
+
+def _ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first special token that the chat template writes after an answer, if there is one."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    answer = "minalign-answer"
+    for content in (answer, [{"type": "text", "text": answer}]):
+        turns = [{"role": role, "content": content} for role in ("user", "assistant")]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # no template, or one whose fault is named where prompts are rendered
+            continue
+        before, found, ending = text.rpartition(answer)
+        if answer in before:  # the question's, and so the last one is the answer's
+            ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+            return [i for i in ids if i in special][:1]
+    return []
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 python -m minalign merge --init runs/sft --models runs/policy-1 runs/policy-2 --out merged
 """
 
+import functools
 import json
 import os
 import shutil
@@ -11,17 +12,27 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..merge import merge_policies
-from ..models.folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
+from ..merge import liti, merge_policies
+from ..models.folders import atomic_folder, first_line, model_folder
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
 
 SHARD_BYTES = 128 * 2**20
+INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @dataclass
@@ -35,7 +46,7 @@ class Config:
     out: str = flag("", "folder of the merged model; must not exist")
     method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
     scope: str = flag("layer", "what shares an angle", ("layer", "tensor", "model"))
-    lam: float | None = flag(None, "weight of the second of two models (default: 1/2)")
+    lam: float | None = flag(None, "weight of the second of two models (default: 1/2)", "[0, 1]")
     eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged", "[0, 1]")
 
 
@@ -43,26 +54,29 @@ class SavedTensors(Mapping):
     """Name -> tensor of a saved model, mapped from its file when it is asked for.
 
     Args:
-        path: a run or a folder with one safetensors file, or several and an index.
+        folder: has one safetensors file, or several and an index.
+        path: what the user calls it.
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: a file cannot be read, or the index is not of these files.
     """
 
-    def __init__(self, path: str) -> None:
-        self.folder = Path(model_folder(path))
-        index = self.folder / "model.safetensors.index.json"
+    def __init__(self, folder: Path, path: str) -> None:
+        self.folder, self.path = folder, path
         try:
-            if index.exists():
-                names = json.loads(index.read_text())["weight_map"]
-                files = {file: safe_open(self.folder / file, "pt") for file in set(names.values())}
-                self.file_of = {name: files[file] for name, file in names.items()}
-            else:
-                file = safe_open(self.folder / "model.safetensors", "pt")
-                self.file_of = dict.fromkeys(file.keys(), file)
-        except LOADING_ERRORS as error:
-            raise UserError(
-                f"{path}: no readable model.safetensors (or index of one): {first_line(error)}"
-            ) from error
+            names, expected = ["model.safetensors"], set()
+            if not (folder / names[0]).exists():  # as transformers: else an index is out of date
+                index = json.loads((folder / INDEX).read_text())["weight_map"]
+                names, expected = sorted(set(index.values())), set(index)
+            for name in names:
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise ValueError(f"{INDEX} names {name}, outside of the folder")
+            files = [safe_open(folder / name, "pt") for name in names]
+            self.file_of = {name: file for file in files for name in file.keys()}
+            if not expected <= self.file_of.keys() or not self.file_of:
+                lost = min(expected - self.file_of.keys(), default="tensors")
+                raise ValueError(f"no file holds {lost}")
+        except Exception as error:  # whatever is in them
+            raise UserError(f"{path}: its weights cannot be read: {first_line(error)}") from error
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.file_of[name].get_tensor(name)
@@ -72,6 +86,10 @@ class SavedTensors(Mapping):
 
     def __len__(self) -> int:
         return len(self.file_of)
+
+    def dtype_of(self, name: str) -> str:
+        """As safetensors spells it: F32, BF16, I8."""
+        return self.file_of[name].get_slice(name).get_dtype()
 
 
 class Shards:
@@ -90,7 +108,7 @@ class Shards:
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         if self.eta != 1 and tensor.is_floating_point():
-            moved = (1 - self.eta) * self.init[name].float() + self.eta * tensor.float()
+            moved = liti({name: self.init[name]}, {name: tensor}, self.eta)[name]
             tensor = moved.to(tensor.dtype)
         self.pending[name] = tensor.contiguous()
         if sum(t.numel() * t.element_size() for t in self.pending.values()) >= SHARD_BYTES:
@@ -148,26 +166,27 @@ def save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def merge_folders(config: Config) -> dict[str, dict]:
     """Merge saved models into config.out, as `config` says.
 
-    Everything but weights (config, tokenizer, chat template) is copied from the init.
+    Everything but weights (config, tokenizer, chat templates) is copied from the init. The
+    generation config lists every end token of the models.
 
     Returns:
         The report of `merge_policies`.
     Raises:
-        UserError: keys, shapes or tokenizers differ. The model is named.
+        UserError: keys, shapes or tokenizers differ, or a weight cannot be merged. The model is
+            named.
     """
-    init, states = SavedTensors(config.init), [SavedTensors(path) for path in config.models]
-    for path, state in zip(config.models, states):
-        for file in ("tokenizer.json", "vocab.json", "tokenizer.model"):
-            require(
-                same_vocabulary(init.folder / file, state.folder / file),
-                f"{path}: its {file} has another vocabulary than {config.init}'s: merge models of "
-                "one init",
-            )
+    from ..models.loading import save_generation_config
+    from ..models.older_readers import write_for_older_readers
+
     with atomic_folder(Path(config.out)) as folder:
+        inputs = open_models([config.init, *config.models], folder / "inputs")
+        dtype, (model, ends) = widest_dtype(inputs), shared_conventions(inputs)
+        init, *states = inputs
         for file in sorted(init.folder.iterdir()):
-            weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth")
-            if file.is_file() and not weights and not file.name.endswith(".index.json"):
+            if file.is_file() and file.suffix not in WEIGHTS and file.name != INDEX:
                 shutil.copy(file, folder)
+        if (init.folder / TEMPLATES).is_dir():
+            shutil.copytree(init.folder / TEMPLATES, folder / TEMPLATES)
         shards, threads = Shards(folder, init, config.eta), torch.get_num_threads()
         # One core writes. The threads of a product wait for each other, and would wait for it.
         torch.set_num_threads(max(1, threads - 1))
@@ -175,24 +194,102 @@ def merge_folders(config: Config) -> dict[str, dict]:
             how = (config.method, config.scope, config.lam)
             _, report = merge_policies(init, states, *how, out=shards)
         except ValueError as error:
-            raise UserError(f"{config.init}, {', '.join(config.models)}: {error}") from error
+            policies = ", ".join(f"policy {m} {path}" for m, path in enumerate(config.models, 1))
+            raise UserError(f"init {config.init}, {policies}: {error}") from error
         finally:
             torch.set_num_threads(threads)
         shards.finish()
+        if "SequenceClassification" not in str(model.config.architectures):
+            save_generation_config(model.generation_config, ends, folder)
+        write_for_older_readers(folder, dtype)
+        print(f"weights are written in {dtype}, the widest dtype of the models")
+        shutil.rmtree(folder / "inputs", ignore_errors=True)
         (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def same_vocabulary(ours: Path, theirs: Path) -> bool:
-    """Whether two tokenizer files name the same tokens.
+def open_models(paths: list[str], scratch: Path) -> list[SavedTensors]:
+    """The tensors of each model by the names that training saves them under.
 
-    Padding and truncation settings are left out, since saving may change them.
+    Files as training saves them are read where they lie. Others (adapters, pickles, hub ids, copies
+    of tied weights, names of before) are loaded as training loads them, and saved into `scratch`.
     """
-    contents = [file.read_bytes() if file.exists() else None for file in (ours, theirs)]
-    if contents[0] == contents[1] or None in contents or ours.name != "tokenizer.json":
-        return contents[0] == contents[1]
-    one, two = (json.loads(content) for content in contents)
-    return all(one.get(key) == two.get(key) for key in ("model", "added_tokens"))
+    from ..models.loading import load_policy, save_policy
+
+    def saved_again(i: int) -> SavedTensors:
+        policy, tokenizer = load_policy(paths[i], "--models" if i else "--init")
+        for dtype in (torch.bfloat16, torch.float16):  # it was loaded in float32: narrow again?
+            tensors = [t for t in policy.state_dict().values() if t.is_floating_point()]
+            if all(torch.equal(t.to(dtype).float(), t) for t in tensors):
+                policy.to(dtype)
+                break
+        save_policy(policy, tokenizer, scratch / str(i))
+        return SavedTensors(scratch / str(i), paths[i])
+
+    states = []
+    for i, path in enumerate(paths):
+        folder = Path(model_folder(path))
+        plain = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
+        plain &= not (folder / "adapter_config.json").is_file()
+        states.append(SavedTensors(folder, path) if plain else saved_again(i))
+    for i in range(len(paths)):  # the init first, since training saved the others
+        if any(set(state) != set(states[0]) for state in states):
+            states[i] = saved_again(i)
+    return states
+
+
+def widest_dtype(states: list[SavedTensors]) -> str:
+    """The dtype that a merge is written in.
+
+    Raises:
+        UserError: a weight is quantised, or what is no weight, such as a mask, is not the init's.
+    """
+    init, found = states[0], set()
+    for state in states:
+        for name in state:
+            dtype = state.dtype_of(name)
+            if dtype in FLOATING:
+                found.add(FLOATING[dtype])
+                continue
+            same = name in init and dtype == init.dtype_of(name)
+            require(
+                not name.endswith("weight") and same and torch.equal(state[name], init[name]),
+                f"{state.path}: {name} is {dtype}, expected weights of 16 bits or more: merge "
+                "models as they were before they were quantised",
+            )
+    return str(functools.reduce(torch.promote_types, found)).removeprefix("torch.")
+
+
+def shared_conventions(states: list[SavedTensors]) -> tuple[SimpleNamespace, list[int]]:
+    """Config and generation config of the init, and the end tokens of all models.
+
+    Raises:
+        UserError: a tokenizer has another id for a token than the init's, or a file is broken.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from ..models.loading import end_token_ids
+
+    models, vocabularies, ends = [], [], set()
+    for state in states:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(state.folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(state.folder, trust_remote_code=False)
+            generation = GenerationConfig.from_model_config(config)
+            if (state.folder / "generation_config.json").is_file():
+                generation = GenerationConfig.from_pretrained(state.folder)
+        except Exception as error:  # whatever is in them
+            reason = f"its tokenizer or config cannot be read: {first_line(error)}"
+            raise UserError(f"{state.path}: {reason}") from error
+        models.append(SimpleNamespace(config=config, generation_config=generation))
+        vocabularies.append(tokenizer.get_vocab())
+        require(
+            vocabularies[-1] == vocabularies[0],
+            f"{state.path}: its tokenizer has another vocabulary than {states[0].path}'s: merge "
+            "models of one init",
+        )
+        ends.update(end_token_ids(models[-1], tokenizer))
+    return models[0], sorted(ends)
 
 
 def angle_summary(report: dict[str, dict]) -> str:
