@@ -357,23 +357,11 @@ def merge_policies(
         return gram
 
     def widest(name: str) -> torch.dtype:
-        """The dtype that a tensor is written in: none of its inputs is rounded to another's."""
+        """The dtype that a tensor is written in: no state is rounded to another's."""
         dtype = init_state[name].dtype
         for state in states:
             dtype = torch.promote_types(dtype, state[name].dtype)
         return dtype
-
-    def require_finite(names: list[str], gram: torch.Tensor) -> None:
-        """Dot products that are not finite come of weights that are not."""
-        if gram.isfinite().all():
-            return
-        for name in names:
-            for m, state in enumerate(every_state):
-                if not state[name].isfinite().all():
-                    raise ValueError(
-                        f"got {name!r} of {f'policy {m}' if m else 'the init'}: not all of it is "
-                        "finite, expected numbers"
-                    )
 
     def cosines(gram: torch.Tensor) -> torch.Tensor:
         """Of the pairs of task vectors, (M (M - 1) / 2,); NaN where one is zero."""
@@ -426,7 +414,13 @@ def merge_policies(
             weights = coefficients(gram)
             if weights.abs().max() <= 10 and (cosines(gram).abs() < 1 - 1e-4).all():
                 break
-        require_finite(floating, gram)
+        for name in floating if not gram.isfinite().all() else []:
+            for m, state in enumerate(every_state):
+                if not state[name].isfinite().all():
+                    raise ValueError(
+                        f"got {name!r} of {f'policy {m}' if m else 'the init'} with numbers that "
+                        "are not finite, expected finite ones"
+                    )
         for name in floating:
             merged = torch.empty(shapes[name], dtype=widest(name), device=gram.device)
             parts = merged.view(-1).split(2**18)

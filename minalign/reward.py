@@ -22,9 +22,8 @@ from .data.chat import Prompt, TokenizedPrompt, answer_frame, encode, encode_who
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.folders import model_folder
-from .models.loading import load_model, save_whole
-from .models.lora import adapter_labels, dense_state, lora_layers, save_adapter
-from .models.older_readers import write_for_older_readers
+from .models.loading import load_model, save_files
+from .models.lora import adapter_labels, lora_layers
 from .models.padding import length_parts, pad, tokens_per_pass
 from .running.errors import require
 
@@ -350,12 +349,7 @@ class RewardModel:
                 are saved alone, in PEFT's files.
         """
         padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, "right"
-        if adapter_of:
-            save_adapter(self.model, path, model_folder(adapter_of))
-            self.tokenizer.save_pretrained(path)
-            write_for_older_readers(Path(path))
-        else:
-            save_whole(self.model, self.tokenizer, path, dense_state(self.model))
+        save_files(self.model, self.tokenizer, Path(path), adapter_of)
         self.tokenizer.padding_side = padding_side
 
 

@@ -113,72 +113,56 @@ def save_policy(
             PEFT's files.
     """
     with atomic_folder(folder) as new:
-        if adapter_of:
-            save_adapter(policy, new, model_folder(adapter_of))
-            tokenizer.save_pretrained(new)
-            write_for_older_readers(new)
-        else:
-            save_whole(policy, tokenizer, new, dense_state(policy))
+        save_files(policy, tokenizer, new, adapter_of)
 
 
-def save_whole(
+def save_files(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    state: dict[str, torch.Tensor],
+    adapter_of: str = "",
+    weights: bool = True,
 ) -> None:
-    """Write a model, with every end token in its generation config, and its tokenizer.
-
-    transformers 4 reads the same model from it as transformers 5.
-
-    Args:
-        model: of any Auto class.
-        tokenizer: saved beside it.
-        folder: where to.
-        state: the weights to write.
-    """
-    # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks have
-    # runs of their own.
-    model.should_save_on_this_rank = lambda is_main_process: True
-    generation = model.generation_config if model.can_generate() else None
-    try:
-        if generation is not None:
-            # Before 5.21, transformers refuses to save some that it loads (a temperature beside
-            # do_sample false).
-            model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.generation_config = generation
-    if generation is not None:
-        save_generation_config(generation, end_token_ids(model, tokenizer), folder)
+    """What `save_policy` writes, of a model of any Auto class, or all of it but the weights."""
+    if adapter_of:
+        save_adapter(model, folder, model_folder(adapter_of))
+    else:
+        # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks have
+        # runs of their own.
+        model.should_save_on_this_rank = lambda is_main_process: True
+        generation = model.generation_config if model.can_generate() else None
+        try:
+            if generation:  # transformers refuses to save some that it loads
+                model.generation_config = GenerationConfig()
+            model.save_pretrained(folder, state_dict=dense_state(model) if weights else {})
+        finally:
+            model.generation_config = generation
+        if generation:
+            save_generation_config(generation, end_token_ids(model, tokenizer), folder)
     tokenizer.save_pretrained(folder)
-    write_for_older_readers(Path(folder))
+    write_for_older_readers(folder)
 
 
 def save_generation_config(generation: GenerationConfig, ends: list[int], folder: Path) -> None:
     """Write a generation config with these end tokens."""
     generation = copy.deepcopy(generation)
-    generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    generation.eos_token_id = ends
     generation._from_model_config = None  # or readers may make it anew from config.json
-    generation.to_json_file(Path(folder) / "generation_config.json")
+    generation.to_json_file(folder / "generation_config.json")
 
 
 def try_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save all but the weights, and throw it away.
-
-    What could only fail at a run's end fails before its first step.
+    """Save all but the weights, and throw it away: what would fail at a run's end fails now.
 
     Raises:
         UserError: something cannot be saved.
     """
     try:
         with tempfile.TemporaryDirectory() as folder:
-            save_whole(model, tokenizer, folder, {})
+            save_files(model, tokenizer, Path(folder), weights=False)
     except Exception as error:
-        raise UserError(
-            f"{model.name_or_path}: loaded, but it cannot be saved ({first_line(error)}): mend its "
-            "config.json or tokenizer files"
-        ) from error
+        reason = f"it can be loaded, but not saved ({first_line(error)})"
+        raise UserError(f"{model.name_or_path}: {reason}: mend its config or tokenizer") from error
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -187,24 +171,21 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     The tokenizer's end token, all that the checkpoint's generation config and config name, and the
     end of turn that the chat template writes after an answer.
     """
-    ends = {tokenizer.eos_token_id, *_ends_of_turn(tokenizer), *named_ends(model.generation_config)}
+
+    def named(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
+        ends = getattr(config, "eos_token_id", None)
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    ends = {tokenizer.eos_token_id, *_ends_of_turn(tokenizer), *named(model.generation_config)}
     # A config that names none has its family's default, which may be any word of this vocabulary.
     added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     for config in (model.config, model.config.get_text_config(decoder=True)):
-        ends |= named_ends(config) & added
+        ends |= named(config) & added
     return sorted(ends - {None})
-
-
-def named_ends(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
-    """The end tokens that a config names: none, one or a list."""
-    named = getattr(config, "eos_token_id", None)
-    return set() if named is None else {named} if isinstance(named, int) else set(named)
 
 
 def _ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The first special token that the chat template writes after an answer, if there is one."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
     answer = "minalign-answer"
     for content in (answer, [{"type": "text", "text": answer}]):
         turns = [{"role": role, "content": content} for role in ("user", "assistant")]
@@ -212,10 +193,11 @@ def _ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             text = tokenizer.apply_chat_template(turns, tokenize=False)
         except Exception:  # no template, or one whose fault is named where prompts are rendered
             continue
-        before, found, ending = text.rpartition(answer)
+        before, _, ending = text.rpartition(answer)
         if answer in before:  # the question's, and so the last one is the answer's
+            added = tokenizer.added_tokens_decoder
             ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
-            return [i for i in ids if i in special][:1]
+            return [i for i in ids if i in added and added[i].special][:1]
     return []
 
 

@@ -3,35 +3,35 @@
 python -m minalign merge --init runs/sft --models runs/policy-1 runs/policy-2 --out merged
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..merge import liti, merge_policies
 from ..models.folders import atomic_folder, first_line, model_folder
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
 
+if typing.TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 SHARD_BYTES = 128 * 2**20
 INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
-FLOATING = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -50,46 +50,56 @@ class Config:
     eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged", "[0, 1]")
 
 
-class SavedTensors(Mapping):
-    """Name -> tensor of a saved model, mapped from its file when it is asked for.
+class SavedModel(NamedTuple):
+    """A model in a folder, its tensors mapped from their files.
 
-    Args:
-        folder: has one safetensors file, or several and an index.
-        path: what the user calls it.
+    path: what the user calls it.
+    generation: its generation config; None of a classifier.
+    ends: every token that ends a completion.
+    """
+
+    path: str
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+    vocabulary: dict[str, int]
+    generation: GenerationConfig | None
+    ends: list[int]
+
+
+def read_model(path: str, folder: Path) -> SavedModel:
+    """A model whose folder has one safetensors file, or several and an index.
+
     Raises:
         UserError: a file cannot be read, or the index is not of these files.
     """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    def __init__(self, folder: Path, path: str) -> None:
-        self.folder, self.path = folder, path
-        try:
-            names, expected = ["model.safetensors"], set()
-            if not (folder / names[0]).exists():  # as transformers: else an index is out of date
-                index = json.loads((folder / INDEX).read_text())["weight_map"]
-                names, expected = sorted(set(index.values())), set(index)
-            for name in names:
-                if Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise ValueError(f"{INDEX} names {name}, outside of the folder")
-            files = [safe_open(folder / name, "pt") for name in names]
-            self.file_of = {name: file for file in files for name in file.keys()}
-            if not expected <= self.file_of.keys() or not self.file_of:
-                lost = min(expected - self.file_of.keys(), default="tensors")
-                raise ValueError(f"no file holds {lost}")
-        except Exception as error:  # whatever is in them
-            raise UserError(f"{path}: its weights cannot be read: {first_line(error)}") from error
+    from ..models.loading import end_token_ids
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.file_of[name].get_tensor(name)
+    try:
+        names, index, tensors = ["model.safetensors"], {}, {}
+        if not (folder / names[0]).exists():  # as transformers: else an index is out of date
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+            names = sorted(set(index.values()))
+        for name in names:
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            require(inside, f"{INDEX} names {name}, outside of the folder")
+            tensors |= load_file(folder / name)
+        lost = index.keys() - tensors.keys()
+        require(tensors and not lost, f"no file holds {min(lost, default='a tensor')}")
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
-
-    def __len__(self) -> int:
-        return len(self.file_of)
-
-    def dtype_of(self, name: str) -> str:
-        """As safetensors spells it: F32, BF16, I8."""
-        return self.file_of[name].get_slice(name).get_dtype()
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        generation = GenerationConfig.from_model_config(config)
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+        model = SimpleNamespace(config=config, generation_config=generation)
+        ends = end_token_ids(model, tokenizer)
+    except Exception as error:  # whatever is in them
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+    classifies = "SequenceClassification" in str(config.architectures)
+    generation = None if classifies else generation
+    return SavedModel(path, folder, tensors, tokenizer.get_vocab(), generation, ends)
 
 
 class Shards:
@@ -179,14 +189,14 @@ def merge_folders(config: Config) -> dict[str, dict]:
     from ..models.older_readers import write_for_older_readers
 
     with atomic_folder(Path(config.out)) as folder:
-        inputs = open_models([config.init, *config.models], folder / "inputs")
-        dtype, (model, ends) = widest_dtype(inputs), shared_conventions(inputs)
-        init, *states = inputs
-        for file in sorted(init.folder.iterdir()):
+        inputs = read_models([config.init, *config.models], folder / "inputs")
+        dtype, (init, *states) = require_mergeable(inputs), [model.tensors for model in inputs]
+        copied = inputs[0].folder
+        for file in sorted(copied.iterdir()):
             if file.is_file() and file.suffix not in WEIGHTS and file.name != INDEX:
                 shutil.copy(file, folder)
-        if (init.folder / TEMPLATES).is_dir():
-            shutil.copytree(init.folder / TEMPLATES, folder / TEMPLATES)
+        if (copied / TEMPLATES).is_dir():
+            shutil.copytree(copied / TEMPLATES, folder / TEMPLATES)
         shards, threads = Shards(folder, init, config.eta), torch.get_num_threads()
         # One core writes. The threads of a product wait for each other, and would wait for it.
         torch.set_num_threads(max(1, threads - 1))
@@ -199,24 +209,25 @@ def merge_folders(config: Config) -> dict[str, dict]:
         finally:
             torch.set_num_threads(threads)
         shards.finish()
-        if "SequenceClassification" not in str(model.config.architectures):
-            save_generation_config(model.generation_config, ends, folder)
-        write_for_older_readers(folder, dtype)
-        print(f"weights are written in {dtype}, the widest dtype of the models")
+        if inputs[0].generation:
+            ends = sorted({end for model in inputs for end in model.ends})
+            save_generation_config(inputs[0].generation, ends, folder)
+        write_for_older_readers(folder, str(dtype).removeprefix("torch."))
+        print(f"written in {dtype}, the widest dtype of the models")
         shutil.rmtree(folder / "inputs", ignore_errors=True)
         (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def open_models(paths: list[str], scratch: Path) -> list[SavedTensors]:
-    """The tensors of each model by the names that training saves them under.
+def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
+    """The models with their tensors by the names that training saves them under.
 
     Files as training saves them are read where they lie. Others (adapters, pickles, hub ids, copies
     of tied weights, names of before) are loaded as training loads them, and saved into `scratch`.
     """
     from ..models.loading import load_policy, save_policy
 
-    def saved_again(i: int) -> SavedTensors:
+    def saved_again(i: int) -> SavedModel:
         policy, tokenizer = load_policy(paths[i], "--models" if i else "--init")
         for dtype in (torch.bfloat16, torch.float16):  # it was loaded in float32: narrow again?
             tensors = [t for t in policy.state_dict().values() if t.is_floating_point()]
@@ -224,72 +235,46 @@ def open_models(paths: list[str], scratch: Path) -> list[SavedTensors]:
                 policy.to(dtype)
                 break
         save_policy(policy, tokenizer, scratch / str(i))
-        return SavedTensors(scratch / str(i), paths[i])
+        return read_model(paths[i], scratch / str(i))
 
-    states = []
+    models = []
     for i, path in enumerate(paths):
         folder = Path(model_folder(path))
         plain = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
         plain &= not (folder / "adapter_config.json").is_file()
-        states.append(SavedTensors(folder, path) if plain else saved_again(i))
+        models.append(read_model(path, folder) if plain else saved_again(i))
     for i in range(len(paths)):  # the init first, since training saved the others
-        if any(set(state) != set(states[0]) for state in states):
-            states[i] = saved_again(i)
-    return states
+        if any(model.tensors.keys() != models[0].tensors.keys() for model in models):
+            models[i] = saved_again(i)
+    return models
 
 
-def widest_dtype(states: list[SavedTensors]) -> str:
-    """The dtype that a merge is written in.
-
-    Raises:
-        UserError: a weight is quantised, or what is no weight, such as a mask, is not the init's.
-    """
-    init, found = states[0], set()
-    for state in states:
-        for name in state:
-            dtype = state.dtype_of(name)
-            if dtype in FLOATING:
-                found.add(FLOATING[dtype])
-                continue
-            same = name in init and dtype == init.dtype_of(name)
-            require(
-                not name.endswith("weight") and same and torch.equal(state[name], init[name]),
-                f"{state.path}: {name} is {dtype}, expected weights of 16 bits or more: merge "
-                "models as they were before they were quantised",
-            )
-    return str(functools.reduce(torch.promote_types, found)).removeprefix("torch.")
-
-
-def shared_conventions(states: list[SavedTensors]) -> tuple[SimpleNamespace, list[int]]:
-    """Config and generation config of the init, and the end tokens of all models.
+def require_mergeable(models: list[SavedModel]) -> torch.dtype:
+    """The widest dtype.
 
     Raises:
-        UserError: a tokenizer has another id for a token than the init's, or a file is broken.
+        UserError: a tokenizer has another id for a token than the init's, a weight is quantised, or
+            what is no weight, such as a mask, is not the init's.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    from ..models.loading import end_token_ids
-
-    models, vocabularies, ends = [], [], set()
-    for state in states:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(state.folder, trust_remote_code=False)
-            config = AutoConfig.from_pretrained(state.folder, trust_remote_code=False)
-            generation = GenerationConfig.from_model_config(config)
-            if (state.folder / "generation_config.json").is_file():
-                generation = GenerationConfig.from_pretrained(state.folder)
-        except Exception as error:  # whatever is in them
-            reason = f"its tokenizer or config cannot be read: {first_line(error)}"
-            raise UserError(f"{state.path}: {reason}") from error
-        models.append(SimpleNamespace(config=config, generation_config=generation))
-        vocabularies.append(tokenizer.get_vocab())
+    init, dtypes = models[0], set()
+    for model in models:
         require(
-            vocabularies[-1] == vocabularies[0],
-            f"{state.path}: its tokenizer has another vocabulary than {states[0].path}'s: merge "
-            "models of one init",
+            model.vocabulary == init.vocabulary,
+            f"{model.path}: its tokenizer has another vocabulary than {init.path}'s: merge models "
+            "of one init",
         )
-        ends.update(end_token_ids(models[-1], tokenizer))
-    return models[0], sorted(ends)
+        for name, tensor in model.tensors.items():
+            if tensor.is_floating_point() and tensor.itemsize > 1:
+                dtypes.add(tensor.dtype)
+                continue
+            ours = init.tensors.get(name)
+            mask = not tensor.is_floating_point() and not name.endswith("weight")
+            require(
+                mask and ours is not None and ours.dtype == tensor.dtype and ours.equal(tensor),
+                f"{model.path}: {name} is {tensor.dtype}, expected weights of 16 bits or more: "
+                "merge models as they were before they were quantised",
+            )
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def angle_summary(report: dict[str, dict]) -> str:
