@@ -37,7 +37,11 @@ def _add_rope(config: dict, dtype: str) -> None:
     values = (full.get("rope_theta"), full.get("partial_rotary_factor"), local.get("rope_theta"))
     config.update({name: value for name, value in zip(names, values) if value is not None})
     scaling = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    if scaling.keys() - {"rope_type"}:
+    if config.get("model_type") == "phi3" and "rope_type" in scaling:  # which takes these alone
+        scaling = {"type": scaling["rope_type"]} | {
+            key: scaling[key] for key in ("short_factor", "long_factor") if key in scaling
+        }
+    if scaling.keys() - {"rope_type", "type"}:
         config["rope_scaling"] = scaling
 
 

@@ -212,7 +212,7 @@ def merge_folders(config: Config) -> dict[str, dict]:
         if inputs[0].generation:
             ends = sorted({end for model in inputs for end in model.ends})
             save_generation_config(inputs[0].generation, ends, folder)
-        write_for_older_readers(folder, str(dtype).removeprefix("torch."))
+        write_for_older_readers(folder, dtype)
         print(f"written in {dtype}, the widest dtype of the models")
         shutil.rmtree(folder / "inputs", ignore_errors=True)
         (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -249,8 +249,8 @@ def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
     return models
 
 
-def require_mergeable(models: list[SavedModel]) -> torch.dtype:
-    """The widest dtype.
+def require_mergeable(models: list[SavedModel]) -> str:
+    """The widest dtype of the weights.
 
     Raises:
         UserError: a tokenizer has another id for a token than the init's, a weight is quantised, or
@@ -274,7 +274,7 @@ def require_mergeable(models: list[SavedModel]) -> torch.dtype:
                 f"{model.path}: {name} is {tensor.dtype}, expected weights of 16 bits or more: "
                 "merge models as they were before they were quantised",
             )
-    return functools.reduce(torch.promote_types, dtypes)
+    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 
 def angle_summary(report: dict[str, dict]) -> str:

@@ -272,8 +272,7 @@ def test_t_a_gpt2_as_on_the_hub_with_masks_and_names_of_before(tmp_path, monkeyp
 # --- dtypes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("by", [1e-3, 1e-4, 1e-5])
-@pytest.mark.parametrize("method", ["lerp", "slerp"])
+@pytest.mark.parametrize("by, method", [(1e-3, "lerp"), (1e-5, "lerp"), (1e-4, "slerp")])
 def test_b5_a_bfloat16_init_rounds_nothing_away(tmp_path, monkeypatch, capsys, by, method):
     """M3: relative error of the merged task vector was .93 at 1e-5."""
     monkeypatch.chdir(tmp_path)
@@ -307,7 +306,7 @@ def test_b5_a_bfloat16_init_rounds_nothing_away(tmp_path, monkeypatch, capsys, b
         ("float32 float64 float32", torch.float64),
     ],
 )
-@pytest.mark.parametrize("eta", ["1", "0.5"])
+@pytest.mark.parametrize("eta", ["0.5"])
 def test_b5_a_merge_has_the_widest_dtype_of_its_models(world, capsys, dtypes, written, eta):
     for folder, dtype in zip(("init", "A", "B"), dtypes.split()):
         loaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -324,6 +323,8 @@ def test_b5_a_merge_has_the_widest_dtype_of_its_models(world, capsys, dtypes, wr
         close = dict(rtol=1e-14, atol=1e-14) if written.itemsize == 8 else close
         torch.testing.assert_close(tensor.double(), expected, **close)
 
+
+QUANTISED = ["int8", "uint8", "int32", "int64", "float8_e4m3fn", "bool"]
 
 # --- what cannot be merged -----------------------------------------------------------------------
 
@@ -343,9 +344,17 @@ def retyped(dtype):
     return change
 
 
-@pytest.mark.parametrize("place", ["init", "A", "B"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("method", ["lerp", "slerp", "slerp-symmetric"])
+@pytest.mark.parametrize(
+    "place, value, method",
+    [
+        ("init", float("nan"), "slerp"),
+        ("A", float("nan"), "lerp"),
+        ("B", float("nan"), "slerp"),
+        ("init", float("inf"), "lerp"),
+        ("A", float("inf"), "slerp-symmetric"),
+        ("B", -float("inf"), "slerp"),
+    ],
+)
 def test_b4_weights_that_are_not_finite_name_model_and_tensor(world, place, value, method):
     tensors_of(place, poison(value))
     with pytest.raises(UserError) as error:
@@ -363,8 +372,9 @@ def test_b4_both_models_infinite_at_one_place(world):
         merge()
 
 
-@pytest.mark.parametrize("place", ["init", "A", "all"])
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "float8_e4m3fn", "bool"])
+@pytest.mark.parametrize(
+    "place, dtype", [("init", "int8"), ("A", "int8"), *(("all", t) for t in QUANTISED)]
+)
 def test_b4_quantised_weights_name_model_and_tensor(world, place, dtype):
     for folder in ("init", "A", "B") if place == "all" else (place,):
         tensors_of(folder, retyped(getattr(torch, dtype)))
@@ -467,9 +477,9 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("place", ["init", "B"])
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda name: f"S14-{name}")
-def test_broken_folders_are_one_line_that_names_them(world, broken, place):
+def test_broken_folders_are_one_line_that_names_them(world, broken):
+    place = ("init", "B")[list(BROKEN).index(broken) % 2]
     BROKEN[broken](place)
     with pytest.raises(UserError) as error:
         merge()
