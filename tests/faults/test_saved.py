@@ -147,10 +147,10 @@ def test_b10_settings_that_transformers_refuses_to_save_are_kept(settings):
     tok = tokenizer()
     save("start", model(tok), tok)
     edit("start/generation_config.json", lambda c: c.update(settings, eos_token_id=1))
-    policy_run("start")
-    found = json.loads(Path("r/model/generation_config.json").read_text())
+    saved_again("start")
+    found = json.loads(Path("out/generation_config.json").read_text())
     assert found["eos_token_id"] == [1, 3] and "_from_model_config" not in found
-    generation = GenerationConfig.from_pretrained("r/model")
+    generation = GenerationConfig.from_pretrained("out")
     assert {name: getattr(generation, name) for name in settings} == settings
 
 
