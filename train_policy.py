@@ -352,6 +352,7 @@ def load(run: Run) -> Task:
 
     Without --rm it has the toy world's reward model, which is made on first use.
     """
+    from minalign.models.loading import try_save
     from minalign.task import load_task
     from train_rm import toy_reward_model
 
@@ -361,6 +362,7 @@ def load(run: Run) -> Task:
         task = load_task(
             config, config.model, rewards, run.device, run.dtype, config.micro_batch_size
         )
+        try_save(task.start, task.tokenizer)
     require(
         config.uncertainty == "none" or task.reward.num_labels > 2,
         f"--uncertainty {config.uncertainty}: --rm {' '.join(rewards)}: no distribution over "

@@ -326,6 +326,7 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     from minalign.data.prompts import parse_span
     from minalign.data.splits import Split
     from minalign.models.activations import checkpoint_activations_
+    from minalign.models.loading import try_save
     from minalign.models.lora import add_lora_
     from minalign.reward import RewardModel
 
@@ -350,6 +351,7 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     if isinstance(train_pairs[0].prompt, str) and reward_model.tokenizer.chat_template:
         print("  note: trained on plain texts, it is saved without its chat template")
         reward_model.tokenizer.chat_template = None  # so that it reads plain text
+    try_save(model, reward_model.tokenizer)
     for pair in (train_pairs[0], eval_pairs[0]):
         pairs.require_ratings(config.dataset, pair, config.rating_coef, config.margin)
 

@@ -232,8 +232,8 @@ def liti(
         init_state, state: state dicts with the same keys and shapes.
         eta: 0 gives theta_init and 1 gives theta, bit for bit; above 1 it extrapolates.
     Returns:
-        dict of new tensors in the init's dtypes, computed in float32; integer and boolean buffers
-        are the init's.
+        dict of new tensors in the wider dtype of the two, computed in float32 at least; integer
+        and boolean buffers are the init's.
     Raises:
         ValueError: a key or a shape differs; it is named.
 
@@ -249,8 +249,10 @@ def liti(
     result = {}
     for name, tensor in init_state.items():
         if tensor.is_floating_point():
-            mixed = (1 - eta) * tensor.detach().float() + eta * state[name].detach().float()
-            result[name] = mixed.to(tensor.dtype)
+            dtype = torch.promote_types(tensor.dtype, state[name].dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            mixed = (1 - eta) * tensor.detach().to(wide) + eta * state[name].detach().to(wide)
+            result[name] = mixed.to(dtype)
         else:
             result[name] = tensor.clone()
     return result
@@ -287,12 +289,12 @@ def merge_policies(
         lam: weight of the second of two policies; None is 1/M.
         out: receives the merged tensors by name; None is a new dict.
     Returns:
-        out, in the init's dtypes (buffers that are not floating are the init's), and a report. It
-        has for each group "angle" (mean over pairs, degrees; None where a vector is zero or
-        M = 1), "norms" (of the M task vectors) and "norm" (of the merged one).
+        out, each tensor in the widest dtype of its inputs (buffers that are not floating are the
+        init's), and a report. It has for each group "angle" (mean over pairs, degrees; None where a
+        vector is zero or M = 1), "norms" (of the M task vectors) and "norm" (of the merged one).
     Raises:
-        ValueError: a key or shape differs (it is named), no states, an unknown word, lam with
-            other than two states, or lam with "slerp-symmetric".
+        ValueError: a key or shape differs or a weight is not finite (it is named), no states, an
+            unknown word, lam with other than two states, or lam with "slerp-symmetric".
 
     >>> init, a, b = ({"w": torch.tensor(w)} for w in ([1.0, 1.0], [2.0, 1.0], [1.0, 2.0]))
     >>> merged, report = merge_policies(init, [a, b])
@@ -354,6 +356,13 @@ def merge_policies(
                 gram = gram + torch.stack([(delta * deltas).sum(1) for delta in deltas]).double()
         return gram
 
+    def widest(name: str) -> torch.dtype:
+        """The dtype that a tensor is written in: no state is rounded to another's."""
+        dtype = init_state[name].dtype
+        for state in states:
+            dtype = torch.promote_types(dtype, state[name].dtype)
+        return dtype
+
     def cosines(gram: torch.Tensor) -> torch.Tensor:
         """Of the pairs of task vectors, (M (M - 1) / 2,); NaN where one is zero."""
         norms = gram.diagonal().sqrt()
@@ -398,14 +407,22 @@ def merge_policies(
         # float32 does not know the angles of vectors that are too small to square, parallel or
         # opposite: any pair of them, or one and the merge of those before it, whose weights then
         # grow. And a policy that is the whole merge comes back bit for bit.
-        whole = len(states) == 1 or lam in (0, 1)
-        for dtype in [torch.float64] if whole else [torch.float32, torch.float64]:
+        exact = len(states) == 1 or lam in (0, 1)
+        exact = exact or any(widest(name) == torch.float64 for name in floating)
+        for dtype in [torch.float64] if exact else [torch.float32, torch.float64]:
             gram = dot_products(floating, dtype)
             weights = coefficients(gram)
             if weights.abs().max() <= 10 and (cosines(gram).abs() < 1 - 1e-4).all():
                 break
+        for name in floating if not gram.isfinite().all() else []:
+            for m, state in enumerate(every_state):
+                if not state[name].isfinite().all():
+                    raise ValueError(
+                        f"got {name!r} of {f'policy {m}' if m else 'the init'} with numbers that "
+                        "are not finite, expected finite ones"
+                    )
         for name in floating:
-            merged = torch.empty(shapes[name], dtype=init_state[name].dtype, device=gram.device)
+            merged = torch.empty(shapes[name], dtype=widest(name), device=gram.device)
             parts = merged.view(-1).split(2**18)
             for part, (theta_init, deltas) in zip(parts, blocks(name, dtype)):
                 part.copy_(theta_init + weights.to(dtype) @ deltas)

@@ -25,8 +25,8 @@ from .data.chat import Prompt, TokenizedPrompt, encode, encode_sampled, encode_w
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.folders import model_folder
-from .models.loading import load_model, one_line, require_all_used
-from .models.lora import adapter_labels, dense_state, lora_layers, save_adapter
+from .models.loading import load_model, one_line, require_all_used, save_files
+from .models.lora import adapter_labels, lora_layers
 from .models.padding import context_of, length_parts, pad, text_config, tokens_per_pass
 from .running.errors import require
 
@@ -442,11 +442,7 @@ class RewardModel:
                 are saved alone, in PEFT's files.
         """
         padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, self.padding_side
-        if adapter_of:
-            save_adapter(self.model, path, model_folder(adapter_of))
-        else:
-            self.model.save_pretrained(path, state_dict=dense_state(self.model))
-        self.tokenizer.save_pretrained(path)
+        save_files(self.model, self.tokenizer, Path(path), adapter_of)
         self.tokenizer.padding_side = padding_side
 
 

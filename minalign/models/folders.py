@@ -41,11 +41,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # On a full disk torch raises RuntimeError, safetensors SafetensorError.
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
-        # What is written may be made inside, such as the toy world's reward model.
-        if is_out_of_memory(error):
+        if old.exists() and not folder.exists():  # stopped between the two renames
+            old.rename(folder)
+        # On a full disk torch raises RuntimeError, safetensors SafetensorError. What is written may
+        # be made inside, such as the toy world's reward model.
+        of_the_disk = isinstance(error, (OSError, RuntimeError, SafetensorError))
+        if not of_the_disk or is_out_of_memory(error):
             raise
         raise UserError(
             f"{folder}: cannot be written ({first_line(error)}): what was there is whole; "

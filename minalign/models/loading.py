@@ -1,9 +1,11 @@
 """Language models and tokenizers: loaded in float32, and saved."""
 
 import contextlib
+import copy
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +18,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
-from ..data.chat import require_templates
+from ..data.chat import render, require_templates
 from ..running.errors import UserError, is_out_of_memory, require
 from .folders import atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter
+from .older_readers import write_for_older_readers
 from .probe import check_policy
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
@@ -205,24 +210,87 @@ def save_policy(
             PEFT's files.
     """
     with atomic_folder(folder) as new:
-        if adapter_of:
-            save_adapter(policy, new, model_folder(adapter_of))
-        else:
-            # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks
-            # have runs of their own.
-            policy.should_save_on_this_rank = lambda is_main_process: True
-            policy.save_pretrained(new, state_dict=dense_state(policy))
-        tokenizer.save_pretrained(new)
+        save_files(policy, tokenizer, new, adapter_of)
+
+
+def save_files(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    adapter_of: str = "",
+    weights: bool = True,
+) -> None:
+    """What `save_policy` writes, of a model of any Auto class, or all of it but the weights."""
+    if adapter_of:
+        save_adapter(model, folder, model_folder(adapter_of))
+    else:
+        # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks have
+        # runs of their own.
+        model.should_save_on_this_rank = lambda is_main_process: True
+        generation = model.generation_config if model.can_generate() else None
+        try:
+            if generation:  # transformers refuses to save some that it loads
+                model.generation_config = GenerationConfig()
+            model.save_pretrained(folder, state_dict=dense_state(model) if weights else {})
+        finally:
+            model.generation_config = generation
+        if generation:
+            save_generation_config(generation, end_token_ids(model, tokenizer), folder)
+    tokenizer.save_pretrained(folder)
+    write_for_older_readers(folder)
+
+
+def save_generation_config(generation: GenerationConfig, ends: list[int], folder: Path) -> None:
+    """Write a generation config with these end tokens."""
+    generation = copy.deepcopy(generation)
+    generation.eos_token_id = ends
+    generation._from_model_config = None  # or readers may make it anew from config.json
+    generation.to_json_file(folder / "generation_config.json")
+
+
+def try_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save all but the weights, and throw it away: what would fail at a run's end fails now.
+
+    Raises:
+        UserError: something cannot be saved.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_files(model, tokenizer, Path(folder), weights=False)
+    except Exception as error:
+        reason = f"it can be loaded, but not saved ({first_line(error)})"
+        raise UserError(f"{model.name_or_path}: {reason}: mend its config or tokenizer") from error
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion.
 
-    The tokenizer's end token, and all that the checkpoint's generation config names.
+    The tokenizer's end token, all that the checkpoint's generation config and config name, and the
+    end of turn that the chat template writes after an answer.
     """
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    return sorted({tokenizer.eos_token_id, *named})
+
+    def named(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
+        ends = getattr(config, "eos_token_id", None)
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    ends = {tokenizer.eos_token_id, *_end_of_turn(tokenizer), *named(model.generation_config)}
+    # A config that names none has its family's default, which may be any word of this vocabulary.
+    added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        ends |= named(config) & added
+    return sorted(ends - {None})
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first special token that the chat template writes after an answer, if there is one."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = render(tokenizer, turns, cue=False) if tokenizer.chat_template else ""
+    except UserError:  # said where prompts are rendered
+        return []
+    added = tokenizer.added_tokens_decoder
+    ids = tokenizer(text.rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+    return [i for i in ids if i in added and added[i].special][:1]
 
 
 @contextlib.contextmanager

@@ -253,7 +253,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path, base: str) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        # A path relative to here would be another one elsewhere.
+        "base_model_name_or_path": os.path.abspath(base) if os.path.isdir(base) else base,
         "r": one.lora_A.shape[0],
         "lora_alpha": one.scaling * one.lora_A.shape[0],
         "lora_dropout": one.dropout,

@@ -3,25 +3,36 @@
 python -m minalign merge --init runs/sft --models runs/policy-1 runs/policy-2 --out merged
 """
 
+from __future__ import annotations
+
+import functools
 import json
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from ..merge import merge_policies
-from ..models.folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
+from ..merge import liti, merge_policies
+from ..models.folders import atomic_folder, first_line, model_folder
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
 
+if typing.TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 SHARD_BYTES = 128 * 2**20
+INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @dataclass
@@ -35,43 +46,60 @@ class Config:
     out: str = flag("", "folder of the merged model; must not exist")
     method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
     scope: str = flag("layer", "what shares an angle", ("layer", "tensor", "model"))
-    lam: float | None = flag(None, "weight of the second of two models (default: 1/2)")
+    lam: float | None = flag(None, "weight of the second of two models (default: 1/2)", "[0, 1]")
     eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged", "[0, 1]")
 
 
-class SavedTensors(Mapping):
-    """Name -> tensor of a saved model, mapped from its file when it is asked for.
+class SavedModel(NamedTuple):
+    """A model in a folder, its tensors mapped from their files.
 
-    Args:
-        path: a run or a folder with one safetensors file, or several and an index.
-    Raises:
-        UserError: there is no such file, or it cannot be read.
+    path: what the user calls it.
+    generation: its generation config; None of a classifier.
+    ends: every token that ends a completion.
     """
 
-    def __init__(self, path: str) -> None:
-        self.folder = Path(model_folder(path))
-        index = self.folder / "model.safetensors.index.json"
-        try:
-            if index.exists():
-                names = json.loads(index.read_text())["weight_map"]
-                files = {file: safe_open(self.folder / file, "pt") for file in set(names.values())}
-                self.file_of = {name: files[file] for name, file in names.items()}
-            else:
-                file = safe_open(self.folder / "model.safetensors", "pt")
-                self.file_of = dict.fromkeys(file.keys(), file)
-        except LOADING_ERRORS as error:
-            raise UserError(
-                f"{path}: no readable model.safetensors (or index of one): {first_line(error)}"
-            ) from error
+    path: str
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+    vocabulary: dict[str, int]
+    generation: GenerationConfig | None
+    ends: list[int]
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.file_of[name].get_tensor(name)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
+def read_model(path: str, folder: Path) -> SavedModel:
+    """A model whose folder has one safetensors file, or several and an index.
 
-    def __len__(self) -> int:
-        return len(self.file_of)
+    Raises:
+        UserError: a file cannot be read, or the index is not of these files.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from ..models.loading import end_token_ids
+
+    try:
+        names, index, tensors = ["model.safetensors"], {}, {}
+        if not (folder / names[0]).exists():  # as transformers: else an index is out of date
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+            names = sorted(set(index.values()))
+        for name in names:
+            inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+            require(inside, f"{INDEX} names {name}, outside of the folder")
+            tensors |= load_file(folder / name)
+        lost = index.keys() - tensors.keys()
+        require(tensors and not lost, f"no file holds {min(lost, default='a tensor')}")
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        generation = GenerationConfig.from_model_config(config)
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+        model = SimpleNamespace(config=config, generation_config=generation)
+        ends = end_token_ids(model, tokenizer)
+    except Exception as error:  # whatever is in them
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+    classifies = "SequenceClassification" in str(config.architectures)
+    generation = None if classifies else generation
+    return SavedModel(path, folder, tensors, tokenizer.get_vocab(), generation, ends)
 
 
 class Shards:
@@ -90,7 +118,7 @@ class Shards:
 
     def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
         if self.eta != 1 and tensor.is_floating_point():
-            moved = (1 - self.eta) * self.init[name].float() + self.eta * tensor.float()
+            moved = liti({name: self.init[name]}, {name: tensor}, self.eta)[name]
             tensor = moved.to(tensor.dtype)
         self.pending[name] = tensor.contiguous()
         if sum(t.numel() * t.element_size() for t in self.pending.values()) >= SHARD_BYTES:
@@ -148,26 +176,27 @@ def save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def merge_folders(config: Config) -> dict[str, dict]:
     """Merge saved models into config.out, as `config` says.
 
-    Everything but weights (config, tokenizer, chat template) is copied from the init.
+    Everything but weights (config, tokenizer, chat templates) is copied from the init. The
+    generation config lists every end token of the models.
 
     Returns:
         The report of `merge_policies`.
     Raises:
-        UserError: keys, shapes or tokenizers differ. The model is named.
+        UserError: keys, shapes or tokenizers differ, or a weight cannot be merged. The model is
+            named.
     """
-    init, states = SavedTensors(config.init), [SavedTensors(path) for path in config.models]
-    for path, state in zip(config.models, states):
-        for file in ("tokenizer.json", "vocab.json", "tokenizer.model"):
-            require(
-                same_vocabulary(init.folder / file, state.folder / file),
-                f"{path}: its {file} has another vocabulary than {config.init}'s: merge models of "
-                "one init",
-            )
+    from ..models.loading import save_generation_config
+    from ..models.older_readers import write_for_older_readers
+
     with atomic_folder(Path(config.out)) as folder:
-        for file in sorted(init.folder.iterdir()):
-            weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth")
-            if file.is_file() and not weights and not file.name.endswith(".index.json"):
+        inputs = read_models([config.init, *config.models], folder / "inputs")
+        dtype, (init, *states) = require_mergeable(inputs), [model.tensors for model in inputs]
+        copied = inputs[0].folder
+        for file in sorted(copied.iterdir()):
+            if file.is_file() and file.suffix not in WEIGHTS and file.name != INDEX:
                 shutil.copy(file, folder)
+        if (copied / TEMPLATES).is_dir():
+            shutil.copytree(copied / TEMPLATES, folder / TEMPLATES)
         shards, threads = Shards(folder, init, config.eta), torch.get_num_threads()
         # One core writes. The threads of a product wait for each other, and would wait for it.
         torch.set_num_threads(max(1, threads - 1))
@@ -175,24 +204,77 @@ def merge_folders(config: Config) -> dict[str, dict]:
             how = (config.method, config.scope, config.lam)
             _, report = merge_policies(init, states, *how, out=shards)
         except ValueError as error:
-            raise UserError(f"{config.init}, {', '.join(config.models)}: {error}") from error
+            policies = ", ".join(f"policy {m} {path}" for m, path in enumerate(config.models, 1))
+            raise UserError(f"init {config.init}, {policies}: {error}") from error
         finally:
             torch.set_num_threads(threads)
         shards.finish()
+        if inputs[0].generation:
+            ends = sorted({end for model in inputs for end in model.ends})
+            save_generation_config(inputs[0].generation, ends, folder)
+        write_for_older_readers(folder, dtype)
+        print(f"written in {dtype}, the widest dtype of the models")
+        shutil.rmtree(folder / "inputs", ignore_errors=True)
         (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
-def same_vocabulary(ours: Path, theirs: Path) -> bool:
-    """Whether two tokenizer files name the same tokens.
+def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
+    """The models with their tensors by the names that training saves them under.
 
-    Padding and truncation settings are left out, since saving may change them.
+    Files as training saves them are read where they lie. Others (adapters, pickles, hub ids, copies
+    of tied weights, names of before) are loaded as training loads them, and saved into `scratch`.
     """
-    contents = [file.read_bytes() if file.exists() else None for file in (ours, theirs)]
-    if contents[0] == contents[1] or None in contents or ours.name != "tokenizer.json":
-        return contents[0] == contents[1]
-    one, two = (json.loads(content) for content in contents)
-    return all(one.get(key) == two.get(key) for key in ("model", "added_tokens"))
+    from ..models.loading import load_policy, save_policy
+
+    def saved_again(i: int) -> SavedModel:
+        policy, tokenizer = load_policy(paths[i], "--models" if i else "--init")
+        for dtype in (torch.bfloat16, torch.float16):  # it was loaded in float32: narrow again?
+            tensors = [t for t in policy.state_dict().values() if t.is_floating_point()]
+            if all(torch.equal(t.to(dtype).float(), t) for t in tensors):
+                policy.to(dtype)
+                break
+        save_policy(policy, tokenizer, scratch / str(i))
+        return read_model(paths[i], scratch / str(i))
+
+    models = []
+    for i, path in enumerate(paths):
+        folder = Path(model_folder(path))
+        plain = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
+        plain &= not (folder / "adapter_config.json").is_file()
+        models.append(read_model(path, folder) if plain else saved_again(i))
+    for i in range(len(paths)):  # the init first, since training saved the others
+        if any(model.tensors.keys() != models[0].tensors.keys() for model in models):
+            models[i] = saved_again(i)
+    return models
+
+
+def require_mergeable(models: list[SavedModel]) -> str:
+    """The widest dtype of the weights.
+
+    Raises:
+        UserError: a tokenizer has another id for a token than the init's, a weight is quantised, or
+            what is no weight, such as a mask, is not the init's.
+    """
+    init, dtypes = models[0], set()
+    for model in models:
+        require(
+            model.vocabulary == init.vocabulary,
+            f"{model.path}: its tokenizer has another vocabulary than {init.path}'s: merge models "
+            "of one init",
+        )
+        for name, tensor in model.tensors.items():
+            if tensor.is_floating_point() and tensor.itemsize > 1:
+                dtypes.add(tensor.dtype)
+                continue
+            ours = init.tensors.get(name)
+            mask = not tensor.is_floating_point() and not name.endswith("weight")
+            require(
+                mask and ours is not None and ours.dtype == tensor.dtype and ours.equal(tensor),
+                f"{model.path}: {name} is {tensor.dtype}, expected weights of 16 bits or more: "
+                "merge models as they were before they were quantised",
+            )
+    return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 
 def angle_summary(report: dict[str, dict]) -> str:
