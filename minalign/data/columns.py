@@ -86,7 +86,7 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     {'prompt': 'question', 'chosen': 'best', 'rejected': 'worst, of two'}
     """
     names = {}
-    for part in (part for text in given or () for part in re.split(r",(?=\w+=)", text)):
+    for part in re.split(r",(?=\w+=)", ",".join(given)) if given else ():
         ours, _, theirs = part.partition("=")
         require(
             ours in KNOWN and bool(theirs) and ours not in names,
@@ -204,12 +204,12 @@ def read_pair(
     )
     require(bool(chosen.strip() and rejected.strip()), "an empty answer")
     chosen, rejected = without_prompt(prompt, [chosen, rejected], note)
-    numbers = [_number(row, name) for name in ratings] or [None, None]
-    margin = _number(row, "margin")
-    require(needs != "ratings" or None not in numbers, "no two ratings that are numbers")
+    # A gap is an error only where the number is needed.
+    numbers = [number_cell(row, name, may_be_none=True) for name in ratings] or [None, None]
+    margin = number_cell(row, "margin", may_be_none=True)
+    has = None not in numbers or needs == "margin" and margin is not None
     require(
-        needs != "margin" or margin is not None or None not in numbers,
-        "no margin and no two ratings that are numbers",
+        has or not needs, f"no two ratings that are numbers{', no margin' * (needs == 'margin')}"
     )
     if isinstance(prompt, str) and TURN.search(prompt):
         prompt = to_messages(prompt)  # with chat None, no error: text it was
@@ -231,14 +231,13 @@ def read_prompt(row: dict, where: str, note: Note, column: str, chat: bool | Non
     if column == "chosen":
         prompt, _ = read_dialogue(row, column, note)
         require(bool(prompt), "column 'chosen' is no dialogue, and there is no prompt")
-        return as_asked(prompt, where, chat)
-    prompt = _messages(row.get(column), column, note)
-    if prompt is None:
-        return as_asked(text_cell(row, column), where, chat)
-    # Of a whole dialogue, the prompt is what was asked last.
-    while prompt and prompt[-1]["role"] == "assistant":
-        prompt = prompt[:-1]
-    require(bool(prompt), "nothing is asked")
+    elif (prompt := _messages(row.get(column), column, note)) is not None:
+        # Of a whole dialogue, the prompt is what was asked last.
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        require(bool(prompt), "nothing is asked")
+    else:
+        prompt = text_cell(row, column)
     return as_asked(prompt, where, chat)
 
 
@@ -296,6 +295,7 @@ def _joined(given: Prompt, told: Prompt, as_messages: bool, note: Note) -> Promp
     if not given or not told:
         return to_messages(given) if given and as_messages else given or told
     first, second = _turns(given), _turns(told)
+    require(bool(first and second), "a prompt without a word")
     starts = range(len(second) - len(first) + 1)
     if any(second[i : i + len(first)] == first for i in starts):
         note("the answers repeat the prompt, which is read once")
@@ -319,15 +319,15 @@ def _turns(prompt: Prompt) -> list[tuple[str, str]]:
 def without_prompt(prompt: Prompt, answers: list[str], note: Note) -> list[str]:
     """Answers without the prompt, where all begin with it."""
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    for start in (asked, asked.strip()) if asked.strip() else ():
-        rests = [answer[len(start) :] for answer in answers if answer.startswith(start)]
-        if len(rests) < len(answers) or not all(map(str.strip, rests)):
-            continue
-        # A word that goes on is no repetition: "art" and "artist".
-        if not any((start[-1] + rest[0]).isalnum() and rest[0] < "\u2e80" for rest in rests):
-            note("the answers repeat the prompt, which is cut off")
-            return rests
-    return answers
+    start = asked if all(answer.startswith(asked) for answer in answers) else asked.strip()
+    rests = [answer[len(start) :] for answer in answers if answer.startswith(start)]
+    if not start or len(rests) < len(answers) or not all(map(str.strip, rests)):
+        return answers
+    # A word that goes on is no repetition: "art" and "artist".
+    if any((start[-1] + rest[0]).isalnum() and rest[0] < "\u2e80" for rest in rests):
+        return answers
+    note("the answers repeat the prompt, which is cut off")
+    return rests
 
 
 def _messages(value: object, column: str, note: Note) -> Messages | None:
@@ -337,17 +337,12 @@ def _messages(value: object, column: str, note: Note) -> Messages | None:
     """
     if isinstance(value, str) and SERIALISED.match(value):
         value = _parsed(value, column)
-    if isinstance(value, dict) and (keys := _keys(value)):
-        by_column = all(isinstance(value[key], list) for key in keys)
-        value = (
-            [dict(zip(value, parts)) for parts in zip(*value.values())] if by_column else [value]
-        )
-    if not isinstance(value, list):
+    if not isinstance(value, list) and not _keys(value):
         return None
     expected = f"column {column!r}: expected messages, as {MESSAGES}"
     require(bool(value), f"{expected}: got []")
     messages = []
-    for message in value:
+    for message in value if isinstance(value, list) else [value]:
         keys = _keys(message)
         require(bool(keys), expected)
         role, content = (message[key] for key in keys)
@@ -357,23 +352,12 @@ def _messages(value: object, column: str, note: Note) -> Messages | None:
         if unread:
             note(f"keys of messages not read: {shown(unread)}")
         require(isinstance(role, str) and isinstance(content, str), expected)
-        if keys[0] == "from":
-            require(
-                role in ("human", "gpt", "user", "assistant", "system"),
-                f"column {column!r}: a message from {role!r:.40}, expected human, gpt or system",
-            )
         require_characters(role + content, column)
         role = {"human": "user", "gpt": "assistant"}.get(role, role)
+        fits = keys[0] == "role" or role in ("user", "assistant", "system")
+        require(fits, f"column {column!r}: from {role!r:.40}, expected human, gpt or system")
         messages.append({"role": role, "content": content})
     return messages
-
-
-def _number(row: dict, column: str) -> float | None:
-    """None where there is none, which is an error only where it is needed."""
-    try:
-        return number_cell(row, column)
-    except UserError:
-        return None
 
 
 def _keys(message: object) -> tuple[str, str] | None:

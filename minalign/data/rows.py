@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import gzip
 import json
 import math
@@ -20,7 +22,6 @@ from pathlib import Path
 from ..running.errors import UserError, require
 
 if typing.TYPE_CHECKING:
-    import datasets
     import pyarrow
 
 FILE_TYPES = (".jsonl", ".gz", ".json", ".csv", ".parquet")
@@ -64,7 +65,7 @@ def read_rows(
     try:
         _refuse_pointers(path)
         if os.path.isfile(dataset):
-            rows = _part({"train": _read_file(path, columns)}, split, columns)
+            rows = _part({"train": _read_file(path, columns)}, split)
         else:
             rows = _read_folder(dataset, split, subset, columns)
     except UserError:
@@ -169,45 +170,43 @@ def _read_folder(
     if any(os.path.exists(f"{dataset}/{name}") for name in ("state.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(dataset)
         saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        return _part(saved, split, columns)
-    options = {}
+        rows = {
+            name: _from_arrow(part.with_format("arrow")[:], columns) if name in split else []
+            for name, part in saved.items()
+        }
+        return _part(rows, split)
+    options, is_here = {}, os.path.isdir(dataset)
+    dataset = os.path.realpath(dataset) if is_here else dataset
     with tempfile.TemporaryDirectory() as copy:
-        if os.path.isdir(dataset) and re.search(r"[*?[\]:]", os.path.realpath(dataset)):
+        if is_here and re.search(r"[*?[\]:]", dataset):
             # datasets takes a folder's name as a pattern, and knows no way to say that it is none.
-            shutil.copytree(os.path.realpath(dataset), f"{copy}/data", copy_function=os.symlink)
+            shutil.copytree(dataset, f"{copy}/data", copy_function=os.symlink)
             dataset, options = f"{copy}/data", {"cache_dir": f"{copy}/cache"}
         config = datasets.load_dataset_builder(dataset, subset or None, **options).config
-        if type(config).__name__ == "CsvConfig":
-            fetch = datasets.DownloadManager()
-            tables = {
-                name: [
-                    row
-                    for file in fetch.iter_files(fetch.download_and_extract(list(files)))
-                    for row in _read_csv(Path(file), config.sep)
-                ]
-                for name, files in config.data_files.items()
-            }
-            return _part(tables, split, columns)
+        kind = type(config).__name__
+        if kind in ("CsvConfig", "JsonConfig") and not getattr(config, "field", None):
+            # It guesses types: of a text beside a number it makes JSON, in quotes.
+            fetch, rows = datasets.DownloadManager(), {}
+            for name, files in zip(map(str, config.data_files), config.data_files.values()):
+                files = fetch.download_and_extract(list(files)) if name in split else []
+                paths = [Path(os.path.realpath(file)) for file in fetch.iter_files(files)]
+                read = functools.partial(_read_csv, separator=getattr(config, "sep", ","))
+                read = read if kind == "CsvConfig" else _read_json
+                rows[name] = [row for path in paths for row in read(path)]
+            return _part(rows, split)
         rows = datasets.load_dataset(dataset, subset or None, split=split, **options)
         return _from_arrow(rows.with_format("arrow")[:], columns)
 
 
-def _part(
-    tables: Mapping[str, list[dict] | datasets.Dataset], split: str, columns: Collection[str] | None
-) -> list[dict]:
-    """The rows that `split` names: all of a table, or a part."""
-
-    def rows_of(table: list[dict] | datasets.Dataset) -> list[dict]:
-        is_list = isinstance(table, list)
-        return table if is_list else _from_arrow(table.with_format("arrow")[:], columns)
-
+def _part(tables: Mapping[str, list[dict]], split: str) -> list[dict]:
+    """The rows that `split` names, as "train" or "train[:100]"."""
     if split in tables:
-        return rows_of(tables[split])
+        return tables[split]
     import datasets
 
     instruction = datasets.ReadInstruction.from_spec(split)
-    pieces = instruction.to_absolute({name: len(table) for name, table in tables.items()})
-    return [row for p in pieces for row in rows_of(tables[p.splitname])[p.from_ : p.to]]
+    pieces = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
+    return [row for piece in pieces for row in tables[piece.splitname][piece.from_ : piece.to]]
 
 
 def _from_arrow(table: pyarrow.Table, columns: Collection[str] | None) -> list[dict]:
@@ -287,17 +286,16 @@ def require_characters(text: str, column: str) -> None:
     require(not half, f"column {column!r}: has half a character (a lone surrogate)")
 
 
-def number_cell(row: dict, column: str) -> float:
+def number_cell(row: dict, column: str, may_be_none: bool = False) -> float | None:
     """row[column] if it is a finite number, or a text that is one.
 
     Raises:
-        UserError: it is not. Its row is named by the caller.
+        UserError: it is not, and may not be. Its row is named by the caller.
     """
-    value = row.get(column)
-    try:
+    value, number = row.get(column), math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
     got = str(value) if isinstance(value, float) else type(value).__name__
-    require(math.isfinite(number), f"column {column!r}: got {got}, expected a number")
-    return number
+    fits = math.isfinite(number)
+    require(fits or may_be_none, f"column {column!r}: got {got}, expected a number")
+    return number if fits else None
