@@ -470,7 +470,18 @@ def test_a_f6_a_folder_whose_parents_look_like_a_pattern(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["runs/data-1", "a/b/c", "./data", "/data/x", "~/data", "data.jsnl", "runs/", "x y", "pairs*"],
+    [
+        "runs/data-1",
+        "nowhere/d.jsonl",
+        "a/b/c",
+        "./data",
+        "/data/x",
+        "~/data",
+        "data.jsnl",
+        "runs/",
+        "x y",
+        "pairs*",
+    ],
 )
 def test_s33_a_path_with_a_typing_error_is_refused_at_once(name, tmp_path, monkeypatch):
     import huggingface_hub.constants

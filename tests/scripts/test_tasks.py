@@ -333,7 +333,7 @@ CHAT = f"{TASK_B} --rm ./distilbert-imdb"
 ELSEWHERE = "--model ./SmolLM2-135M-Instruct --dataset ./imdb"
 BAD = {
     "--eval-split is not there": (train_rm, f"{ELSEWHERE} --eval-split dev", "dev"),
-    "--split of one file": (train_rm, f"{TASK_B} --split test", "one file is one split"),
+    "--split of one file": (train_rm, f"{TASK_B} --split test", "Should be one of"),
     "chat without a template": (
         train_rm,
         "--model ./gpt2-imdb --dataset helpsteer.jsonl",
