@@ -342,7 +342,10 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     if config.dataset:
         chat = wants_chat(reward_model.tokenizer, config.format)
         train_pairs, eval_pairs = pairs.load_pairs(
-            Split.from_flags(config), chat=chat, min_rating_gap=config.min_rating_gap
+            Split.from_flags(config),
+            chat=chat,
+            min_rating_gap=config.min_rating_gap,
+            needs="ratings" if config.rating_coef else "margin" if config.margin else "",
         )
     else:
         train_pairs, eval_pairs = toy.preference_pairs(
@@ -352,8 +355,6 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
         print("  note: trained on plain texts, it is saved without its chat template")
         reward_model.tokenizer.chat_template = None  # so that it reads plain text
     try_save(model, reward_model.tokenizer)
-    for pair in (train_pairs[0], eval_pairs[0]):
-        pairs.require_ratings(config.dataset, pair, config.rating_coef, config.margin)
 
     drawing = dict(
         max_tokens=min(config.max_tokens, reward_model.context),
@@ -368,7 +369,8 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
         eval_pairs, reward_model.encode, max_pairs=config.max_eval_pairs, **drawing
     )
     require(
-        bool(examples and held_out), "no pairs left to train or evaluate on: raise --max-tokens"
+        bool(examples and held_out),
+        "no pairs left to train or evaluate on: all are identical, or longer than --max-tokens",
     )
     if config.rating_coef:
         pairs.require_rating_range(

@@ -77,7 +77,7 @@ def load_task(
     if flags.dataset:
         chat = wants_chat(tokenizer, flags.format)
         data = Split.from_flags(flags)
-        train, evaluation, column = load_prompts(data, chat=chat, column=flags.prompt_column)
+        train, evaluation, column = load_prompts(data, chat=chat)
         measures = {}
         for name, reward in parts.items():
             chat_model = reward in models and bool(reward.tokenizer.chat_template)

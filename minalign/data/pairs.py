@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .chat import Prompt, first_turn, note_special_tokens
-from .columns import CHOSEN_RATINGS, UNDERSTOOD, Pair, read_pair
-from .rows import number_cell, text_cell
+from .columns import CHOSEN_RATINGS, UNDERSTOOD, Note, Pair, name_unread, place_of, read_pair
+from .rows import number_cell, report, shown, text_cell
 from .splits import Split, both_splits, divide, require_both
 
 
@@ -61,7 +61,7 @@ class RatedPairs:
 
 
 def load_pairs(
-    data: Split, *, chat: bool | None = False, min_rating_gap: float = 1.0
+    data: Split, *, chat: bool | None = False, min_rating_gap: float = 1.0, needs: str = ""
 ) -> tuple[Sequence[Pair], Sequence[Pair]]:
     """Training and held-out pairs, split by prompt (by text where there are no prompts).
 
@@ -71,72 +71,93 @@ def load_pairs(
       score_chosen and score_rejected; see columns.CHOSEN_RATINGS) or a margin.
     - text, rating (or label): all pairs with a gap of at least `min_rating_gap`, see RatedPairs.
 
+    Rows of no use, as one with an empty answer, are dropped and counted.
+
     Args:
         data: which rows to read, and which of them are held out.
         chat: what prompts become. True: messages. False: text. None: text, but messages are an
             error.
         min_rating_gap: in units of the ratings.
+        needs: "ratings" or "margin", where a loss needs them of every pair.
     Returns:
         Training pairs and held-out pairs.
     Raises:
-        UserError: columns are missing, or a row (named by its number) has an empty text, a
-            non-string or a NaN.
+        UserError: columns are missing, or more than half of the rows are of no use.
     """
-    rows, columns = both_splits(data)
-    rating = next((name for name in ("rating", "label") if name in columns), None)
-    if {"chosen", "rejected"} <= columns:
-        parts, reading = _ready_pairs(data, rows, columns, chat)
-    elif "text" in columns and rating:
-        parts = _rated_pairs(data, rows, rating, min_rating_gap)
+    rows, known, columns = both_splits(data)
+    rating = next((name for name in ("rating", "label") if name in known), None)
+    are_rated = "text" in known and rating
+    if {"chosen", "rejected"} <= known and not (are_rated and "text" in data.names):
+        parts, read, reading = _ready_pairs(data, rows, known, chat, needs)
+    elif are_rated:
+        parts, read = _rated_pairs(data, rows, rating, min_rating_gap), {"text", rating}
         reading = f"text by {rating}, gap >= {min_rating_gap:g}"
     else:
         raise UserError(
-            f"{data.dataset}: has columns {sorted(columns)}: expected {UNDERSTOOD['pairs']}"
+            f"{data.dataset}: has columns {shown(columns)}: expected {UNDERSTOOD['pairs']} "
+            "(--columns gives other names)"
         )
     train, evaluation = map(len, parts)
     print(f"{data.dataset}: read as {reading}: {train} training and {evaluation} held-out pairs")
+    name_unread(data.dataset, columns, read, data.names)
     require_both(data, parts, "pairs")
     return parts[0], parts[1]
 
 
 def _ready_pairs(
-    data: Split, rows: list[Sequence[dict]], columns: set[str], chat: bool | None
-) -> tuple[tuple[list[Pair], list[Pair]], str]:
-    """(training, held-out) pairs of the columns chosen and rejected, and how they were read."""
-    rating = next((name for name in CHOSEN_RATINGS if name in columns), "")
-    ratings = (rating, rating.replace("chosen", "rejected")) if rating else ()
+    data: Split, rows: list[list[dict]], known: set[str], chat: bool | None, needs: str
+) -> tuple[tuple[list[Pair], list[Pair]], set[str], str]:
+    """(training, held-out) pairs of chosen and rejected, the columns read, and how."""
+    ratings = ((name, name.replace("chosen", "rejected")) for name in CHOSEN_RATINGS)
+    ratings = next((names for names in ratings if known.issuperset(names)), ())
+    flag = "--rating-coef" if needs == "ratings" else "--margin"
+    require(
+        bool(ratings) or not needs or needs == "margin" and "margin" in known,
+        f"{data.dataset}: no chosen_rating and rejected_rating{', no margin' * (needs == 'margin')}"
+        f": {flag} needs them",
+    )
     reading = "chosen / rejected"
-    reading += f" rated by {rating}" * bool(rating) + ", margin" * ("margin" in columns)
-    read = functools.partial(read_pair, ratings=ratings, chat=chat)
+    reading += f" rated by {ratings[0]}" if ratings else ""
+    reading += ", margin" * ("margin" in known)
+    read = functools.partial(read_pair, ratings=ratings, needs=needs, chat=chat)
 
     def key(pair: Pair) -> str:
         return first_turn(pair.prompt) if pair.prompt else pair.chosen
 
     parts = divide(data, rows, read, key)
-    if ratings:
-        pairs = [*parts[0], *parts[1]]
-        right = sum(pair.chosen_rating >= pair.rejected_rating for pair in pairs)
-        share = right / max(1, len(pairs))
-        reading += f" (at least as high as the rejected one in {share:.1%})"
-    return parts, reading + ", as chat" * bool(chat)
+    pairs = [*parts[0], *parts[1]]
+    gaps = [pair.ratings[0] - pair.ratings[1] for pair in pairs if pair.ratings]
+    if gaps:
+        above, equal = (count / len(gaps) for count in (sum(g > 0 for g in gaps), gaps.count(0)))
+        reading += f" (above the rejected one's in {above:.1%}, equal in {equal:.1%})"
+    talks = sum(isinstance(pair.prompt, list) for pair in pairs)
+    bare = sum(not pair.prompt for pair in pairs)
+    reading += f", {bare} of {len(pairs)} without a prompt" * bool(bare) + ", as chat" * bool(talks)
+    used = {"prompt", "chosen", "rejected", "margin", *ratings} & known
+    return parts, used, reading
 
 
 def _rated_pairs(
-    data: Split, rows: list[Sequence[dict]], column: str, min_gap: float
+    data: Split, rows: list[list[dict]], column: str, min_gap: float
 ) -> list[RatedPairs]:
     """Training and held-out pairs of texts with ratings in `column`."""
 
-    def read(row: dict, where: str) -> tuple[str, float]:
-        return text_cell(row, "text", where), number_cell(row, column, where)
+    def read(row: dict, where: str, note: Note) -> tuple[str, float]:
+        return text_cell(row, "text"), number_cell(row, column)
 
     parts = []
     for rated in divide(data, rows, read, lambda item: first_turn(item[0])):
         texts, ratings = [text for text, _ in rated], [rating for _, rating in rated]
         which = "held-out " * len(parts)
+        low, high = (min(ratings), max(ratings)) if ratings else (0.0, 0.0)
         require(
-            len(set(ratings)) != 1,
-            f"{data.dataset}: {which}column {column!r} is always {next(iter(ratings), 0):g}: "
-            "expected several",
+            high > low or not ratings,
+            f"{data.dataset}: {which}column {column!r} is always {low:g}: expected several",
+        )
+        require(
+            high - low >= min_gap or not ratings,
+            f"{data.dataset}: {which}column {column!r} lies in {low:g} to {high:g}, and no two "
+            f"differ by --min-rating-gap {min_gap:g}: lower it",
         )
         parts.append(RatedPairs(texts, ratings, min_gap))
     return parts
@@ -168,7 +189,7 @@ def encode_pairs(
 ) -> list[Example]:
     """At most `max_pairs` pairs, drawn by `seed`, as token ids.
 
-    Identical and over-long ones are dropped and counted.
+    Those that are identical, over-long, or refused by the chat template are dropped and counted.
 
     Args:
         pairs: of load_pairs.
@@ -179,6 +200,8 @@ def encode_pairs(
         crop_words: (low, high) keeps the beginning of each completion, low..high words drawn anew
             each time: for a reward model that will score short continuations, not whole reviews.
         tokenizer: that of encode_whole, to count special tokens in the texts.
+    Raises:
+        UserError: more than half are refused.
     """
     rng = random.Random(seed)
     indices = range(len(pairs))
@@ -195,10 +218,14 @@ def encode_pairs(
             completion = re.match(rf"(?:\s*\S+){{0,{count}}}", completion)[0]
         return encode_whole(prompt, completion) if prompt else encode_once(completion)
 
-    examples, identical, too_long = [], 0, 0
+    examples, refused, identical, too_long = [], [], 0, 0
     for i in tqdm(indices, desc="tokens of pairs", leave=False):
         pair = pairs[i]
-        texts = [encode(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+        try:
+            texts = [encode(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
+        except UserError as error:
+            refused.append((str(error), place_of(pair.prompt or pair.chosen)))
+            continue
         if max(map(len, texts)) > max_tokens:  # never cut: what is cut off may hold the difference
             too_long += 1
         elif texts[0] == texts[1]:
@@ -209,25 +236,12 @@ def encode_pairs(
         drawn = map(pairs.__getitem__, indices)
         items = ((pair.prompt, pair.chosen, pair.rejected) for pair in drawn)
         note_special_tokens(tokenizer, items, "pairs")
+    report("  ", "pairs dropped", refused, len(indices))
     print(
         f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} "
         f"longer than {max_tokens} tokens dropped"
     )
     return examples
-
-
-def require_ratings(
-    where: str, pair: Pair, rating_coef: float | None, margin: float | None
-) -> None:
-    """UserError where a loss asks for ratings or margins that these data do not have."""
-    require(
-        bool(pair.ratings) or not rating_coef,
-        f"{where}: no chosen_rating and rejected_rating: --rating-coef needs both",
-    )
-    require(
-        bool(pair.ratings) or pair.margin is not None or not margin,
-        f"{where}: no margin and no ratings: --margin needs them",
-    )
 
 
 def require_rating_range(where: str, examples: Sequence[Example], low: float, high: float) -> None:

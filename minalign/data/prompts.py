@@ -8,38 +8,32 @@ from collections.abc import Iterator, Sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..running.errors import require
+from ..running.errors import UserError, require
 from .batches import shuffled_forever
 from .chat import Prompt, TokenizedPrompt, encode_prompt, first_turn, note_special_tokens
-from .columns import UNDERSTOOD, read_prompt
+from .columns import name_unread, place_of, prompt_column, read_prompt
+from .rows import report
 from .splits import Split, both_splits, divide, require_both
 
 
 def load_prompts(
-    data: Split, *, chat: bool | None = False, column: str = ""
+    data: Split, *, chat: bool | None = False
 ) -> tuple[list[Prompt], list[Prompt], str]:
     """Training and held-out prompts, duplicates once, and the column they come from.
 
     The split is that of pairs.load_pairs. Recognised columns: prompt, messages, chosen (a dialogue,
-    whose prompt is taken), text; or the one named.
+    whose prompt is taken), text. Rows of no use, as an empty prompt, are dropped and counted.
 
     Args:
         data: which rows to read, and which of them are held out.
         chat: what prompts become, see pairs.load_pairs.
-        column: the one to read. "": the first that is recognised.
     Returns:
-        Training prompts, held-out prompts, and the column.
+        Training prompts, held-out prompts, and the column, by our name.
     Raises:
-        UserError: the column is missing, or a row (named by its number) is not what it should be.
+        UserError: the column is missing, or more than half of the rows are of no use.
     """
-    rows, columns = both_splits(data)
-    known = ("prompt", "messages", "chosen", "text")
-    column = column or next((name for name in known if name in columns), "")
-    require(
-        column in columns,
-        f"{data.dataset}: has columns {sorted(columns)}: expected "
-        f"{column or UNDERSTOOD['prompts']}",
-    )
+    rows, known, columns = both_splits(data)
+    column = prompt_column(known, data.names, columns, data.dataset)
     chat = chat and column != "text"
     read = functools.partial(read_prompt, column=column, chat=chat)
     parts = [
@@ -48,10 +42,13 @@ def load_prompts(
     ]
     train, evaluation = map(len, parts)
     form = "as chat" if chat else "as text"
+    source = data.names.get(column, column)
     print(
-        f"{data.dataset}: {train} training and {evaluation} held-out prompts from {column!r}, "
+        f"{data.dataset}: {train} training and {evaluation} held-out prompts from {source!r:.40}, "
         f"{form}"
     )
+    used = {column, "prompt"} if column == "chosen" else {column}
+    name_unread(data.dataset, columns, used, data.names)
     require_both(data, parts, "prompts")
     return parts[0], parts[1], column
 
@@ -72,6 +69,7 @@ def tokenize_prompts(
     """Prompts as token ids.
 
     Those over `limit` tokens are dropped and counted. With a span, it is those under its lower end.
+    So are those that the chat template refuses.
 
     Args:
         tokenizer: the policy's.
@@ -80,17 +78,24 @@ def tokenize_prompts(
         span: (low, high), how many first tokens a prompt will be cut to, see `beginning`.
         kind: which prompts they are, in words.
     Raises:
-        UserError: no prompt is left, or `span` reaches up to `limit`.
+        UserError: no prompt is left, more than half are refused, or `span` reaches up to `limit`.
     """
-    rows = [tokenize(tokenizer, p) for p in tqdm(prompts, desc=f"{kind} prompts", leave=False)]
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], f"{kind} prompts")
+    rows, refused = [], []
+    for prompt in tqdm(prompts, desc=f"{kind} prompts", leave=False):
+        try:
+            rows.append(tokenize(tokenizer, prompt))
+        except UserError as error:
+            refused.append((str(error), place_of(prompt)))
+    report("  ", f"{kind} prompts dropped", refused, len(prompts))
     if span is None:
         kept = [row for row in rows if 0 < len(row.ids) <= limit]
         reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)
+        advice = "raise --max-prompt-tokens, or lower --max-new-tokens"
     else:
         begin = [tokenizer.bos_token_id]
         kept = [row for row in rows if len(row.ids) - (row.ids[:1] == begin) >= span[0]]
-        reason = f"shorter than {span[0]} tokens"
+        reason, advice = f"shorter than {span[0]} tokens", "lower --prompt-tokens"
         require(
             span[1] < limit,
             f"--prompt-tokens {span[1]}: expected fewer than {limit}: "
@@ -98,11 +103,7 @@ def tokenize_prompts(
         )
     if len(kept) < len(rows):
         print(f"  dropped {len(rows) - len(kept)} of {len(rows)} {kind} prompts: {reason}")
-    require(
-        bool(kept),
-        f"no {kind} prompts left: all are {reason}: raise --max-prompt-tokens, or lower "
-        "--max-new-tokens",
-    )
+    require(bool(kept), f"no {kind} prompts left: all are {reason}: {advice}")
     return kept
 
 

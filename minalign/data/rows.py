@@ -1,119 +1,73 @@
 """Rows of a data set, from a local file, a folder or the hub, and checked cells of them."""
 
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
 import gzip
 import json
+import math
 import os
 import re
+import shutil
 import sys
-import warnings
+import tempfile
+import typing
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from ..running.errors import UserError
+from ..running.errors import UserError, require
+
+if typing.TYPE_CHECKING:
+    import pyarrow
 
 FILE_TYPES = (".jsonl", ".gz", ".json", ".csv", ".parquet")
+
+# A path with a typing error is no name on the hub.
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
-def read_rows(dataset: str, split: str = "train", subset: str = "") -> Sequence[dict]:
+def read_rows(
+    dataset: str, split: str = "train", subset: str = "", columns: Collection[str] | None = None
+) -> list[dict]:
     """Rows of a local file, a saved datasets folder, or a hub id.
+
+    Cells of a .csv file are texts. A path is taken as it is, never as a pattern.
 
     Args:
         dataset: which; of files .jsonl, .jsonl.gz, .json, .csv and .parquet.
-        split: of a folder or a hub id; one file is the split "train".
+        split: as "train" or "train[:100]"; one file is the split "train".
         subset: configuration of a hub data set that has several.
+        columns: those to read, where data lie column by column. Cells of others are None, and may
+            hold anything. Without it, all are read; pictures and sound are never decoded.
     Raises:
         UserError: there are no rows, or they cannot be read.
     """
     path = Path(dataset)
     may_be_on_the_hub = (
-        dataset.count("/") <= 1
+        HUB_ID.fullmatch(dataset)
         and path.suffix not in FILE_TYPES
-        and not dataset.startswith((".", "/", "~"))
+        and not os.path.exists(dataset.partition("/")[0])
     )
     # os.path, since Path's own tests raise for long names.
-    if os.path.isfile(dataset) and path.name.endswith((".json", ".jsonl", ".jsonl.gz")):
-        if split != "train":
-            raise UserError(
-                f"{dataset} (split {split}): one file is one split: leave the flag out, or give a "
-                "folder of files"
-            )
-        rows = _read_json(path)
-    elif os.path.exists(dataset) or may_be_on_the_hub:
-        rows = _read_with_datasets(path, dataset, split, subset)
-    else:
+    if not os.path.exists(dataset) and not may_be_on_the_hub:
         raise UserError(
             f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or "
             "a hub id"
         )
-    if not len(rows):
-        raise UserError(f"{dataset}: no rows: expected at least one")
-    return rows
-
-
-def _read_json(path: Path) -> list[dict]:
-    """Objects, one per line, or a .json file that is one array of them."""
-    # Not with datasets: its error for a broken row does not name the row, and a file that is `null`
-    # ends the program.
-    rows = []
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            is_array = path.suffix == ".json" and file.read(1) == "["
-            file.seek(0)
-            lines = filter(str.strip, file)  # blank lines are no rows
-            for row in json.load(file) if is_array else map(json.loads, lines):
-                rows.append(row)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:  # too deep, or a number of thousands of digits
-        place = "" if is_array else f" row {len(rows) + 1}:"
-        raise UserError(
-            f"{path}:{place} not JSON ({error}): one object per line, or in a .json file an array "
-            "of them"
-        ) from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f'{path}: row {number}: got {row!r:.40}, expected {{"column": value, ...}}'
-            )
-    return rows
-
-
-def _read_with_datasets(path: Path, dataset: str, split: str, subset: str) -> Sequence[dict]:
-    import datasets  # here: seconds to import, and not everywhere installed
-
-    try:
+        _refuse_pointers(path)
         if os.path.isfile(dataset):
-            if path.suffix not in (".csv", ".parquet"):
-                raise UserError(
-                    f"{dataset}: unknown file type {path.suffix!r}: expected .jsonl, .json, .csv "
-                    "or .parquet"
-                )
-            # A row of more cells than the header has is an error: as an index they would be lost,
-            # and the rest move.
-            options = {"index_col": False} if path.suffix == ".csv" else {}
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="Length of header or names does not match")
-                rows = datasets.load_dataset(
-                    path.suffix[1:], data_files=str(path), split=split, **options
-                )
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            rows = datasets.load_from_disk(str(path))
-            if isinstance(rows, datasets.DatasetDict):
-                rows = rows[split]
-            elif split != "train":
-                raise UserError(
-                    f"{dataset} (split {split}): one saved data set is one split: leave the flag "
-                    "out, or give a folder with splits"
-                )
+            rows = _part({"train": _read_file(path, columns)}, split)
         else:
-            rows = datasets.load_dataset(dataset, subset or None, split=split)
-        # Texts that are no UTF-8 would raise where they are used.
-        rows.data.validate(full=True)
-        return rows
+            rows = _read_folder(dataset, split, subset, columns)
     except UserError:
         raise
     except ConnectionError as error:
@@ -128,49 +82,220 @@ def _read_with_datasets(path: Path, dataset: str, split: str, subset: str) -> Se
         lines = (str(cause).strip() or type(cause).__name__).splitlines()
         reason = " ".join(line.strip() for line in lines[:2])
         raise UserError(f"{dataset} (split {split}): cannot be loaded: {reason}") from error
+    require(bool(rows), f"{dataset}: no rows: expected at least one")
+    return rows
 
 
-def text_cell(row: dict, column: str, where: str, may_be_empty: bool = False) -> str:
+def _refuse_pointers(path: Path) -> None:
+    """UserError where git left a pointer to a large file in place of it."""
+    files = (f for f in path.rglob("*") if f.suffix in (*FILE_TYPES, ".arrow"))
+    for file in files if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as content:
+                is_pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+            require(not is_pointer, f"{file}: a git-lfs pointer, not the file: run git lfs pull")
+
+
+def _read_file(path: Path, columns: Collection[str] | None) -> list[dict]:
+    if path.name.endswith((".json", ".jsonl", ".jsonl.gz")):
+        return _read_json(path)
+    if path.suffix == ".csv":
+        return _read_csv(path)
+    require(
+        path.suffix == ".parquet",
+        f"{path}: unknown file type {path.suffix!r}: expected .jsonl, .json, .csv or .parquet",
+    )
+    import pyarrow.parquet
+
+    return _from_arrow(pyarrow.parquet.ParquetFile(path).read(), columns)
+
+
+def _read_json(path: Path) -> list[dict]:
+    """Objects, one per line, or one array of them."""
+    # Not with datasets: its error for a broken row does not name the row, and a file that is `null`
+    # ends the program.
+    rows, is_array = [], False
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            lines = filter(str.strip, file)  # blank lines are no rows
+            is_array = next(lines, "").lstrip().startswith("[")
+            file.seek(0)
+            for row in json.load(file) if is_array else map(json.loads, filter(str.strip, file)):
+                rows.append(row)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # too deep, or a number of thousands of digits
+        place = "" if is_array else f" row {len(rows) + 1}:"
+        raise UserError(
+            f"{path}:{place} not JSON ({error}): one object per line, or an array of them"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}: row {number}: got {row!r:.40}, expected {{"column": value, ...}}'
+            )
+    return rows
+
+
+def _read_csv(path: Path, separator: str = ",") -> list[dict]:
+    """Rows of texts, as the file has them."""
+    # Not with datasets: it makes 7 of 007, and nothing of the answer "None".
+    csv.field_size_limit(sys.maxsize)
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = filter(None, csv.reader(file, delimiter=separator, strict=True))
+            names = next(lines, [])
+            twice = {name for name in names if names.count(name) > 1}
+            require(not twice, f"{path}: two columns have one name: {shown(twice)}: rename one")
+            for cells in lines:
+                require(
+                    len(cells) <= len(names),
+                    f"{path}: row {len(rows) + 1}: {len(cells)} cells under {len(names)} names: "
+                    'put a text with commas into "quotes"',
+                )
+                rows.append(dict.fromkeys(names) | dict(zip(names, cells)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: row {len(rows) + 1}: cannot be read: {error}") from error
+    return rows
+
+
+def _read_folder(
+    dataset: str, split: str, subset: str, columns: Collection[str] | None
+) -> list[dict]:
+    """Rows of a folder, or of the hub."""
+    import datasets  # here: seconds to import, and not everywhere installed
+
+    if any(os.path.exists(f"{dataset}/{name}") for name in ("state.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(dataset)
+        saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+        rows = {
+            name: _from_arrow(part.with_format("arrow")[:], columns) if name in split else []
+            for name, part in saved.items()
+        }
+        return _part(rows, split)
+    options, is_here = {}, os.path.isdir(dataset)
+    dataset = os.path.realpath(dataset) if is_here else dataset
+    with tempfile.TemporaryDirectory() as copy:
+        if is_here and re.search(r"[*?[\]:]", dataset):
+            # datasets takes a folder's name as a pattern, and knows no way to say that it is none.
+            shutil.copytree(dataset, f"{copy}/data", copy_function=os.symlink)
+            dataset, options = f"{copy}/data", {"cache_dir": f"{copy}/cache"}
+        config = datasets.load_dataset_builder(dataset, subset or None, **options).config
+        kind = type(config).__name__
+        if kind in ("CsvConfig", "JsonConfig") and not getattr(config, "field", None):
+            # It guesses types: of a text beside a number it makes JSON, in quotes.
+            fetch, rows = datasets.DownloadManager(), {}
+            for name, files in zip(map(str, config.data_files), config.data_files.values()):
+                files = fetch.download_and_extract(list(files)) if name in split else []
+                paths = [Path(os.path.realpath(file)) for file in fetch.iter_files(files)]
+                read = functools.partial(_read_csv, separator=getattr(config, "sep", ","))
+                read = read if kind == "CsvConfig" else _read_json
+                rows[name] = [row for path in paths for row in read(path)]
+            return _part(rows, split)
+        rows = datasets.load_dataset(dataset, subset or None, split=split, **options)
+        return _from_arrow(rows.with_format("arrow")[:], columns)
+
+
+def _part(tables: Mapping[str, list[dict]], split: str) -> list[dict]:
+    """The rows that `split` names, as "train" or "train[:100]"."""
+    if split in tables:
+        return tables[split]
+    import datasets
+
+    instruction = datasets.ReadInstruction.from_spec(split)
+    pieces = instruction.to_absolute({name: len(rows) for name, rows in tables.items()})
+    return [row for piece in pieces for row in tables[piece.splitname][piece.from_ : piece.to]]
+
+
+def _from_arrow(table: pyarrow.Table, columns: Collection[str] | None) -> list[dict]:
+    """Rows as they are stored: what was set_format, or is to be decoded, plays no part."""
+    every = dict.fromkeys(table.column_names)
+    names = [name for name in every if columns is None or name in columns]
+    if not names:
+        return [dict(every) for _ in range(table.num_rows)]
+    table = table.select(names)
+    table.validate(full=True)  # texts that are no UTF-8 would raise where they are used
+    rows = [every | row for row in table.to_pylist()]
+    mixed = [name for name in names if "arrow.json" in str(table.schema.field(name).type)]
+    if mixed:  # cells of different types are stored as JSON
+        import datasets
+
+        features = datasets.Features.from_arrow_schema(table.select(mixed).schema)
+        for row in rows:
+            row |= features.decode_example({name: row[name] for name in mixed})
+    return rows
+
+
+def shown(names: Collection[str]) -> str:
+    """Names of columns for a message."""
+    more = f" and {len(names) - 20} more" * (len(names) > 20)
+    return "[" + ", ".join(f"{name!r:.40}" for name in sorted(names)[:20]) + "]" + more
+
+
+def report(
+    source: str, what: str, found: Sequence[tuple[str, str]], total: int | None = None
+) -> None:
+    """Print how many there are of each kind, with the place of the first.
+
+    Args:
+        source: what goes before each line.
+        what: they are, as "rows dropped".
+        found: (kind, place) of each.
+        total: of how many, where it is an error that `found` is more than half.
+    Raises:
+        UserError: it is.
+
+    >>> report("a.csv: ", "rows dropped", [("no answer", "row 3"), ("no answer", "row 8")], 40)
+    a.csv: 2 rows dropped: no answer (first: row 3)
+    """
+    counts, first = Counter(kind for kind, _ in found), dict(reversed(found))
+    lines = [f"{n} {what}: {kind} (first: {first[kind]})" for kind, n in counts.most_common(8)]
+    rest = sum(counts.values()) - sum(n for _, n in counts.most_common(8))
+    lines += [f"{rest} {what}: other kinds"] * bool(rest)
+    require(
+        total is None or 2 * len(found) <= total,
+        f"{source.lstrip()}{len(found)} of {total} are of no use: {'; '.join(lines[:3])}",
+    )
+    for line in lines:
+        print(f"{source}{line}")
+
+
+def text_cell(row: dict, column: str, may_be_empty: bool = False) -> str:
     """row[column] if it is a text.
 
     Raises:
-        UserError: it is not, or it is empty; the message names the place.
+        UserError: it is not, or it is empty. Its row is named by the caller.
     """
     value = row.get(column)
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        got = "an empty text" if isinstance(value, str) else f"{type(value).__name__} {value!r:.40}"
-        raise UserError(
-            f"{where}: column {column!r}: got {got}, expected a text: fix or remove the row"
-        )
-    require_characters(value, f"{where}: column {column!r}")
+        got = "an empty text" if isinstance(value, str) else type(value).__name__
+        raise UserError(f"column {column!r}: got {got}, expected a text")
+    require_characters(value, column)
     return value
 
 
-def require_characters(text: str, where: str) -> None:
+def require_characters(text: str, column: str) -> None:
     r"""Check that a text has no half character, as "\ud83d" alone is in JSON: tokenizers refuse it.
 
     Raises:
-        UserError: it has one; the message names the place.
+        UserError: it has one.
     """
     half = HALF_CHARACTER.search(text)
-    if half:
-        raise UserError(
-            f"{where}: got {half[0]!r}, half a character, expected a whole one: "
-            "fix or remove the row"
-        )
+    require(not half, f"column {column!r}: has half a character (a lone surrogate)")
 
 
-def number_cell(row: dict, column: str, where: str) -> float:
-    """row[column] if it is a finite number.
+def number_cell(row: dict, column: str, may_be_none: bool = False) -> float | None:
+    """row[column] if it is a finite number, or a text that is one.
 
     Raises:
-        UserError: it is not; the message names the place.
+        UserError: it is not, and may not be. Its row is named by the caller.
     """
-    value = row.get(column)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:
-        raise UserError(
-            f"{where}: column {column!r}: got {value!r:.40}, expected a number: "
-            "fix or remove the row"
-        )
-    return float(value)
+    value, number = row.get(column), math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    got = str(value) if isinstance(value, float) else type(value).__name__
+    fits = math.isfinite(number)
+    require(fits or may_be_none, f"column {column!r}: got {got}, expected a number")
+    return number if fits else None

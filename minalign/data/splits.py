@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import typing
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..running.errors import require
+from ..running.errors import UserError, require
 from .chat import first_turn
-from .columns import Dropped
+from .columns import (
+    KNOWN,
+    PROMPT_COLUMNS,
+    Note,
+    by_our_names,
+    parse_columns,
+    read_items,
+    read_prompt,
+)
 from .rows import read_rows
 
 if typing.TYPE_CHECKING:
@@ -28,12 +36,14 @@ class Split(NamedTuple):
     eval_share: float = 0.1
     seed: int = 0
     subset: str = ""
+    names: dict[str, str] = {}  # of columns: ours -> the data's
 
     @classmethod
     def from_flags(cls, flags: DataFlags) -> Split:
         """What the flags of a script or tool say."""
         share, seed = flags.eval_share, flags.split_seed
-        return cls(flags.dataset, flags.split, flags.eval_split, share, seed, flags.subset)
+        names = parse_columns(flags.columns)
+        return cls(flags.dataset, flags.split, flags.eval_split, share, seed, flags.subset, names)
 
 
 def held_out(text: str, seed: int, share: float) -> bool:
@@ -48,17 +58,27 @@ def held_out(text: str, seed: int, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def both_splits(data: Split) -> tuple[list[Sequence[dict]], set[str]]:
-    """Rows of the split (and of the split to hold out), and the columns that they have."""
+def both_splits(data: Split) -> tuple[list[list[dict]], set[str], list[str]]:
+    """Rows of the split (and of the split to hold out), by our names.
+
+    Returns:
+        The rows; the columns that they have, by our names; all columns of the data.
+    """
     splits = [data.split] + [data.eval_split] * bool(data.eval_split)
-    rows = [read_rows(data.dataset, split, data.subset) for split in splits]
-    return rows, set.intersection(*(set(part[0]) for part in rows))
+    wanted = {data.names.get(name, name) for name in KNOWN}
+    parts = [
+        by_our_names(read_rows(data.dataset, split, data.subset, wanted), data.names, data.dataset)
+        for split in splits
+    ]
+    known = set.intersection(*(set(rows[0]) for rows, _ in parts))
+    every = list(dict.fromkeys(name for _, columns in parts for name in columns))
+    return [rows for rows, _ in parts], known, every
 
 
 def divide(
     data: Split,
-    rows: list[Sequence[dict]],
-    read: Callable[[dict, str], Item | Dropped],
+    rows: list[list[dict]],
+    read: Callable[[dict, str, Note], Item],
     key: Callable[[Item], str],
 ) -> tuple[list[Item], list[Item]]:
     """Items (training, held out) read from rows.
@@ -68,34 +88,37 @@ def divide(
     Args:
         data: what the rows were read from.
         rows: of both_splits.
-        read: (row, its place in words) -> an item, or Dropped.
+        read: see columns.read_items.
         key: item -> the text that a split goes by.
     """
-    dropped, parts, held = Counter(), [], set()
-    for split, part in zip((data.split, data.eval_split), rows):
-        parts.append([])
-        for number, row in enumerate(part, 1):
-            of_split = f" of {split}" if len(rows) > 1 else ""
-            item = read(row, f"{data.dataset}: row {number}{of_split}")
-            if isinstance(item, Dropped):
-                dropped[item.reason] += 1
-                if item.prompt and split == data.eval_split:
-                    held.add(first_turn(item.prompt))
-            else:
-                parts[-1].append(item)
+    of_split = [f" of {split}" * (len(rows) > 1) for split in (data.split, data.eval_split)]
+    parts = [read_items(part, read, data.dataset, name) for part, name in zip(rows, of_split)]
+    train = [item for item in parts[0] if item is not None]
     if len(parts) == 1:
-        is_held = [held_out(key(item), data.seed, data.eval_share) for item in parts[0]]
-        train = [item for item, is_out in zip(parts[0], is_held) if not is_out]
-        evaluation = [item for item, is_out in zip(parts[0], is_held) if is_out]
-    else:
-        evaluation = parts[1]
-        held |= {key(item) for item in evaluation}
-        train = [item for item in parts[0] if key(item) not in held]
-        dropped["in the held-out split, too"] = len(parts[0]) - len(train)
-    for reason, count in dropped.items():
-        if count:
-            print(f"{data.dataset}: {count} rows dropped: {reason}")
-    return train, evaluation
+        is_held = [held_out(key(item), data.seed, data.eval_share) for item in train]
+        evaluation = [item for item, is_out in zip(train, is_held) if is_out]
+        return [item for item, is_out in zip(train, is_held) if not is_out], evaluation
+    evaluation = [item for item in parts[1] if item is not None]
+    held = {key(item) for item in evaluation}
+    # A row that is no pair has a prompt that a policy is judged on all the same.
+    held |= {asked_in(row) for row, item in zip(rows[1], parts[1]) if item is None}
+    kept = [item for item in train if key(item) not in held]
+    if len(kept) < len(train):
+        print(f"{data.dataset}: {len(train) - len(kept)} rows dropped: in the held-out split, too")
+    require(
+        bool(kept) or not train,
+        f"{data.dataset}: all of --split {data.split} is in --eval-split {data.eval_split}, too: "
+        "expected others",
+    )
+    return kept, evaluation
+
+
+def asked_in(row: dict) -> str:
+    """What a row is split by, also where it is of no use; "" where nothing can be read."""
+    for column in PROMPT_COLUMNS:
+        with contextlib.suppress(UserError):
+            return first_turn(read_prompt(row, "", lambda _: None, column, False))
+    return ""
 
 
 def require_both(data: Split, parts: Sequence[Sequence], what: str) -> None:
@@ -104,5 +127,5 @@ def require_both(data: Split, parts: Sequence[Sequence], what: str) -> None:
     require(
         train > 0 and evaluation > 0,
         f"{data.dataset}: {train} training and {evaluation} held-out {what}: expected both, so "
-        "more rows (or another --eval-share or --split-seed)",
+        "more rows with other prompts (or another --eval-share or --split-seed)",
     )

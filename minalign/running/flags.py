@@ -40,7 +40,18 @@ class FormatFlags:
 
 
 @dataclass
-class DataFlags(FormatFlags):
+class ColumnFlags:
+    """What the columns of a data set are called."""
+
+    columns: list[str] | None = flag(
+        None,
+        "columns of the data under other names, as prompt=question,chosen=best (default: prompt, "
+        "messages, chosen, rejected, text, rating, ... by their own names)",
+    )
+
+
+@dataclass
+class DataFlags(FormatFlags, ColumnFlags):
     """Which rows train and which are held out."""
 
     dataset: str = flag(
@@ -61,9 +72,6 @@ class DataFlags(FormatFlags):
 class PromptFlags:
     """Which prompts, and how much of them."""
 
-    prompt_column: str = flag(
-        "", "column of the prompts (default: prompt, messages, chosen or text)"
-    )
     prompt_tokens: str = flag(
         "", "first tokens of each text to take, drawn anew (default for a column text: 5-15)"
     )
@@ -186,7 +194,7 @@ def resolve_data(config: DataFlags) -> None:
     Raises:
         UserError: flags that make no sense together.
     """
-    for name in ("subset", "eval_split"):
+    for name in ("subset", "eval_split", "columns"):
         given = bool(getattr(config, name))
         require(bool(config.dataset) or not given, f"{dashed(name)} needs --dataset")
     require(

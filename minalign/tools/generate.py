@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.chat import Prompt, decode_parts, note_special_tokens, wants_chat
-from ..data.columns import Dropped, read_prompt
+from ..data.columns import Note, parse_columns, prompt_rows, read_items, read_prompt
 from ..data.prompts import tokenize
 from ..data.rows import read_rows
 from ..models.loading import end_token_ids, load_policy
@@ -27,12 +27,12 @@ from ..models.precision import autocast
 from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, FormatFlags, flag, parse_flags
+from ..running.errors import require
+from ..running.flags import ColumnFlags, DeviceFlags, FormatFlags, flag, parse_flags
 
 
 @dataclass
-class Config(FormatFlags, DeviceFlags):
+class Config(FormatFlags, ColumnFlags, DeviceFlags):
     """Sampling."""
 
     model: str = flag("", "policy: a run, a folder or a hub id")
@@ -40,7 +40,6 @@ class Config(FormatFlags, DeviceFlags):
     data: str = flag(
         "", "prompts: a .jsonl, .csv or .parquet file, a folder or a hub id (default: ask for them)"
     )
-    column: str = flag("prompt", "column of the prompts in --data")
     out: str = flag(
         "",
         "file for prompts, completions and rewards, one JSON object per line (default: print them)",
@@ -85,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_flags(Config, __doc__, argv, "minalign generate")
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
+    require(bool(config.data) or not config.columns, "--columns needs --data")
     require(
         not config.out or not Path(config.out).exists(),
         f"--out {config.out}: exists: choose another file",
@@ -142,17 +142,17 @@ def main(argv: list[str] | None = None) -> None:
                 show(row)
                 answers.append(row["completion"])
         return
-    if config.data:
-        prompts = [
-            read_prompt(row, f"{config.data}: row {number}", config.column, chat)
-            for number, row in enumerate(read_rows(config.data), 1)
-        ]
-    else:
-        prompts = [read_prompt({"prompt": p}, "--prompt", "prompt", chat) for p in config.prompt]
-    for number, prompt in enumerate(prompts, 1):
-        if isinstance(prompt, Dropped):
-            source = config.data or "--prompt"
-            raise UserError(f"{source}: row {number}: {prompt.reason}: leave that row out")
+    source = config.data or "--prompt"
+    rows = read_rows(source) if config.data else [{"prompt": prompt} for prompt in config.prompt]
+    rows, column = prompt_rows(rows, parse_columns(config.columns), source)
+
+    def read(row: dict, where: str, note: Note) -> Prompt:
+        """The prompt in a row, if the model can be asked it."""
+        prompt = read_prompt(row, where, note, column, chat)
+        tokenize(tokenizer, prompt)
+        return prompt
+
+    prompts = [prompt for prompt in read_items(rows, read, source) if prompt is not None]
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
     file = open(config.out, "w") if config.out else None
     starts = range(0, len(prompts), config.batch_size)

@@ -16,6 +16,7 @@ scored as a tie. A pair with an answer that is not a verdict (unparsable) or tha
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, dashed, flag, parse_flags
+from ..running.flags import ColumnFlags, DeviceFlags, dashed, flag, parse_flags
 from ..running.logs import write_atomic
 from ..running.run import new_run
 from .asking import EndpointJudge, LocalJudge, Reply
@@ -42,7 +43,7 @@ FREE_ON_RESUME = ("out", "resume", "device", "dtype", "batch_size", "timeout", "
 
 
 @dataclass
-class Config(DeviceFlags):
+class Config(ColumnFlags, DeviceFlags):
     """Judging."""
 
     a: str = flag(
@@ -79,7 +80,6 @@ class Config(DeviceFlags):
     prompts: str = flag(
         "", "prompts of two policies: a .jsonl, .csv or .parquet file, a folder or a hub id"
     )
-    column: str | None = flag(None, "column of the prompts in --prompts (default: prompt)")
     max_new_tokens: int | None = flag(
         None, "tokens of a policy's completion (default: 128)", "[1, inf)"
     )
@@ -120,7 +120,7 @@ def resolve(config: Config) -> Config:
     """
     for name in ("a", "b", "judge"):
         require(bool(getattr(config, name)), f"--{name} is missing (see --help)")
-    sampling = {"column": "prompt", "max_new_tokens": 128, "temperature": 1.0, "format": "auto"}
+    sampling = {"max_new_tokens": 128, "temperature": 1.0, "format": "auto"}
     endpoint = {"timeout": 120.0, "retries": 4}
     files = [side for side in (config.a, config.b) if is_file(side)]
     for side in files:
@@ -134,10 +134,6 @@ def resolve(config: Config) -> Config:
         require(fits, f"{dashed(name)} {why}")
     if files:
         require(not config.prompts, f"--prompts: {files[0]} has prompts already: leave it out")
-        require(
-            config.column is None,
-            "--column needs --prompts: a file of completions has its prompts in 'prompt'",
-        )
     else:
         what = "what the two policies are to answer"
         require(bool(config.prompts), f"--prompts is missing: {what}")
@@ -158,16 +154,22 @@ def load_pairs(config: Config) -> list[Pair]:
     Raises:
         UserError: a file has other prompts than the first.
     """
-    rows = {side: read_rows(side) for side in (config.a, config.b) if is_file(side)}
-    source = next(iter(rows), config.prompts)
-    asked = rows[source] if rows else read_rows(source)
-    prompts = read_prompts(asked, source, config.column, False)
+    from ..data.columns import parse_columns, prompt_rows, read_items
+
+    names, files = parse_columns(config.columns), [s for s in (config.a, config.b) if is_file(s)]
+    source = next(iter(files), config.prompts)
+    rows = {file: prompt_rows(read_rows(file), names, file) for file in files or [source]}
+    asked, column = rows[source]
+    prompts = read_prompts(asked, source, column, False)
+    if not files:  # a row of no use is asked of neither policy
+        asked = [row for row, prompt in zip(asked, prompts) if prompt is not None]
+        prompts = [prompt for prompt in prompts if prompt is not None]
     sides = []
     for name, side, seed in (("--a", config.a, config.seed), ("--b", config.b, config.seed + 1)):
         if not is_file(side):
-            sides.append(sample(side, name, asked, source, config, seed))
+            sides.append(sample(side, name, asked, source, column, config, seed))
             continue
-        same = read_prompts(rows[side], side, "prompt", False)
+        same = read_prompts(*rows[side][:1], side, rows[side][1], False)
         different = (i for i, (x, y) in enumerate(zip(prompts, same), 1) if x != y)
         difference = next(different, min(len(prompts), len(same)) + 1)
         require(
@@ -175,35 +177,37 @@ def load_pairs(config: Config) -> list[Pair]:
             f"{side}: row {difference}: its prompt is not that of {source}: expected the same, in "
             "order",
         )
-        numbered = enumerate(rows[side], 1)
-        sides.append([text_cell(r, "completion", f"{side}: row {i}", True) for i, r in numbered])
+        answers = rows[side][0]
+        sides.append(read_items(answers, lambda row, *_: text_cell(row, "completion", True), side))
+    for number, parts in enumerate(zip(prompts, *sides), 1):
+        require(None not in parts, f"{source}: row {number}: of no use: fix or remove the row")
     return list(map(Pair, prompts, *sides))
 
 
 def read_prompts(rows: Sequence[dict], source: str, column: str, chat: bool | None) -> list:
     """The prompts in rows, as messages or as text, see data.prompts.load_prompts.
 
-    Args:
-        source: of the rows, for error messages.
-        column: of the prompts.
-        chat: whether as messages; None: as text, and messages are an error.
-    Raises:
-        UserError: a prompt would be dropped.
-    """
-    from ..data.columns import Dropped, read_prompt
+    None for a row of no use.
 
-    prompts = [
-        read_prompt(row, f"{source}: row {number}", column, chat)
-        for number, row in enumerate(rows, 1)
-    ]
-    for number, prompt in enumerate(prompts, 1):
-        if isinstance(prompt, Dropped):
-            raise UserError(f"{source}: row {number}: {prompt.reason}: fix or remove the row")
-    return prompts
+    Args:
+        rows: by our names.
+        source: of the rows, for what is printed.
+        column: of the prompts.
+        chat: whether as messages; None: as text, and messages are of no use.
+    """
+    from ..data.columns import read_items, read_prompt
+
+    return read_items(rows, functools.partial(read_prompt, column=column, chat=chat), source)
 
 
 def sample(
-    path: str, flag_name: str, rows: Sequence[dict], source: str, config: Config, seed: int
+    path: str,
+    flag_name: str,
+    rows: Sequence[dict],
+    source: str,
+    column: str,
+    config: Config,
+    seed: int,
 ) -> list[str]:
     """A policy's completions of the prompts in rows, as texts.
 
@@ -211,6 +215,7 @@ def sample(
         path: of the policy.
         flag_name: the flag that names it, for error messages.
         source: of the rows, for error messages.
+        column: of their prompts.
         seed: of sampling.
     Raises:
         UserError: a prompt and its completion do not fit into the policy's context.
@@ -223,7 +228,8 @@ def sample(
 
     device, _ = pick_device(config.device)
     policy, tokenizer = load_policy(path, flag_name)
-    prompts = read_prompts(rows, source, config.column, wants_chat(tokenizer, config.format))
+    prompts = read_prompts(rows, source, column, wants_chat(tokenizer, config.format))
+    require(None not in prompts, f"{flag_name} {path}: cannot be asked every prompt of {source}")
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
     rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows_of_ids))

@@ -13,18 +13,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data.chat import note_special_tokens
-from ..data.columns import Dropped, read_pair
-from ..data.rows import read_rows, text_cell
+from ..data.chat import Prompt, note_special_tokens
+from ..data.columns import (
+    Note,
+    as_asked,
+    by_our_names,
+    name_unread,
+    parse_columns,
+    prompt_cell,
+    read_dialogue,
+    read_items,
+    read_pair,
+)
+from ..data.rows import read_rows, shown, text_cell
 from ..models.precision import autocast
 from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, flag, parse_flags
+from ..running.errors import require
+from ..running.flags import ColumnFlags, DeviceFlags, flag, parse_flags
 
 
 @dataclass
-class Config(DeviceFlags):
+class Config(ColumnFlags, DeviceFlags):
     """Scoring."""
 
     rm: str = flag("", "reward model: a run of train_rm.py, a folder or a hub id")
@@ -34,34 +44,27 @@ class Config(DeviceFlags):
     batch_size: int = flag(64, "texts scored at a time", "[1, inf)")
 
 
-def texts_of(row: dict, where: str, chat: bool) -> dict[str, tuple]:
+def texts_of(row: dict, where: str, note: Note, chat: bool) -> dict[str, tuple[Prompt, str]]:
     """What to score in a row: the new column's name -> (prompt, completion).
 
-    Empty for a pair that is dropped.
-
     Args:
-        where: file and row, for error messages.
+        where: file and row.
+        note: see columns.read_items.
         chat: whether the reward model reads chat.
     Raises:
-        UserError: the row has no columns of texts.
+        UserError: the row is of no use.
     """
     if "chosen" in row and "rejected" in row:
-        pair = read_pair(row, where, (), chat)
-        if isinstance(pair, Dropped):
-            return {}
+        pair = read_pair(row, where, note, chat=chat)
         sides = {"chosen_reward": pair.chosen, "rejected_reward": pair.rejected}
         return {name: (pair.prompt, completion) for name, completion in sides.items()}
-    if "completion" in row:
-        prompt = row.get("prompt", "")
-        if not isinstance(prompt, list):
-            prompt = text_cell(row, "prompt", where, True)
-        return {"reward": (prompt, text_cell(row, "completion", where, True))}
-    require(
-        "text" in row,
-        f"{where}: has columns {sorted(row)}: expected prompt and completion, text, or chosen and "
-        "rejected",
-    )
-    return {"reward": ("", text_cell(row, "text", where))}
+    if "completion" not in row:
+        return {"reward": ("", text_cell(row, "text"))}
+    if isinstance(row["completion"], list):
+        prompt, completion = read_dialogue(row, "completion", note)
+    else:  # what a policy wrote is taken as it is
+        prompt, completion = prompt_cell(row, note), text_cell(row, "completion", True)
+    return {"reward": (as_asked(prompt, where, isinstance(prompt, list)), completion)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,16 +76,26 @@ def main(argv: list[str] | None = None) -> None:
     device, _ = pick_device(config.device)
     reward_model = RewardModel.from_pretrained(config.rm, device)
     chat = bool(reward_model.tokenizer.chat_template)
-    rows = read_rows(config.data, config.split)
-    texts = [texts_of(row, f"{config.data}: row {n}", chat) for n, row in enumerate(rows, 1)]
-    items = [text for row in texts for text in row.values()]
-    note_special_tokens(reward_model.tokenizer, items, "texts")
-    encoded = []
-    for n, row in enumerate(texts, 1):
-        try:
-            encoded += [reward_model.encode(*text) for text in row.values()]
-        except UserError as error:  # of its chat template
-            raise UserError(f"{config.data}: row {n}: {error}") from error
+    rows, names = read_rows(config.data, config.split), parse_columns(config.columns)
+    named, columns = by_our_names(rows, names, config.data)
+    require(
+        any(named[0].keys() >= form for form in ({"chosen", "rejected"}, {"completion"}, {"text"})),
+        f"{config.data}: has columns {shown(columns)}: expected prompt and completion, text, or "
+        "chosen and rejected (--columns gives other names)",
+    )
+    name_unread(config.data, columns, named[0], names)
+
+    said = []
+
+    def read(row: dict, where: str, note: Note) -> dict[str, list[int]]:
+        """The new column's name -> token ids."""
+        texts = texts_of(row, where, note, chat)
+        said.extend(texts.values())
+        return {name: reward_model.encode(*text) for name, text in texts.items()}
+
+    texts = [item or {} for item in read_items(named, read, config.data)]
+    note_special_tokens(reward_model.tokenizer, said, "texts")
+    encoded = [ids for row in texts for ids in row.values()]
 
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
     scores = [0.0] * len(encoded)

@@ -180,7 +180,7 @@ def rows_of(form, numbers=range(60)):
 def test_every_form_of_pairs(form, chat, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", rows_of(form))
     if chat is None and form in WITH_MESSAGES:
-        message = f"^{path}: row 1: has chat messages, .* --format plain"
+        message = f"^{path}: 60 of 60 .* has chat messages, .* --format plain .*first: row 1"
         with pytest.raises(UserError, match=message) as error:
             load_pairs(Split(path), chat=None)
         assert "\n" not in str(error.value)
@@ -246,8 +246,8 @@ def test_the_reading_is_printed_with_the_share_of_pairs_rated_rightly(tmp_path, 
         row["rating_chosen"] = rating
     load_pairs(Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3), chat=True)
     reading = (
-        "read as chosen / rejected rated by rating_chosen (at least as high as the rejected one "
-        "in 80.0%), as chat: "
+        "read as chosen / rejected rated by rating_chosen (above the rejected one's in 70.0%, "
+        "equal in 10.0%), as chat: "
     )
     assert reading in capsys.readouterr().out
 
@@ -304,18 +304,16 @@ def test_the_prompt_of_a_dialogue_is_what_is_asked_last(tmp_path, capsys):
 def test_the_column_of_prompts_can_be_named(tmp_path):
     rows = [{"prompt": f"no {n}", "question": f"yes {n}"} for n in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    train, held, column = load_prompts(Split(path, eval_share=0.3), column="question")
-    assert column == "question" and all(prompt.startswith("yes") for prompt in train + held)
-    with pytest.raises(UserError, match=r"columns \['prompt', 'question'\]: expected answer"):
-        load_prompts(Split(path), column="answer")
+    for ours in ("prompt", "text"):
+        train, held, column = load_prompts(Split(path, eval_share=0.3, names={ours: "question"}))
+        assert column == ours and all(prompt.startswith("yes") for prompt in train + held)
+    with pytest.raises(UserError, match=r"columns \['prompt', 'question'\]: expected 'answer'"):
+        load_prompts(Split(path, names={"prompt": "answer"}))
 
 
 # --- bad input
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
-SCORED = (
-    '{{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": {}, "score_rejected": 1}}'
-)
 TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistant("b")]}
 
 
@@ -328,29 +326,26 @@ TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistan
             r"columns \['chosen', 'prompt'\]: expected chosen and rejected, as "
             r".*\"chosen\": .* or text and rating",
         ),
-        ([PAIR, PAIR, {**PAIR, "chosen": "  "}], "row 3: column 'chosen': got an empty text"),
-        ([PAIR, {**PAIR, "rejected": 7}], "row 2: column 'rejected': got int 7"),
-        ([PAIR, {"prompt": "p", "chosen": "a"}], "row 2: column 'rejected': got NoneType"),
-        ([PAIR, {**PAIR, "prompt": None}], "row 2: column 'prompt': got NoneType"),
+        ([PAIR, PAIR, {**PAIR, "chosen": "  "}], "dropped: an empty answer .first: row 3"),
         (
-            [{**PAIR, "margin": 1}, {**PAIR, "margin": "wide"}],
-            "row 2: column 'margin': got 'wide', expected a number",
+            [PAIR, {**PAIR, "rejected": 7}],
+            "column 'rejected': got int, expected a text .first: row 2",
         ),
         (
-            [{**PAIR, "chosen_rating": 1}],
-            "row 1: column 'rejected_rating': got None, expected a number",
+            [PAIR, {"prompt": "p", "chosen": "a"}],
+            "column 'rejected': got NoneType, expected a text .first: row 2",
+        ),
+        (
+            [PAIR, {**PAIR, "prompt": None}],
+            "column 'prompt': got NoneType, expected a text .first: row 2",
         ),
         (
             [{"text": "a", "rating": 1}, {"text": "b", "rating": True}],
-            "row 2: column 'rating': got True, expected a number",
+            "column 'rating': got bool, expected a number .first: row 2",
         ),
         (
             ['{"text": "a", "rating": 1}', '{"text": "b", "rating": NaN}'],
-            "row 2: column 'rating': got nan, expected a number",
-        ),
-        (
-            [SCORED.format(2), SCORED.format("NaN")],
-            "row 2: column 'score_chosen': got nan, expected a number",
+            "column 'rating': got nan, expected a number .first: row 2",
         ),
         (
             [{"text": f"film {n}", "label": 1} for n in range(50)],
@@ -364,61 +359,62 @@ TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistan
         ([PAIR], "expected both, so more rows"),
         (
             [{"chosen": HH + " Good.", "rejected": "\n\nHuman: Else?\n\nAssistant: Bad."}],
-            "0 training and 0 held-out pairs: expected both",
+            "4 of 4 are of no use: 4 rows dropped: chosen and rejected answer different prompts",
         ),
         (
             [TALKS, {**TALKS, "chosen": [{"content": "a"}]}],
-            r"row 2: column 'chosen': got \[\{'content': 'a'\}\], expected messages: \[\{\"role\"",
+            r"column 'chosen': expected messages, as \[\{\"role\".*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "chosen": [user("p"), assistant(None)]}],
-            "row 2: column 'chosen': got .* expected messages",
+            "column 'chosen': expected messages, .*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "chosen": [user("p"), assistant([{"type": "text"}])]}],
-            "row 2: column 'chosen': got .* expected messages",
+            "column 'chosen': expected messages, .*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": ["p", "b"]}],
-            "row 2: column 'rejected': got .* expected messages",
+            "column 'rejected': expected messages, .*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": []}],
-            r"row 2: column 'rejected': got \[\], expected messages",
+            r"column 'rejected': expected messages, .*got \[\].*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": [user("p")]}],
-            "row 2: column 'rejected': ends with a turn of 'user', expected assistant",
+            "column 'rejected': ends with a turn of 'user', expected assistant .first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": [assistant("b")]}],
-            "row 2: column 'rejected' is an answer alone",
+            "column 'rejected' is an answer alone, .*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": {"role": "user", "content": "b"}}],
-            "row 2: column 'rejected': got dict",
+            "column 'rejected': ends with a turn of 'user', .*first: row 2",
         ),
         (
             [{"prompt": 7, "chosen": [assistant("a")], "rejected": [assistant("b")]}],
-            "row 1: column 'prompt': got int 7",
+            "column 'prompt': got int.*first: row 1",
         ),
         (
-            [{"prompt": user("p"), "chosen": [assistant("a")], "rejected": [assistant("b")]}],
-            "row 1: column 'prompt': got dict",
+            [{"prompt": {"a": "p"}, "chosen": [assistant("a")], "rejected": [assistant("b")]}],
+            "column 'prompt': got dict.*first: row 1",
         ),
         (
             [{"prompt": [], "chosen": "a", "rejected": "b"}],
-            r"row 1: column 'prompt': got \[\], expected messages",
+            r"column 'prompt': expected messages, .*got \[\].*first: row 1",
         ),
         (
             [{"chosen": "\n\nHuman: Why?", "rejected": "\n\nHuman: Why?"}],
-            "row 1: column 'chosen': a dialogue without a turn of the assistant",
+            "column 'chosen': a dialogue without a turn of the assistant .first: row 1",
         ),
     ],
 )
 @pytest.mark.parametrize("chat", [True, False])
 def test_bad_pairs_are_named(rows, message, chat, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    """The last row is bad. Of a few bad ones the run goes on: here they are the most."""
+    path = write_jsonl(tmp_path / "a.jsonl", rows + rows[-1:] * 3)
     with pytest.raises(UserError, match=f"^{path}: .*{message}") as error:
         load_pairs(Split(path), chat=chat)
     assert "\n" not in str(error.value)
@@ -428,20 +424,24 @@ def test_bad_pairs_are_named(rows, message, chat, tmp_path):
     "rows, message",
     [
         ([{"question": "p"}], r"columns \['question'\]: expected prompt.*as \{\"prompt\""),
-        ([{"prompt": "p"}, {"prompt": ""}], "row 2: column 'prompt': got an empty text"),
-        ([{"prompt": "p"}, {"prompt": 7}], "row 2: column 'prompt': got int 7"),
+        ([{"prompt": "p"}, {"prompt": ""}], "column 'prompt': got an empty text.*first: row 2"),
+        ([{"prompt": "p"}, {"prompt": 7}], "column 'prompt': got int.*first: row 2"),
         (
             [{"prompt": [user("p")]}, {"prompt": [{"role": "user"}]}],
-            "row 2: column 'prompt': got .* expected messages",
+            "column 'prompt': expected messages, .*first: row 2",
         ),
-        ([{"messages": [user("p")]}, {"messages": None}], "row 2: column 'messages': got NoneType"),
-        ([{"chosen": "a"}], "row 1: column 'chosen' is no dialogue, and there is no prompt"),
+        (
+            [{"messages": [user("p")]}, {"messages": None}],
+            "column 'messages': got NoneType.*first: row 2",
+        ),
+        ([{"chosen": "a"}], "column 'chosen' is no dialogue, and there is no prompt .first: row 1"),
         ([{"prompt": "p"}], "expected both, so more rows"),
     ],
 )
 @pytest.mark.parametrize("chat", [True, False])
 def test_bad_prompts_are_named(rows, message, chat, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    """The last row is bad. Of a few bad ones the run goes on: here they are the most."""
+    path = write_jsonl(tmp_path / "a.jsonl", rows + rows[-1:] * 3)
     with pytest.raises(UserError, match=f"^{path}: .*{message}") as error:
         load_prompts(Split(path), chat=chat)
     assert "\n" not in str(error.value)
@@ -451,15 +451,18 @@ def test_bad_prompts_are_named(rows, message, chat, tmp_path):
 def test_messages_need_a_chat_template_or_the_plain_format(column, tmp_path):
     talk = [user("p")] + [assistant("a")] * (column == "chosen")
     path = write_jsonl(tmp_path / "a.jsonl", [{column: talk}] * 3)
-    with pytest.raises(UserError, match=f"^{path}: row 1: has chat messages, .* --format plain"):
+    with pytest.raises(
+        UserError, match=f"^{path}: .*has chat messages, .* --format plain.*first: row 1"
+    ):
         load_prompts(Split(path), chat=None)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv"])
 def test_types_that_differ_in_a_column_are_named(name, tmp_path):
-    path, rows = tmp_path / name, [{"text": "a", "rating": 1}, {"text": "b", "rating": "high"}]
-    path.write_text(json.dumps(rows) if name == "a.json" else "text,rating\na,1\nb,high\n")
-    message = f"^{path}.*(column 'rating': got|cannot be loaded)"
+    bad = [{"text": "b", "rating": "high"}] * 3
+    path, rows = tmp_path / name, [{"text": "a", "rating": 1}, *bad]
+    path.write_text(json.dumps(rows) if name == "a.json" else "text,rating\na,1\n" + "b,high\n" * 3)
+    message = f"^{path}: .*column 'rating': got str, expected a number .first: row 2"
     with pytest.raises(UserError, match=message) as error:
         load_pairs(Split(str(path)))
     assert "\n" not in str(error.value)
@@ -467,8 +470,8 @@ def test_types_that_differ_in_a_column_are_named(name, tmp_path):
 
 def test_a_row_is_named_with_its_split(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [PAIR, PAIR])
-    write_jsonl(tmp_path / "test.jsonl", [PAIR, {**PAIR, "chosen": " "}])
-    with pytest.raises(UserError, match="row 2 of test: column 'chosen'"):
+    write_jsonl(tmp_path / "test.jsonl", [PAIR] + [{**PAIR, "chosen": " "}] * 3)
+    with pytest.raises(UserError, match="an empty answer .first: row 2 of test"):
         load_pairs(Split(str(tmp_path), eval_split="test"))
 
 

@@ -219,7 +219,7 @@ def test_a_weight_that_is_not_finite_is_named_when_a_policy_is_loaded(name, valu
     model = tiny.model(tokenizer)
     with torch.no_grad():
         model.get_parameter(name).flatten()[0] = value
-    with pytest.raises(UserError, match=f"not finite.*{name}|{name}.*not finite"):
+    with pytest.raises(UserError, match=f"{name} holds NaN or infinity"):
         loading.load_policy(tiny.save(tmp_path / "m", model, tokenizer))
 
 

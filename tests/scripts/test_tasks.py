@@ -333,7 +333,7 @@ CHAT = f"{TASK_B} --rm ./distilbert-imdb"
 ELSEWHERE = "--model ./SmolLM2-135M-Instruct --dataset ./imdb"
 BAD = {
     "--eval-split is not there": (train_rm, f"{ELSEWHERE} --eval-split dev", "dev"),
-    "--split of one file": (train_rm, f"{TASK_B} --split test", "one file is one split"),
+    "--split of one file": (train_rm, f"{TASK_B} --split test", "Should be one of"),
     "chat without a template": (
         train_rm,
         "--model ./gpt2-imdb --dataset helpsteer.jsonl",
@@ -361,7 +361,8 @@ BAD = {
     "--prompt-tokens": (train_policy, f"{PLAIN} --prompt-tokens five", "--prompt-tokens five"),
     "--prompt-tokens of chat": (train_policy, f"{CHAT} --prompt-tokens 5", "chat prompts"),
     "--max-prompt-tokens": (train_policy, f"{CHAT} --max-prompt-tokens 2", "--max-prompt-tokens"),
-    "--prompt-column": (train_policy, f"{PLAIN} --prompt-column review", "review"),
+    "--columns": (train_policy, f"{PLAIN} --columns prompt=review", "review"),
+    "--columns of no name": (train_policy, f"{PLAIN} --columns review=prompt", "review=prompt"),
     "--max-new-tokens": (train_policy, f"{PLAIN} --max-new-tokens 300", "no room"),
     "--rm-weights": (train_policy, f"{PLAIN} --rm-weights 1 2", "--rm-weights"),
     "--rm-average of one": (train_policy, f"{PLAIN} --rm-average", "several"),

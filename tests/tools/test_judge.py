@@ -585,7 +585,7 @@ def test_files_must_have_the_same_prompts(serve, files):
         run(server)
     write([{"prompt": "x"}], "b.jsonl")
     write([{"prompt": "x", "completion": "y"}], "a.jsonl")
-    with pytest.raises(UserError, match="b.jsonl: row 1: column 'completion'"):
+    with pytest.raises(UserError, match="b.jsonl: .*column 'completion'.*first: row 1"):
         run(server)
     assert not server.requests
 
@@ -602,7 +602,6 @@ def test_files_must_have_the_same_prompts(serve, files):
         "--a a.jsonl --b b.jsonl --judge j --retries 0": "--retries needs an endpoint",
         "--a a.jsonl --b b.jsonl --judge j --prompts p": "--prompts: a.jsonl has prompts already",
         "--a x --b b.jsonl --judge j --prompts p": "--prompts: b.jsonl has prompts already",
-        "--a x --b b.jsonl --judge j --column c": "--column needs --prompts",
         "--a x --b y --judge j": "--prompts is missing",
         "--a a.jsonl --b b.jsonl --judge j --temperature 0.5": "--temperature is for sampling",
         "--a a.jsonl --b b.jsonl --judge j --max-new-tokens 5": "--max-new-tokens is for sampling",
