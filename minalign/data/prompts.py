@@ -82,7 +82,10 @@ def tokenize_prompts(
     Raises:
         UserError: no prompt is left, or `span` reaches up to `limit`.
     """
-    rows = [tokenize(tokenizer, p) for p in tqdm(prompts, desc=f"{kind} prompts", leave=False)]
+    rows = [
+        tokenize(tokenizer, p)
+        for p in tqdm(prompts, desc=f"{kind} prompts", leave=False, disable=None)
+    ]
     if span is None:
         kept = [row for row in rows if 0 < len(row.ids) <= limit]
         reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)

@@ -42,9 +42,9 @@ def whole_file(out: str | Path, mode: str = "w") -> Iterator[typing.IO]:
         UserError: it cannot be written.
     """
     path, part = Path(out), _part(Path(out))
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "buffering": 1}
+    text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "", "buffering": 1}
     try:
-        with open(part, mode, **text) as file:
+        with open(part, mode, **{} if "b" in mode else text) as file:
             yield file
         part.replace(path)
     except OSError as error:

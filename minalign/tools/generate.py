@@ -5,14 +5,15 @@
     python -m minalign generate --model runs/policy-1 --data prompts.jsonl --out answers.jsonl
     python -m minalign generate --model runs/policy-1
 
-The last one asks for prompts. An empty line starts a new dialogue.
+The last one asks for prompts. An empty line starts a new dialogue. Of a run, --temperature,
+--max-new-tokens and --format are those that it had, and with --out alone it answers the prompts
+that it held out.
 """
 
-import json
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -27,7 +28,9 @@ from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, FormatFlags, flag, parse_flags
+from ..running.flags import DeviceFlags, FormatFlags, flag
+from .files import json_line, require_writable, whole_file
+from .settings import SAMPLING, held_out_rows, parse_flags_of_runs, prompt_column
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Config(FormatFlags, DeviceFlags):
     data: str = flag(
         "", "prompts: a .jsonl, .csv or .parquet file, a folder or a hub id (default: ask for them)"
     )
-    column: str = flag("prompt", "column of the prompts in --data")
+    column: str = flag("", "column of the prompts in --data (default: prompt, messages or chosen)")
     out: str = flag(
         "",
         "file for prompts, completions and rewards, one JSON object per line (default: print them)",
@@ -78,16 +81,30 @@ def typed_prompts(chat: bool) -> Iterator[tuple[Prompt, list]]:
             yield line, []
 
 
+def prompt_rows(config: Config) -> tuple[Sequence[dict], str, str]:
+    """Rows of prompts, what they are read from, and the prompts' column; no rows: ask for them."""
+    if config.data:
+        rows = read_rows(config.data)
+        return rows, config.data, prompt_column(rows[0], config.data, config.column)
+    if config.prompt or not config.out:
+        return [{"prompt": prompt} for prompt in config.prompt or []], "--prompt", "prompt"
+    return held_out_rows([config.model], "data")
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, sample, show or save."""
-    config = parse_flags(Config, __doc__, argv, "minalign generate")
+    words = "minalign generate", lambda config: [config.model], {name: name for name in SAMPLING}
+    config = parse_flags_of_runs(Config, __doc__, argv, *words)
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
     require(
-        not config.out or not Path(config.out).exists(),
-        f"--out {config.out}: exists: choose another file",
+        bool(config.data) or not config.column,
+        f"--column {config.column}: needs --data: its column",
     )
+    if config.out:
+        require_writable(config.out)
+    rows, source, column = prompt_rows(config)
     device, _ = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     policy, tokenizer = load_policy(config.model)
@@ -131,36 +148,36 @@ def main(argv: list[str] | None = None) -> None:
 
     def show(row: dict) -> None:
         """Print a row. Of a chat, the prompt is left out."""
-        score = f"[reward {row['reward']:.2f}] " if reward else ""
+        score = f"[reward {row['reward']:z.2f}] " if reward else ""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
         print(f"{score}{prompt}{row['completion']}" + ("" if row["ended"] else " ..."))
 
-    if not config.prompt and not config.data:
+    if not rows:
         for prompt, answers in typed_prompts(bool(chat)):
             for row in complete([prompt]):
                 show(row)
                 answers.append(row["completion"])
         return
-    if config.data:
-        prompts = [
-            read_prompt(row, f"{config.data}: row {number}", config.column, chat)
-            for number, row in enumerate(read_rows(config.data), 1)
-        ]
-    else:
-        prompts = [read_prompt({"prompt": p}, "--prompt", "prompt", chat) for p in config.prompt]
+    prompts = [
+        read_prompt(row, f"{source}: row {number}", column, chat)
+        for number, row in enumerate(rows, 1)
+    ]
     for number, prompt in enumerate(prompts, 1):
         if isinstance(prompt, Dropped):
-            source = config.data or "--prompt"
             raise UserError(f"{source}: row {number}: {prompt.reason}: leave that row out")
-    file = open(config.out, "w") if config.out else None
+    stale = sorted({"completion", "ended", "reward"} & set(rows[0]))
+    if config.out and stale:
+        print(f"{source}: {', '.join(stale)}: of earlier completions: replaced or left out")
     starts = range(0, len(prompts), config.batch_size)
-    for i in tqdm(starts, desc="completions", unit="batch", disable=not file):
-        for row in complete(prompts[i : i + config.batch_size]):
-            if file:
-                file.write(json.dumps(row) + "\n")
-            else:
-                show(row)
-        if file:
-            file.flush()
+    with whole_file(config.out) if config.out else contextlib.nullcontext() as file:
+        for i in tqdm(starts, desc="completions", unit="batch", disable=None if file else True):
+            answers = complete(prompts[i : i + config.batch_size])
+            for j, answer in enumerate(answers):
+                if file:  # with the row's other columns
+                    row = dict(rows[i + j // config.samples])
+                    row = {name: row[name] for name in row if name not in stale}
+                    file.write(json_line(row | answer))
+                else:
+                    show(answer)
     if file:
         print(f"{len(prompts) * config.samples} completions in {config.out}")

@@ -7,10 +7,13 @@
 
 --a and --b are policies (a run, a folder, a hub id), whose completions of --prompts are sampled, or
 .jsonl files of prompt and completion. Of a file and a policy, the policy answers the file's
-prompts. Every pair is asked in both orders. Where both orders name one side, the pair is a win or a
-loss. Where both say tie, it is a tie. Where they disagree, it is counted as inconsistent, and
-scored as a tie. A pair with an answer that is not a verdict (unparsable) or that never came
-(failed) is counted and not scored.
+prompts. Of runs, --temperature, --max-new-tokens and --format are those that they had, and the
+prompts those that they held out, where none are given.
+
+Every pair is asked in both orders. Where both orders name one side, the pair is a win or a loss.
+Where both say tie, it is a tie. Where they disagree, it is counted as inconsistent, and scored as a
+tie. A pair with an answer that is not a verdict (unparsable) or that never came (failed) is counted
+and not scored. Where none is scored, the exit status is not 0.
 """
 
 import contextlib
@@ -27,13 +30,24 @@ from tqdm import tqdm
 from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, dashed, flag, parse_flags
+from ..running.flags import DeviceFlags, dashed, flag
 from ..running.logs import write_atomic
 from ..running.run import new_run
 from .asking import EndpointJudge, LocalJudge, Reply
+from .files import whole_file
+from .settings import (
+    SAMPLING,
+    agreed,
+    held_out_rows,
+    parse_flags_of_runs,
+    prompt_column,
+    settings_of,
+)
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 
 FAILURES_IN_A_ROW = 20  # then the judge is taken to be gone
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a formula begins with in a spreadsheet
 
 SAMPLED_TOGETHER = 64  # prompts between two steps of the progress bar
 
@@ -67,7 +81,7 @@ class Config(DeviceFlags):
         512, "tokens of the judge's answer: one cut off is unparsable", "[1, inf)"
     )
     timeout: float | None = flag(
-        None, "seconds to wait for the endpoint (default: 120)", "(0, inf)"
+        None, "seconds to wait for a whole answer (default: 120)", "(0, 86400]"
     )
     retries: int | None = flag(
         None, "requests repeated after a timeout or HTTP 429 or 5xx (default: 4)", "[0, 20]"
@@ -79,7 +93,9 @@ class Config(DeviceFlags):
     prompts: str = flag(
         "", "prompts of two policies: a .jsonl, .csv or .parquet file, a folder or a hub id"
     )
-    column: str | None = flag(None, "column of the prompts in --prompts (default: prompt)")
+    column: str | None = flag(
+        None, "column of the prompts in --prompts (default: prompt, messages or chosen)"
+    )
     max_new_tokens: int | None = flag(
         None, "tokens of a policy's completion (default: 128)", "[1, inf)"
     )
@@ -107,6 +123,11 @@ def is_file(path: str) -> bool:
     return path.endswith((".jsonl", ".jsonl.gz"))
 
 
+def policies_of(config: Config) -> list[str]:
+    """The sides that are policies."""
+    return [side for side in (config.a, config.b) if not is_file(side)]
+
+
 def is_endpoint(judge: str) -> bool:
     """Whether the judge is asked over HTTP."""
     return judge.startswith(("http://", "https://"))
@@ -120,7 +141,7 @@ def resolve(config: Config) -> Config:
     """
     for name in ("a", "b", "judge"):
         require(bool(getattr(config, name)), f"--{name} is missing (see --help)")
-    sampling = {"column": "prompt", "max_new_tokens": 128, "temperature": 1.0, "format": "auto"}
+    sampling = {"column": "", "max_new_tokens": 128, "temperature": 1.0, "format": "auto"}
     endpoint = {"timeout": 120.0, "retries": 4}
     files = [side for side in (config.a, config.b) if is_file(side)]
     for side in files:
@@ -138,9 +159,11 @@ def resolve(config: Config) -> Config:
             config.column is None,
             "--column needs --prompts: a file of completions has its prompts in 'prompt'",
         )
-    else:
-        what = "what the two policies are to answer"
-        require(bool(config.prompts), f"--prompts is missing: {what}")
+    elif not config.prompts:
+        runs = settings_of([config.a, config.b])
+        had = agreed(runs, "dataset", "prompts") if runs else None
+        require(bool(had), "--prompts is missing: what the two policies are to answer")
+        require(config.column is None, "--column needs --prompts: a run knows its own")
     for name in ("judge_model", *endpoint):
         fits = is_endpoint(config.judge) or getattr(config, name) in (None, "")
         require(fits, f"{dashed(name)} needs an endpoint as --judge, http(s)://host/v1")
@@ -159,13 +182,19 @@ def load_pairs(config: Config) -> list[Pair]:
         UserError: a file has other prompts than the first.
     """
     rows = {side: read_rows(side) for side in (config.a, config.b) if is_file(side)}
-    source = next(iter(rows), config.prompts)
-    asked = rows[source] if rows else read_rows(source)
-    prompts = read_prompts(asked, source, config.column, False)
+    for side, its_rows in rows.items():
+        prompt_column(its_rows[0], side, "completion")
+    if rows or config.prompts:
+        source = next(iter(rows), config.prompts)
+        asked = rows[source] if rows else read_rows(source)
+        column = prompt_column(asked[0], source, "prompt" if rows else config.column)
+    else:
+        asked, source, column = held_out_rows([config.a, config.b], "prompts")
+    prompts = read_prompts(asked, source, column, False)
     sides = []
     for name, side, seed in (("--a", config.a, config.seed), ("--b", config.b, config.seed + 1)):
         if not is_file(side):
-            sides.append(sample(side, name, asked, source, config, seed))
+            sides.append(sample(side, name, asked, source, column, config, seed))
             continue
         same = read_prompts(rows[side], side, "prompt", False)
         different = (i for i, (x, y) in enumerate(zip(prompts, same), 1) if x != y)
@@ -203,7 +232,13 @@ def read_prompts(rows: Sequence[dict], source: str, column: str, chat: bool | No
 
 
 def sample(
-    path: str, flag_name: str, rows: Sequence[dict], source: str, config: Config, seed: int
+    path: str,
+    flag_name: str,
+    rows: Sequence[dict],
+    source: str,
+    column: str,
+    config: Config,
+    seed: int,
 ) -> list[str]:
     """A policy's completions of the prompts in rows, as texts.
 
@@ -211,6 +246,7 @@ def sample(
         path: of the policy.
         flag_name: the flag that names it, for error messages.
         source: of the rows, for error messages.
+        column: of the prompts.
         seed: of sampling.
     Raises:
         UserError: a prompt and its completion do not fit into the policy's context.
@@ -222,7 +258,7 @@ def sample(
 
     device, _ = pick_device(config.device)
     policy, tokenizer = load_policy(path, flag_name)
-    prompts = read_prompts(rows, source, config.column, wants_chat(tokenizer, config.format))
+    prompts = read_prompts(rows, source, column, wants_chat(tokenizer, config.format))
     rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows_of_ids))
     context = getattr(policy.config, "max_position_embeddings", None)
@@ -234,7 +270,7 @@ def sample(
     policy, dtype = policy.to(device), pick_dtype(config.dtype, device)
     texts = []
     starts = range(0, len(rows_of_ids), SAMPLED_TOGETHER)
-    for i in tqdm(starts, desc=f"completions of {flag_name}", unit="batch"):
+    for i in tqdm(starts, desc=f"completions of {flag_name}", unit="batch", disable=None):
         part = rows_of_ids[i : i + SAMPLED_TOGETHER]
         with autocast(device, dtype):
             _, completions, _ = sample_completions(
@@ -271,13 +307,17 @@ class Answers:
                     f"{self.path}: line {number}: no answer: remove it, and it is asked again"
                 ) from error
         write_atomic(self.path, "".join(f"{line}\n" for line in lines))
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "ab", buffering=0)
 
     def add(self, pair: int, order: str, reply: Reply) -> None:
         """Keep a reply, on disk at once."""
         self.replies[pair, order] = reply
-        self.file.write(json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n")
-        self.file.flush()
+        line = json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n"
+        try:
+            self.file.write(line.encode())
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}): make room there, and --resume"
+            raise UserError(f"{self.path}: {reason}") from error
 
 
 def ask_all(
@@ -297,7 +337,8 @@ def ask_all(
         questions.append(make_question(pair.prompt, first, second, criterion))
     failures = 0
     with contextlib.closing(judge.answers(questions)) as replies:
-        for i, reply in tqdm(replies, total=len(missing), desc="answers", unit="answer"):
+        bar = {"desc": "answers", "unit": "answer", "disable": None}
+        for i, reply in tqdm(replies, total=len(missing), **bar):
             answers.add(*missing[i], reply)
             failures = failures + 1 if reply.error else 0
             kept = sum(not reply.error for reply in answers.replies.values())
@@ -319,8 +360,11 @@ def read_reply(reply: Reply) -> str:
 
 
 def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
-    """Write every answer beside what it is about."""
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    """Write every answer beside what it is about.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
+    with whole_file(path) as file:
         writer = csv.writer(file)
         writer.writerow(
             "pair order prompt completion_a completion_b answer verdict winner error".split()
@@ -330,7 +374,8 @@ def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
                 reply = answers.replies[number, order]
                 verdict = read_reply(reply)
                 said = [reply.text, verdict, winner(order, verdict), reply.error]
-                writer.writerow([number, order, *pair, *said])
+                texts = [f"'{t}" if t.startswith(FORMULA) else t for t in (*pair, *said)]
+                writer.writerow([number, order, *texts])
 
 
 def check_resumed(config: Config) -> Path:
@@ -357,7 +402,8 @@ def check_resumed(config: Config) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, ask, report."""
-    config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
+    words = "minalign judge", policies_of, {name: name for name in SAMPLING}
+    config = resolve(parse_flags_of_runs(Config, __doc__, argv, *words))
     folder = check_resumed(config) if config.resume else new_run(config.out, "judge")
     if is_endpoint(config.judge):
         limits = config.judge_tokens, config.batch_size, config.timeout, config.retries
@@ -391,3 +437,4 @@ def main(argv: list[str] | None = None) -> None:
     for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:
         print(f"failed: {reason}")
     print(f"written to {folder}")
+    require(results["scored"] > 0, "no pair was scored: see above, and answers.csv in that folder")

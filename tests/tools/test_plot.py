@@ -128,7 +128,9 @@ def test_curves_hold_the_steps_that_all_seeds_have(tmp_path):
     assert steps.tolist() == [10, 20]
     assert [one.tolist() for one in values] == [[1.0, 2.0], [3.0, 6.0]]
     assert curve(group, "reward")[0].tolist() == list(range(1, 21))
-    assert [len(one) for one in (curve(group, "nothing")[0], *curve(group, "nothing")[1])] == [0] * 3
+    assert [len(one) for one in (curve(group, "nothing")[0], *curve(group, "nothing")[1])] == [
+        0
+    ] * 3
 
 
 def test_smoothing_is_a_mean_of_neighbours():
