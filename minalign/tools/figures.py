@@ -67,9 +67,10 @@ def plot_front(results: dict, path: Path) -> None:
         for i, run in enumerate(results["runs"]):
             points = [*(start if run["iteration"] == 1 else []), *run["curve"]]
             name = "policies in training" if i == 0 else None
-            dot = "." if len(points) == 1 else ""  # a line of one point is invisible
-            look = {"color": GREY, "lw": 1, "alpha": 0.7, "marker": dot}
-            axis.plot(*_columns(points, key), **look, label=name)
+            x, y = _columns(points, key)
+            look = {"color": GREY, "lw": 1, "alpha": 0.7}
+            look["marker"] = "." if len(x) == 1 else ""  # a line of one point is invisible
+            axis.plot(x, y, **look, label=name)
         name = "front: start policy to last merge"
         axis.plot(*_columns(front, key), "o-", color=BLUE, ms=4, lw=2, label=name)
         for point in front:

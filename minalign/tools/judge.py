@@ -32,7 +32,7 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
 from ..running.flags import DeviceFlags, dashed, flag
 from ..running.logs import write_atomic
-from ..running.run import new_run
+from ..running.run import new_run, require_same_flags
 from .asking import EndpointJudge, LocalJudge, Reply
 from .files import whole_file
 from .settings import (
@@ -389,14 +389,7 @@ def check_resumed(config: Config) -> Path:
         bool(config.out) and path.is_file(),
         f"--resume: no run at --out {config.out!r} (no config.json there)",
     )
-    ran = json.loads(path.read_text())
-    for name, value in dataclasses.asdict(config).items():
-        fits = name in FREE_ON_RESUME or ran.get(name) == value
-        require(
-            fits,
-            f"--resume: {config.out} ran with {dashed(name)} {ran.get(name)}, now {value}: give "
-            "the same, or another --out",
-        )
+    require_same_flags(path, config, FREE_ON_RESUME)
     return path.parent
 
 

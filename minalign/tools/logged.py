@@ -135,9 +135,11 @@ def read_object(path: Path) -> dict:
         UserError: there is none.
     """
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, OSError, RecursionError) as error:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {str(error):.200}") from error
+    require(isinstance(content, dict), f"{path}: got {content!r:.40}, expected an object")
+    return content
 
 
 def _points(rows: Sequence[dict]) -> list[dict[str, float]]:

@@ -26,36 +26,37 @@ def settings_of(paths: Sequence[str]) -> dict[str, dict]:
     found = {}
     for path in filter(os.path.exists, paths):
         folder = Path(os.path.abspath(path))
-        while INSIDE_A_RUN.fullmatch(folder.name) and not is_run(folder):
+        settings = _config_of(folder)
+        while not settings and INSIDE_A_RUN.fullmatch(folder.name):
             folder = folder.parent
-        if is_run(folder):
-            found[path] = read_object(folder / "config.json")
+            settings = _config_of(folder)
+        found |= {path: settings} if settings else {}
     return found
 
 
-def is_run(folder: Path) -> bool:
-    """Whether the folder's config.json is that of a policy run, not that of a model."""
+def _config_of(folder: Path) -> dict:
+    """What config.json says, if it is that of a policy run and not that of a model."""
     path = folder / "config.json"
     settings = read_object(path) if path.is_file() else {}
-    return "max_new_tokens" in settings and "model_type" not in settings
+    return settings if "max_new_tokens" in settings and "model_type" not in settings else {}
 
 
 def agreed(runs: dict[str, dict], name: str, flag_name: str) -> typing.Any:
     """The value that a setting had in all these runs; None where it was empty.
 
-    Args:
-        flag_name: the flag to give where they differ.
     Raises:
-        UserError: two had different ones.
+        UserError: two had different ones: `flag_name` has to be given.
     """
-    (path, value), *others = ((path, settings.get(name)) for path, settings in runs.items())
+    values = {path: settings.get(name) for path, settings in runs.items()}
+    empty = all(value is False or value in (None, "", []) for value in values.values())
+    (path, value), *others = values.items()
     for other, its_value in others:
         require(
-            (its_value or 0) == (value or 0),
+            empty or its_value == value,
             f"{path} ran with {dashed(name)} {value}, {other} with {its_value}: give "
             f"{dashed(flag_name)}",
         )
-    return None if value in ("", []) or value is False else value
+    return None if empty else value
 
 
 def parse_flags_of_runs(
@@ -66,15 +67,11 @@ def parse_flags_of_runs(
     models: Callable[[typing.Any], Sequence[str]],
     take: dict[str, str],
 ) -> typing.Any:
-    """As parse_flags, but flags that are not given are those that the models' runs had.
-
-    What is taken is printed.
+    """As parse_flags, but flags that are not given are those that the models' runs had (printed).
 
     Args:
         models: the models in a config; those of no run are left out.
         take: flag -> the setting of a run that it takes.
-    Raises:
-        UserError: two runs differ in a setting that is to be taken.
     """
     argv = sys.argv[1:] if argv is None else argv
     config = parse_flags(config_class, description, argv, prog)
@@ -82,9 +79,8 @@ def parse_flags_of_runs(
     given = {word.partition("=")[0] for word in argv}
     for name, key in take.items() if runs else ():
         head = next((group[0] for group in (DATA, REWARD) if key in group[1:]), "")
-        of_others = dashed(head) in given and any(
-            run.get(head) != getattr(config, head) for run in runs.values()
-        )
+        heads = [run.get(head) for run in runs.values()] if dashed(head) in given else []
+        of_others = any(head_value != getattr(config, head) for head_value in heads)
         if of_others or not hasattr(config, name) or dashed(name) in given:
             continue
         value = agreed(runs, key, name)
@@ -100,10 +96,8 @@ def parse_flags_of_runs(
 def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], str, str]:
     """The rows whose prompts these models' runs were evaluated on, their source, and the column.
 
-    Args:
-        flag_name: the flag that gives other prompts.
     Raises:
-        UserError: there is no such run, or two had other data.
+        UserError: there is no such run, or two had other data: `flag_name` has to be given.
     """
     from ..data.chat import first_turn
     from ..data.columns import Dropped, read_prompt
@@ -112,12 +106,12 @@ def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], st
     runs = settings_of(models)
     had = {name: agreed(runs, name, flag_name) for name in DATA if runs}
     missing = f"{dashed(flag_name)} is missing: the prompts to answer"
-    require(bool(had.get("dataset")), missing)
+    require("dataset" in had and bool(had["dataset"]), missing)
+    require(not had["prompt_tokens"], f"{missing}: those of the run were beginnings of texts")
     names = ("dataset", "split", "eval_split", "eval_share", "split_seed", "subset")
-    data = Split(*(had[name] or "" for name in names))
+    data = Split(*("" if had[name] is None else had[name] for name in names))
     rows, columns = both_splits(data)
     column = prompt_column(columns, data.dataset, had["prompt_column"])
-    require(not had["prompt_tokens"], f"{missing}: those of the run were beginnings of texts")
 
     def read(row: dict, where: str) -> tuple[str, dict] | Dropped:
         prompt = read_prompt(row, where, column, False)
