@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
-from ..running.flags import DeviceFlags, TaskFlags, flag, resolve_task
+from ..running.flags import DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
 from ..running.logs import JsonLines, write_atomic
 from ..running.run import describe, new_run, show_config
-from .settings import DATA, REWARD, SAMPLING, parse_flags_of_runs
+from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
@@ -222,8 +222,9 @@ def toy_rewards() -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load, measure, compare, print and save."""
     take = {name: name for name in (*SAMPLING, *DATA, *REWARD)} | {"start": "model"}
-    words = "minalign evaluate", lambda config: config.model or [], take
-    config = resolve(parse_flags_of_runs(Config, __doc__, argv, *words))
+    config = parse_flags(Config, __doc__, argv, "minalign evaluate")
+    argv = with_flags_of_runs(argv, config, config.model or [], take)
+    config = resolve(parse_flags(Config, __doc__, argv, "minalign evaluate"))
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
 

@@ -28,9 +28,9 @@ from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, FormatFlags, flag
+from ..running.flags import DeviceFlags, FormatFlags, flag, parse_flags
 from .files import json_line, require_writable, whole_file
-from .settings import SAMPLING, held_out_rows, parse_flags_of_runs, prompt_column
+from .settings import SAMPLING, held_out_rows, prompt_column, with_flags_of_runs
 
 
 @dataclass
@@ -94,8 +94,9 @@ def prompt_rows(config: Config) -> tuple[Sequence[dict], str, str]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, sample, show or save."""
-    words = "minalign generate", lambda config: [config.model], {name: name for name in SAMPLING}
-    config = parse_flags_of_runs(Config, __doc__, argv, *words)
+    config = parse_flags(Config, __doc__, argv, "minalign generate")
+    argv = with_flags_of_runs(argv, config, [config.model], dict(zip(SAMPLING, SAMPLING)))
+    config = parse_flags(Config, __doc__, argv, "minalign generate")
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
     require(

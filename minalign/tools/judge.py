@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, dashed, flag
+from ..running.flags import DeviceFlags, dashed, flag, parse_flags
 from ..running.logs import write_atomic
 from ..running.run import new_run, require_same_flags
 from .asking import EndpointJudge, LocalJudge, Reply
@@ -39,9 +39,9 @@ from .settings import (
     SAMPLING,
     agreed,
     held_out_rows,
-    parse_flags_of_runs,
     prompt_column,
     settings_of,
+    with_flags_of_runs,
 )
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 
@@ -121,11 +121,6 @@ class Pair(NamedTuple):
 def is_file(path: str) -> bool:
     """Whether a side is a file of completions, not a policy."""
     return path.endswith((".jsonl", ".jsonl.gz"))
-
-
-def policies_of(config: Config) -> list[str]:
-    """The sides that are policies."""
-    return [side for side in (config.a, config.b) if not is_file(side)]
 
 
 def is_endpoint(judge: str) -> bool:
@@ -395,8 +390,10 @@ def check_resumed(config: Config) -> Path:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, ask, report."""
-    words = "minalign judge", policies_of, {name: name for name in SAMPLING}
-    config = resolve(parse_flags_of_runs(Config, __doc__, argv, *words))
+    config = parse_flags(Config, __doc__, argv, "minalign judge")
+    policies = [side for side in (config.a, config.b) if not is_file(side)]
+    argv = with_flags_of_runs(argv, config, policies, dict(zip(SAMPLING, SAMPLING)))
+    config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
     folder = check_resumed(config) if config.resume else new_run(config.out, "judge")
     if is_endpoint(config.judge):
         limits = config.judge_tokens, config.batch_size, config.timeout, config.retries

@@ -5,11 +5,11 @@ import os.path
 import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..running.errors import require
-from ..running.flags import dashed, parse_flags
+from ..running.flags import dashed
 from .logged import read_object
 
 SAMPLING = ("format", "max_new_tokens", "temperature")
@@ -59,23 +59,20 @@ def agreed(runs: dict[str, dict], name: str, flag_name: str) -> typing.Any:
     return None if empty else value
 
 
-def parse_flags_of_runs(
-    config_class: type,
-    description: str,
-    argv: list[str] | None,
-    prog: str,
-    models: Callable[[typing.Any], Sequence[str]],
-    take: dict[str, str],
-) -> typing.Any:
-    """As parse_flags, but flags that are not given are those that the models' runs had (printed).
+def with_flags_of_runs(
+    argv: list[str] | None, config: typing.Any, models: Sequence[str], take: dict[str, str]
+) -> list[str]:
+    """The command line, with those flags in front that it lacks and the models' runs had (printed).
 
     Args:
-        models: the models in a config; those of no run are left out.
+        config: what parse_flags makes of `argv`.
+        models: those of no run are left out.
         take: flag -> the setting of a run that it takes.
+    Raises:
+        UserError: two runs had different ones.
     """
     argv = sys.argv[1:] if argv is None else argv
-    config = parse_flags(config_class, description, argv, prog)
-    runs, taken = settings_of(models(config)), []
+    runs, taken = settings_of(models), []
     given = {word.partition("=")[0] for word in argv}
     for name, key in take.items() if runs else ():
         head = next((group[0] for group in (DATA, REWARD) if key in group[1:]), "")
@@ -90,7 +87,7 @@ def parse_flags_of_runs(
             taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]
     if taken:
         print(f"as {', '.join(runs)} ran: {' '.join(taken)}")
-    return parse_flags(config_class, description, [*taken, *argv], prog)
+    return [*taken, *argv]
 
 
 def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], str, str]:
