@@ -242,7 +242,7 @@ def smooth(values: Sequence[float], window: int, most: int = MOST_POINTS) -> lis
     half = window // 2 // size
     parts = [slice(max(0, i - half), i + half + 1) for i in range(len(starts))]
     weights = [counts[part].sum() for part in parts]
-    return [sums[p].sum() / n if n else math.nan for p, n in zip(parts, weights)]
+    return [float(sums[p].sum() / n) if n else math.nan for p, n in zip(parts, weights)]
 
 
 def thin(count: int, most: int = MOST_POINTS) -> tuple[numpy.ndarray, int]:

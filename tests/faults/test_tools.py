@@ -914,19 +914,19 @@ def test_a_missing_value_in_a_front_costs_one_point(here, drawn):
 
 
 def test_a_long_log_is_drawn_in_linear_time_with_few_points(here, drawn):
-    """S3, at 30,000 lines here; 10^6 lines are below."""
-    noise = numpy.random.default_rng(0).normal(size=30_001)
-    folder = write_log(here / "s", 30_000, reward=lambda step: float(noise[step]))
+    """S3, at 12,000 lines here; 10^6 lines are below."""
+    noise = numpy.random.default_rng(0).normal(size=12_001)
+    folder = write_log(here / "s", 12_000, reward=lambda step: float(noise[step]))
     start = time.process_time()
     axes = drawn(folder, "--out", "f.png")
     assert time.process_time() - start < 10
     raw, bold = axes["reward, training batch"].lines
     assert len(bold.get_xdata()) <= 2000 and len(raw.get_xdata()) <= 4000
     assert raw.get_ydata().max() == noise[1:].max() and raw.get_ydata().min() == noise[1:].min()
-    window = 2 * (30_000 // 40) + 1
-    middle = noise[15_000 - window // 2 : 15_000 + window // 2 + 1].mean()
-    at = numpy.interp(15_000, *bold.get_data())
-    assert abs(at - middle) < 0.01
+    window = 2 * (12_000 // 40) + 1
+    middle = noise[6_000 - window // 2 : 6_000 + window // 2 + 1].mean()
+    at = numpy.interp(6_000, *bold.get_data())
+    assert abs(at - middle) < 0.02
 
 
 @pytest.mark.slow
