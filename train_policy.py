@@ -325,7 +325,7 @@ def write_logs(
         run.is_best(held_out["reward"] - config.beta * held_out["kl_sft"])
     run.log(metrics, COLUMNS)
     if evaluating:
-        said = "  ".join(f"{name} {value:.3f}" for name, value in held_out.items())
+        said = "  ".join(f"{name} {value:z.3f}" for name, value in held_out.items())
         tqdm.write(f"held out: {said}")
     run.log_line("samples", sample)
 

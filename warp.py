@@ -233,7 +233,7 @@ def measure(
         metrics = train_policy.evaluate(run, task, policy)[0]
         if cached:
             write_atomic(cached, json.dumps(metrics) + "\n")
-    shown = "".join(f"  {key} {metrics[key]:7.3f}" for key in metrics if key != "distinct_2")
+    shown = "".join(f"  {key} {metrics[key]:z7.3f}" for key in metrics if key != "distinct_2")
     print(f"  {name:<22}{shown}")
     return metrics
 

@@ -219,7 +219,7 @@ def encode_pairs(
         return encode_whole(prompt, completion) if prompt else encode_once(completion)
 
     examples, refused, identical, too_long = [], [], 0, 0
-    for i in tqdm(indices, desc="tokens of pairs", leave=False):
+    for i in tqdm(indices, desc="tokens of pairs", leave=False, disable=None):
         pair = pairs[i]
         try:
             texts = [encode(pair.prompt, text) for text in (pair.chosen, pair.rejected)]

@@ -82,7 +82,7 @@ def tokenize_prompts(
     """
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], f"{kind} prompts")
     rows, refused = [], []
-    for prompt in tqdm(prompts, desc=f"{kind} prompts", leave=False):
+    for prompt in tqdm(prompts, desc=f"{kind} prompts", leave=False, disable=None):
         try:
             rows.append(tokenize(tokenizer, prompt))
         except UserError as error:

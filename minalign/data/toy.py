@@ -243,7 +243,7 @@ def fit_start_policy(
     """Maximum likelihood on fresh reviews, 32 per step, in place."""
     rng = random.Random(f"start {seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in tqdm(range(steps), desc="toy world: start policy", leave=False):
+    for step in tqdm(range(steps), desc="toy world: start policy", leave=False, disable=None):
         beginnings = [write_prompt(rng) for _ in range(32)]
         reviews = [text + write_completion(rng, text) for text in beginnings]
         rows = [encode(tokenizer, review, end=True) for review in reviews]

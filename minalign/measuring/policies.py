@@ -152,7 +152,7 @@ def before_after_table(before: dict[str, float], after: dict[str, float]) -> str
     """
     width = max(18, 2 + max(map(len, before)))
     lines = [f"{'held-out prompts':{width}}{'before':>10}{'after':>10}"]
-    lines += [f"{name:{width}}{before[name]:10.3f}{after[name]:10.3f}" for name in before]
+    lines += [f"{name:{width}}{before[name]:z10.3f}{after[name]:z10.3f}" for name in before]
     return "\n".join(lines)
 
 
@@ -162,4 +162,4 @@ def show_samples(title: str, samples: Sequence[Sample], count: int = 4) -> None:
     for sample in samples[:count]:
         prompt = sample.prompt if len(sample.prompt) <= 80 else "..." + sample.prompt[-77:]
         text = f"{prompt} |{sample.completion}".replace("\n", " ")
-        print(f"  reward {sample.reward:6.2f}   {text}")
+        print(f"  reward {sample.reward:z6.2f}   {text}")

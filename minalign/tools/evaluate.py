@@ -6,10 +6,11 @@
     python -m minalign evaluate --model runs/my-policy --start path-or-id --rm runs/my-rm \\
         --dataset prompts.jsonl
 
-Give the flags of the data, --temperature and --max-new-tokens as in training: the held-out prompts
-then are the same. Every policy is set against the start policy, and against the first of --model.
-As a control, the start policy is set against itself with other random numbers: differences no
-larger than that are noise. The folder gets results.json and samples.jsonl.
+Of runs, the flags of the data, the start policy, the rewards, --temperature, --max-new-tokens and
+--format are those that the runs had, where none are given: the held-out prompts then are the same.
+Every policy is set against the start policy, and against the first of --model. As a control, the
+start policy is set against itself with other random numbers: differences no larger than that are
+noise. The folder gets results.json and samples.jsonl.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..running.errors import require
 from ..running.flags import DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
 from ..running.logs import JsonLines, write_atomic
 from ..running.run import describe, new_run, show_config
+from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
@@ -128,7 +130,7 @@ def load_policies(
     from ..models.padding import context_of
 
     longest = max(len(prompt.ids) for prompt in task.eval_prompts) + config.max_new_tokens
-    for name in tqdm(config.model, desc="policies", unit="policy", leave=False):
+    for name in tqdm(config.model, desc="policies", unit="policy", leave=False, disable=None):
         policy, tokenizer = load_policy(name)
         require(
             tokenizer.get_vocab() == task.tokenizer.get_vocab(),
@@ -167,7 +169,7 @@ def measures_table(measured: dict[str, Measured], count: int) -> str:
     title = f"{count} held-out prompts"
     lines = [f"{title:{width}}" + "".join(f"{short(name):>19}" for name in columns)]
     for name, text in label.items():
-        values = "".join(f"{measured[column].metrics[name]:19.3f}" for column in columns)
+        values = "".join(f"{measured[column].metrics[name]:z19.3f}" for column in columns)
         lines.append(f"{text:{width}}{values}")
     return "\n".join(lines)
 
@@ -176,7 +178,8 @@ def comparison_line(name: str, comparison: dict) -> str:
     """`name`, mean difference of rewards and win rate, each with its interval."""
     difference, wins = comparison["reward_difference"], comparison["win_rate"]
     return (
-        f"{name}  {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]  "
+        f"{name}  {difference['mean']:+z.3f} "
+        f"[{difference['low']:+z.3f}, {difference['high']:+z.3f}]  "
         f"{wins['mean']:.1%} [{wins['low']:.1%}, {wins['high']:.1%}]"
     )
 
@@ -219,6 +222,9 @@ def toy_rewards() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load, measure, compare, print and save."""
+    take = {name: name for name in (*SAMPLING, *DATA, *REWARD)} | {"start": "model"}
+    config = parse_flags(Config, __doc__, argv, "minalign evaluate")
+    argv = with_flags_of_runs(argv, config, config.model or [], take)
     config = resolve(parse_flags(Config, __doc__, argv, "minalign evaluate"))
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)

@@ -7,9 +7,11 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import matplotlib.ticker
+import numpy
 
 from ..running.errors import require
-from .logged import Group, LoggedRun, at_equal_kl, curve, smooth
+from .files import whole_file
+from .logged import Group, LoggedRun, at_equal_kl, curve, smooth, thin
 
 matplotlib.use("Agg")  # files only: works without a screen
 
@@ -25,19 +27,19 @@ DIRECT_LABELS = 5  # lines; with more, a legend under the figure
 
 SMALL = 8  # points
 
-POLICY_PANELS = [  # metric, what the axis says, whether it is logarithmic
-    ("reward", "reward, training batch", False),
-    ("eval_reward", "reward, held-out prompts", False),
-    ("kl_sft", "KL(policy || start)\n(nats per sequence)", False),
-    ("length", "length (tokens)", False),
-    ("entropy", "entropy (nats per token)", False),
-    ("grad_norm", "gradient norm", True),
+POLICY_PANELS = [  # metric, what the axis says, its scale
+    ("reward", "reward, training batch", "linear"),
+    ("eval_reward", "reward, held-out prompts", "linear"),
+    ("kl_sft", "KL(policy || start)\n(nats per sequence)", "linear"),
+    ("length", "length (tokens)", "linear"),
+    ("entropy", "entropy (nats per token)", "linear"),
+    ("grad_norm", "gradient norm", "log"),
 ]
 
 RM_PANELS = [
-    ("eval_loss", "loss, held-out pairs\n(nats per pair)", False),
-    ("eval_accuracy", "accuracy, held-out pairs\n(share)", False),
-    ("eval_ece", "calibration error (ECE)\nof P(chosen wins)", False),
+    ("eval_loss", "loss, held-out pairs\n(nats per pair)", "linear"),
+    ("eval_accuracy", "accuracy, held-out pairs\n(share)", "linear"),
+    ("eval_ece", "calibration error (ECE)\nof P(chosen wins)", "linear"),
 ]
 
 PLANES = [("reward", "reward, held-out prompts"), ("gold", "gold reward (the truth)")]
@@ -65,7 +67,10 @@ def plot_front(results: dict, path: Path) -> None:
         for i, run in enumerate(results["runs"]):
             points = [*(start if run["iteration"] == 1 else []), *run["curve"]]
             name = "policies in training" if i == 0 else None
-            axis.plot(*_columns(points, key), color=GREY, lw=1, alpha=0.7, label=name)
+            x, y = _columns(points, key)
+            look = {"color": GREY, "lw": 1, "alpha": 0.7}
+            look["marker"] = "." if len(x) == 1 else ""  # a line of one point is invisible
+            axis.plot(x, y, **look, label=name)
         name = "front: start policy to last merge"
         axis.plot(*_columns(front, key), "o-", color=BLUE, ms=4, lw=2, label=name)
         for point in front:
@@ -75,24 +80,33 @@ def plot_front(results: dict, path: Path) -> None:
             name, place, side = f"$\\eta={point['eta']:g}$", (-5, 6), "right"
             if point["eta"] == 0:
                 name, place, side = "start policy", (8, -4), "left"
-            where = (point["kl_sft"], point[key])
-            axis.annotate(name, where, xytext=place, ha=side, color=BLUE, **near)
+            for where in zip(*_columns([point], key)):
+                axis.annotate(name, where, xytext=place, ha=side, color=BLUE, **near)
         for merge in results["merges"]:
             name = "merge of an iteration" if merge["iteration"] == 1 else None
-            where = (merge["kl_sft"], merge[key])
-            axis.plot(*where, "D", color=ORANGE, ms=7, zorder=3, label=name)
-            axis.annotate(f"{merge['iteration']}", where, xytext=(5, -12), color=ORANGE, **near)
+            for where in zip(*_columns([merge], key)):
+                axis.plot(*where, "D", color=ORANGE, ms=7, zorder=3, label=name)
+                text = f"{merge['iteration']:g}"
+                axis.annotate(text, where, xytext=(5, -12), color=ORANGE, **near)
         axis.set_xlabel("KL(policy || start), nats per completion")
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, loc="lower right", fontsize=9)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, 150)
+
+
+def _save(figure: plt.Figure, path: Path, dpi: int) -> None:
+    """The file of a figure, in the format that its name ends in."""
+    with whole_file(path, "wb") as file:
+        figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
     plt.close(figure)
 
 
 def _columns(points: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
-    """KLs, and values of `key`, of some points."""
-    return [point["kl_sft"] for point in points], [point[key] for point in points]
+    """KLs, and values of `key`, of the points that have both."""
+    pairs = [(point.get("kl_sft", math.nan), point.get(key, math.nan)) for point in points]
+    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    return [kl for kl, _ in pairs], [value for _, value in pairs]
 
 
 def plot_groups(groups: Sequence[Group], path: Path) -> None:
@@ -109,14 +123,15 @@ def plot_groups(groups: Sequence[Group], path: Path) -> None:
     panels = []
     for kind, of_kind in (("policy", POLICY_PANELS), ("rm", RM_PANELS)):
         alike = [group for group in groups if group.runs[0].kind == kind]
-        for metric, name, logarithmic in of_kind:
-            shown = [group for group in alike if curve(group, metric)[0]]
+        for metric, name, scale in of_kind:
+            values = [(group, _curve(group, metric, scale)[1]) for group in alike]
+            shown = [group for group, of_it in values if numpy.isfinite(of_it).all(0).any()]
             if shown:
-                panels.append((_draw_curves, shown, metric, name, logarithmic))
+                panels.append((_draw_curves, shown, metric, name, scale))
     for metric, name in PLANES:
-        shown = [group for group in groups if all(_points(run, metric) for run in group.runs)]
+        shown = [group for group in groups if all(_plane(run, metric) for run in group.runs)]
         if shown:
-            panels.append((_draw_plane, shown, metric, name, False))
+            panels.append((_draw_plane, shown, metric, name, "linear"))
     names = ", ".join(run.path for group in groups for run in group.runs)
     require(
         bool(panels),
@@ -133,10 +148,10 @@ def plot_groups(groups: Sequence[Group], path: Path) -> None:
         line, marker = LINES[i // len(COLOURS) % len(LINES)]
         colour = COLOURS[i % len(COLOURS)]
         style[group.label] = {"color": colour, "ls": line, "marker": marker, "lw": 1.5, "ms": 3}
-    for axis, (draw, shown, metric, name, logarithmic) in zip(axes.flat, panels):
+    for axis, (draw, shown, metric, name, scale) in zip(axes.flat, panels):
+        axis.set_yscale(scale)
         ends = draw(axis, shown, metric, style)
-        if logarithmic:
-            axis.set_yscale("log")
+        if scale == "log":
             axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
@@ -155,8 +170,15 @@ def plot_groups(groups: Sequence[Group], path: Path) -> None:
     if any(len(group.runs) > 1 for group in groups):
         note = "n seeds: their mean, in a band from the lowest to the highest"
         figure.supxlabel(note, x=0.99, ha="right", fontsize=SMALL, color=GREY)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    _save(figure, path, 200)
+
+
+def _curve(group: Group, metric: str, scale: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Steps (N,), and the runs' values there (runs, N), with nan for what a scale cannot show."""
+    steps, values = curve(group, metric)
+    values = numpy.array(values)
+    shown = numpy.isfinite(values) & (values > (0 if scale == "log" else -math.inf))
+    return steps, numpy.where(shown, values, math.nan)
 
 
 def _draw_curves(
@@ -171,20 +193,27 @@ def _draw_curves(
     held_out = metric.startswith("eval_")
     for group in groups:
         look = style[group.label]
-        steps, values = curve(group, metric)
+        steps, values = _curve(group, metric, axis.get_yscale())
         window = 1 if held_out else 2 * (len(steps) // 40) + 1
-        smoothed = [smooth(one, window) for one in values]
-        if len(values) == 1 and window > 1:
-            axis.plot(steps, values[0], color=look["color"], lw=0.5, alpha=0.3)
-        mean = [sum(at_step) / len(at_step) for at_step in zip(*smoothed)]
-        _band(axis, steps, smoothed, look["color"])
-        axis.plot(steps, mean, **look | ({} if held_out else {"marker": None}))
+        starts, _ = thin(len(steps))
+        smoothed = numpy.array([smooth(one, window) for one in values])
+        whole = numpy.isfinite(smoothed).all(0)
+        x, smoothed = steps[starts][whole], smoothed[:, whole]
+        if len(values) == 1 and window > 1:  # lowest and highest of what is one point there
+            extremes = [of.reduceat(values[0], starts) for of in (numpy.fmin, numpy.fmax)]
+            raw = numpy.stack(extremes, 1).ravel()
+            axis.plot(numpy.repeat(steps[starts], 2), raw, color=look["color"], lw=0.5, alpha=0.3)
+        mean = smoothed.mean(0)
+        _band(axis, x, smoothed, look["color"])
+        one_point = len(x) == 1  # as a line, it is invisible
+        axis.plot(x, mean, **look | ({} if held_out or one_point else {"marker": None}))
         ends.append((mean[-1], group.label, look["color"]))
     reference = {"eval_loss": "constant model", "eval_accuracy": "chance"}.get(metric)
     if reference:
         floors = {0.5}
         if metric == "eval_loss":
-            floors = {round(curve(group, "eval_floor")[1][0][-1], 4) for group in groups}
+            logged = [_curve(group, "eval_floor", "linear")[1][0] for group in groups]
+            floors = {round(one[-1], 4) for one in logged if len(one) and one[-1] == one[-1]}
         for floor in sorted(floors):
             axis.axhline(floor, color=GREY, lw=1, ls="--")
             ends.append((floor, reference, GREY))
@@ -208,7 +237,7 @@ def _draw_plane(
     ends = []
     for group in groups:
         look = style[group.label]
-        curves = [_points(run, metric) for run in group.runs]
+        curves = [_plane(run, metric) for run in group.runs]
         if len(curves) == 1:
             axis.plot(*zip(*curves[0]), **look)
             ends.append((curves[0][-1][1], group.label, look["color"]))
@@ -233,10 +262,9 @@ def _band(
         axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
 
 
-def _points(run: LoggedRun, metric: str) -> list[tuple[float, float]]:
+def _plane(run: LoggedRun, metric: str) -> list[tuple[float, float]]:
     """(KL, value) of each of a run's held-out points that has both."""
-    points = [(point.get("kl_sft"), point.get(metric)) for point in run.points]
-    return [(x, y) for x, y in points if x is not None and y is not None and math.isfinite(x + y)]
+    return list(zip(*_columns(run.points, metric)))
 
 
 def _label_ends(axis: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:

@@ -5,14 +5,15 @@
     python -m minalign generate --model runs/policy-1 --data prompts.jsonl --out answers.jsonl
     python -m minalign generate --model runs/policy-1
 
-The last one asks for prompts. An empty line starts a new dialogue.
+The last one asks for prompts. An empty line starts a new dialogue. Of a run, --temperature,
+--max-new-tokens and --format are those that it had, and with --out alone it answers the prompts
+that it held out.
 """
 
-import json
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -29,6 +30,8 @@ from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.flags import ColumnFlags, DeviceFlags, FormatFlags, flag, parse_flags
+from .files import json_line, require_writable, whole_file
+from .settings import SAMPLING, held_out_rows, with_flags_of_runs
 
 
 @dataclass
@@ -78,17 +81,33 @@ def typed_prompts(chat: bool) -> Iterator[tuple[Prompt, list]]:
             yield line, []
 
 
+def rows_to_answer(config: Config) -> tuple[list[dict], list[dict], str, str]:
+    """Rows, the same by our names, where they are from, and the column of their prompts.
+
+    No rows: prompts are asked for.
+    """
+    if config.out and not (config.data or config.prompt):
+        rows, source, column = held_out_rows([config.model], "data")
+        return rows, rows, source, column
+    source = config.data or "--prompt"
+    rows = read_rows(source) if config.data else [{"prompt": p} for p in config.prompt or []]
+    if not rows:
+        return rows, rows, source, "prompt"
+    return rows, *prompt_rows(rows, parse_columns(config.columns), source)
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, sample, show or save."""
     config = parse_flags(Config, __doc__, argv, "minalign generate")
+    argv = with_flags_of_runs(argv, config, [config.model], dict(zip(SAMPLING, SAMPLING)))
+    config = parse_flags(Config, __doc__, argv, "minalign generate")
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
     require(bool(config.data) or not config.columns, "--columns needs --data")
-    require(
-        not config.out or not Path(config.out).exists(),
-        f"--out {config.out}: exists: choose another file",
-    )
+    if config.out:
+        require_writable(config.out)
+    rows, named, source, column = rows_to_answer(config)
     device, _ = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     policy, tokenizer = load_policy(config.model)
@@ -132,19 +151,16 @@ def main(argv: list[str] | None = None) -> None:
 
     def show(row: dict) -> None:
         """Print a row. Of a chat, the prompt is left out."""
-        score = f"[reward {row['reward']:.2f}] " if reward else ""
+        score = f"[reward {row['reward']:z.2f}] " if reward else ""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
         print(f"{score}{prompt}{row['completion']}" + ("" if row["ended"] else " ..."))
 
-    if not config.prompt and not config.data:
+    if not rows:
         for prompt, answers in typed_prompts(bool(chat)):
             for row in complete([prompt]):
                 show(row)
                 answers.append(row["completion"])
         return
-    source = config.data or "--prompt"
-    rows = read_rows(source) if config.data else [{"prompt": prompt} for prompt in config.prompt]
-    rows, column = prompt_rows(rows, parse_columns(config.columns), source)
 
     def read(row: dict, where: str, note: Note) -> Prompt:
         """The prompt in a row, if the model can be asked it."""
@@ -152,17 +168,23 @@ def main(argv: list[str] | None = None) -> None:
         tokenize(tokenizer, prompt)
         return prompt
 
-    prompts = [prompt for prompt in read_items(rows, read, source) if prompt is not None]
+    asked = read_items(named, read, source)
+    rows = [row for row, prompt in zip(rows, asked) if prompt is not None]
+    prompts = [prompt for prompt in asked if prompt is not None]
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
-    file = open(config.out, "w") if config.out else None
+    stale = sorted({"completion", "ended", "reward"} & set(rows[0]))
+    if config.out and stale:
+        print(f"{source}: {', '.join(stale)}: of earlier completions: replaced or left out")
     starts = range(0, len(prompts), config.batch_size)
-    for i in tqdm(starts, desc="completions", unit="batch", disable=not file):
-        for row in complete(prompts[i : i + config.batch_size]):
-            if file:
-                file.write(json.dumps(row) + "\n")
-            else:
-                show(row)
-        if file:
-            file.flush()
+    with whole_file(config.out) if config.out else contextlib.nullcontext() as file:
+        for i in tqdm(starts, desc="completions", unit="batch", disable=None if file else True):
+            answers = complete(prompts[i : i + config.batch_size])
+            for j, answer in enumerate(answers):
+                if file:  # with the row's other columns
+                    row = dict(rows[i + j // config.samples])
+                    row = {name: row[name] for name in row if name not in stale}
+                    file.write(json_line(row | answer))
+                else:
+                    show(answer)
     if file:
         print(f"{len(prompts) * config.samples} completions in {config.out}")

@@ -7,10 +7,13 @@
 
 --a and --b are policies (a run, a folder, a hub id), whose completions of --prompts are sampled, or
 .jsonl files of prompt and completion. Of a file and a policy, the policy answers the file's
-prompts. Every pair is asked in both orders. Where both orders name one side, the pair is a win or a
-loss. Where both say tie, it is a tie. Where they disagree, it is counted as inconsistent, and
-scored as a tie. A pair with an answer that is not a verdict (unparsable) or that never came
-(failed) is counted and not scored.
+prompts. Of runs, --temperature, --max-new-tokens and --format are those that they had, and the
+prompts those that they held out, where none are given.
+
+Every pair is asked in both orders. Where both orders name one side, the pair is a win or a loss.
+Where both say tie, it is a tie. Where they disagree, it is counted as inconsistent, and scored as a
+tie. A pair with an answer that is not a verdict (unparsable) or that never came (failed) is counted
+and not scored. Where none is scored, the exit status is not 0.
 """
 
 import contextlib
@@ -30,11 +33,15 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
 from ..running.flags import ColumnFlags, DeviceFlags, dashed, flag, parse_flags
 from ..running.logs import write_atomic
-from ..running.run import new_run
+from ..running.run import new_run, require_same_flags
 from .asking import EndpointJudge, LocalJudge, Reply
+from .files import whole_file
+from .settings import SAMPLING, agreed, held_out_rows, settings_of, with_flags_of_runs
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 
 FAILURES_IN_A_ROW = 20  # then the judge is taken to be gone
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a formula begins with in a spreadsheet
 
 SAMPLED_TOGETHER = 64  # prompts between two steps of the progress bar
 
@@ -68,7 +75,7 @@ class Config(ColumnFlags, DeviceFlags):
         512, "tokens of the judge's answer: one cut off is unparsable", "[1, inf)"
     )
     timeout: float | None = flag(
-        None, "seconds to wait for the endpoint (default: 120)", "(0, inf)"
+        None, "seconds to wait for a whole answer (default: 120)", "(0, 86400]"
     )
     retries: int | None = flag(
         None, "requests repeated after a timeout or HTTP 429 or 5xx (default: 4)", "[0, 20]"
@@ -134,9 +141,11 @@ def resolve(config: Config) -> Config:
         require(fits, f"{dashed(name)} {why}")
     if files:
         require(not config.prompts, f"--prompts: {files[0]} has prompts already: leave it out")
-    else:
-        what = "what the two policies are to answer"
-        require(bool(config.prompts), f"--prompts is missing: {what}")
+    elif not config.prompts:
+        runs = settings_of([config.a, config.b])
+        had = agreed(runs, "dataset", "prompts") if runs else None
+        require(bool(had), "--prompts is missing: what the two policies are to answer")
+        require(config.columns is None, "--columns needs --prompts: a run knows its own")
     for name in ("judge_model", *endpoint):
         fits = is_endpoint(config.judge) or getattr(config, name) in (None, "")
         require(fits, f"{dashed(name)} needs an endpoint as --judge, http(s)://host/v1")
@@ -157,9 +166,13 @@ def load_pairs(config: Config) -> list[Pair]:
     from ..data.columns import parse_columns, prompt_rows, read_items
 
     names, files = parse_columns(config.columns), [s for s in (config.a, config.b) if is_file(s)]
-    source = next(iter(files), config.prompts)
-    rows = {file: prompt_rows(read_rows(file), names, file) for file in files or [source]}
-    asked, column = rows[source]
+    given = files or [config.prompts] * bool(config.prompts)
+    rows = {file: prompt_rows(read_rows(file), names, file) for file in given}
+    if rows:
+        source = given[0]
+        asked, column = rows[source]
+    else:
+        asked, source, column = held_out_rows([config.a, config.b], "prompts")
     prompts = read_prompts(asked, source, column, False)
     if not files:  # a row of no use is asked of neither policy
         asked = [row for row, prompt in zip(asked, prompts) if prompt is not None]
@@ -215,7 +228,7 @@ def sample(
         path: of the policy.
         flag_name: the flag that names it, for error messages.
         source: of the rows, for error messages.
-        column: of their prompts.
+        column: of the prompts.
         seed: of sampling.
     Raises:
         UserError: a prompt and its completion do not fit into the policy's context.
@@ -242,7 +255,7 @@ def sample(
     policy, dtype = policy.to(device), pick_dtype(config.dtype, device)
     texts = []
     starts = range(0, len(rows_of_ids), SAMPLED_TOGETHER)
-    for i in tqdm(starts, desc=f"completions of {flag_name}", unit="batch"):
+    for i in tqdm(starts, desc=f"completions of {flag_name}", unit="batch", disable=None):
         part = rows_of_ids[i : i + SAMPLED_TOGETHER]
         with autocast(device, dtype):
             _, completions, _ = sample_completions(
@@ -279,13 +292,17 @@ class Answers:
                     f"{self.path}: line {number}: no answer: remove it, and it is asked again"
                 ) from error
         write_atomic(self.path, "".join(f"{line}\n" for line in lines))
-        self.file = open(self.path, "a")
+        self.file = open(self.path, "ab", buffering=0)
 
     def add(self, pair: int, order: str, reply: Reply) -> None:
         """Keep a reply, on disk at once."""
         self.replies[pair, order] = reply
-        self.file.write(json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n")
-        self.file.flush()
+        line = json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n"
+        try:
+            self.file.write(line.encode())
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}): make room there, and --resume"
+            raise UserError(f"{self.path}: {reason}") from error
 
 
 def ask_all(
@@ -305,7 +322,8 @@ def ask_all(
         questions.append(make_question(pair.prompt, first, second, criterion))
     failures = 0
     with contextlib.closing(judge.answers(questions)) as replies:
-        for i, reply in tqdm(replies, total=len(missing), desc="answers", unit="answer"):
+        bar = {"desc": "answers", "unit": "answer", "disable": None}
+        for i, reply in tqdm(replies, total=len(missing), **bar):
             answers.add(*missing[i], reply)
             failures = failures + 1 if reply.error else 0
             kept = sum(not reply.error for reply in answers.replies.values())
@@ -327,8 +345,11 @@ def read_reply(reply: Reply) -> str:
 
 
 def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
-    """Write every answer beside what it is about."""
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    """Write every answer beside what it is about.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
+    with whole_file(path) as file:
         writer = csv.writer(file)
         writer.writerow(
             "pair order prompt completion_a completion_b answer verdict winner error".split()
@@ -338,7 +359,8 @@ def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
                 reply = answers.replies[number, order]
                 verdict = read_reply(reply)
                 said = [reply.text, verdict, winner(order, verdict), reply.error]
-                writer.writerow([number, order, *pair, *said])
+                texts = [f"'{t}" if t.startswith(FORMULA) else t for t in (*pair, *said)]
+                writer.writerow([number, order, *texts])
 
 
 def check_resumed(config: Config) -> Path:
@@ -352,19 +374,15 @@ def check_resumed(config: Config) -> Path:
         bool(config.out) and path.is_file(),
         f"--resume: no run at --out {config.out!r} (no config.json there)",
     )
-    ran = json.loads(path.read_text())
-    for name, value in dataclasses.asdict(config).items():
-        fits = name in FREE_ON_RESUME or ran.get(name) == value
-        require(
-            fits,
-            f"--resume: {config.out} ran with {dashed(name)} {ran.get(name)}, now {value}: give "
-            "the same, or another --out",
-        )
+    require_same_flags(path, config, FREE_ON_RESUME)
     return path.parent
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, ask, report."""
+    config = parse_flags(Config, __doc__, argv, "minalign judge")
+    policies = [side for side in (config.a, config.b) if not is_file(side)]
+    argv = with_flags_of_runs(argv, config, policies, dict(zip(SAMPLING, SAMPLING)))
     config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
     folder = check_resumed(config) if config.resume else new_run(config.out, "judge")
     if is_endpoint(config.judge):
@@ -399,3 +417,4 @@ def main(argv: list[str] | None = None) -> None:
     for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:
         print(f"failed: {reason}")
     print(f"written to {folder}")
+    require(results["scored"] > 0, "no pair was scored: see above, and answers.csv in that folder")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import json
 import math
 import os.path
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy
 
 from ..running.errors import UserError, require
 from ..running.run import FREE_TO_CHANGE
 
 # Entries of config.json. Runs that differ in nothing else are one group.
 NOT_A_SETTING = {*FREE_TO_CHANGE, "seed", "argv", "versions"}
+
+MOST_POINTS = 2000  # of a curve: more than a figure's pixels show nothing more
 
 
 class LoggedRun(NamedTuple):
@@ -26,7 +33,7 @@ class LoggedRun(NamedTuple):
     path: str
     kind: str  # policy, rm or warp
     config: dict  # config.json, or {}
-    rows: list[dict]  # one per step
+    columns: dict[str, tuple[array, array]]  # metric -> steps and values, nan for null
     points: list[dict]  # in the KL-reward plane, in order
     results: dict  # front.json of WARP, or {}
 
@@ -39,70 +46,120 @@ def read_run(path: str) -> LoggedRun:
     """
     folder = Path(path)
     require(folder.is_dir(), f"{path}: no such folder: give the folder of a run")
-    config = _read(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if (folder / "front.json").is_file():
-        front = _read(folder / "front.json")
-        whole = "front" in front and "runs" in front
-        require(whole, f"{path}/front.json: no front in it: not written by warp.py")
-        return LoggedRun(path, "warp", config, [], front["front"], front)
+        front = read_object(folder / "front.json")
+        try:
+            for run in front["runs"]:
+                run |= {"iteration": int(run["iteration"]), "curve": _points(run["curve"])}
+            front |= {name: _points(front[name]) for name in ("merges", "front")}
+            whole = all({"eta", "kl_sft", "reward"} <= set(point) for point in front["front"])
+            whole &= all("iteration" in merge for merge in front["merges"])
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            whole = False
+        require(
+            whole and bool(front["front"]),
+            f"{path}/front.json: no front in it: not written by warp.py",
+        )
+        return LoggedRun(path, "warp", config, {}, front["front"], front)
     require(
         not any(folder.glob("iteration-*")),
         f"{path}: no front.json: warp.py has not come to its end: resume it with --resume",
     )
     log = folder / "metrics.jsonl"
     require(log.is_file(), f"{path}: no metrics.jsonl and no front.json: not the folder of a run")
-    rows = read_log(log)
+    columns = read_log(log)
     require(
-        bool(rows),
+        bool(columns),
         f"{path}: metrics.jsonl has no whole line: the run has not come to its first step",
     )
-    if "kl_sft" not in rows[0]:
+    if "kl_sft" not in columns:
         require(
-            "loss" in rows[0],
+            "loss" in columns,
             f"{path}: metrics.jsonl has neither kl_sft nor loss: not written by a script of "
             "minalign",
         )
-        return LoggedRun(path, "rm", config, rows, [], {})
+        return LoggedRun(path, "rm", config, columns, [], {})
     results = folder / "results.json"
-    start = _read(results).get("before") if results.is_file() else None
-    held_out = [
-        {k.removeprefix("eval_"): v for k, v in row.items() if k.startswith("eval_")}
-        for row in rows
-    ]
-    points = [point for point in [start, *held_out] if point]
-    return LoggedRun(path, "policy", config, rows, points, {})
+    start = read_object(results).get("before") if results.is_file() else None
+    try:
+        points = _points([start] if start else []) + _held_out(columns)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{results}: 'before' holds no numbers: fix or remove the file") from error
+    return LoggedRun(path, "policy", config, columns, points, {})
 
 
-def read_log(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, with nan for null.
+def read_log(path: Path) -> dict[str, tuple[array, array]]:
+    """What a metrics.jsonl logged: metric -> steps and values, with nan for null.
 
-    A torn last line is ignored: the run has not ended, or was killed.
+    A torn last line is ignored: the run has not ended, or was killed. A column of texts alone is
+    ignored, too.
 
     Raises:
         UserError: another line is broken.
     """
-    rows, lines = [], path.read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and "step" in row:
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
-        else:
-            require(
-                number == len(lines),
-                f"{path}: line {number}: no JSON object with a step: fix or remove it",
-            )
-    return rows
+    columns = collections.defaultdict(lambda: (array("d"), array("d")))
+    broken, odd = (
+        0,
+        {},
+    )  # the last line where it is broken; name -> first line where it is no number
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            fix = "no JSON object with a step: fix or remove it"
+            require(not broken, f"{path}: line {broken}: {fix}")
+            try:
+                row = json.loads(line)
+                step = float(row["step"])
+                broken = 0 if math.isfinite(step) else number
+            except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
+                broken = number
+            for name, value in () if broken else row.items():
+                steps, values = columns[name]
+                try:
+                    values.append(math.nan if value is None else value)
+                    steps.append(step)
+                except (TypeError, OverflowError):
+                    odd.setdefault(name, number)
+    columns = {name: column for name, column in columns.items() if column[0]}
+    for name in odd.keys() & columns.keys():
+        raise UserError(f"{path}: line {odd[name]}: {name!r:.40} is no number: fix or remove it")
+    return columns
 
 
-def _read(path: Path) -> dict:
-    """The content of a JSON file; UserError where it cannot be read."""
+def read_object(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+        content = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {str(error):.200}") from error
+    require(isinstance(content, dict), f"{path}: got {content!r:.40}, expected an object")
+    return content
+
+
+def _points(rows: Sequence[dict]) -> list[dict[str, float]]:
+    """Points of numbers, with nan for null."""
+    return [{k: math.nan if v is None else float(v) for k, v in row.items()} for row in rows]
+
+
+def _held_out(columns: dict[str, tuple[array, array]]) -> list[dict[str, float]]:
+    """The means on held-out prompts, by step; of very many, points spread evenly over the run."""
+    steps = sorted(
+        {step for name in columns if name.startswith("eval_") for step in columns[name][0]}
+    )
+    kept = numpy.linspace(0, len(steps) - 1, min(len(steps), MOST_POINTS)).astype(int)
+    points = {steps[i]: {} for i in kept}
+    for name, column in columns.items():
+        if name.startswith("eval_"):
+            for step, value in zip(*column):
+                if step in points:
+                    points[step][name.removeprefix("eval_")] = value
+    return list(points.values())
 
 
 class Group(NamedTuple):
@@ -128,7 +185,7 @@ def group_runs(runs: Sequence[LoggedRun]) -> list[Group]:
     for members in groups.values():
         seeds = {}
         for run in members:
-            seed = run.config.get("seed")
+            seed = str(run.config.get("seed"))
             require(
                 seed not in seeds,
                 f"{run.path} and {seeds.get(seed)}: the same flags and the same seed: give one of "
@@ -152,26 +209,50 @@ def label(runs: Sequence[LoggedRun], depth: int = 1) -> str:
     return f"{common or names[0]} (n={len(names)})"
 
 
-def curve(group: Group, metric: str) -> tuple[list[int], list[list[float]]]:
+def curve(group: Group, metric: str) -> tuple[numpy.ndarray, list[numpy.ndarray]]:
     """Steps at which every run of a group logged `metric`, and each run's values there."""
-    logged = [{row["step"]: row[metric] for row in run.rows if metric in row} for run in group.runs]
-    steps = sorted(set.intersection(*map(set, logged)))
-    return steps, [[values[step] for step in steps] for values in logged]
+    logged = []
+    for run in group.runs:
+        steps, values = map(numpy.asarray, run.columns.get(metric, ((), ())))
+        # Of a step that was logged twice, the last.
+        steps, last = numpy.unique(steps[::-1], return_index=True)
+        logged.append((steps, values[::-1][last]))
+    shared = functools.reduce(numpy.intersect1d, [steps for steps, _ in logged])
+    return shared, [values[numpy.isin(steps, shared)] for steps, values in logged]
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the `window` values around each value.
+def smooth(values: Sequence[float], window: int, most: int = MOST_POINTS) -> list[float]:
+    """Mean of the finite ones of the `window` values around each value.
 
-    At both ends, the mean is over those that are there.
+    At both ends, the mean is over those that are there. Where none is finite it is nan. Of more
+    than `most` values, as many at a time become one that there are not more, see `thin`.
 
     Args:
         window: an odd number.
 
-    >>> smooth([0.0, 3.0, 0.0, 3.0, 6.0], 3)
-    [1.5, 1.0, 2.0, 3.0, 4.5]
+    >>> smooth([0.0, 3.0, 0.0, 3.0, 6.0], 3), smooth([1.0, math.nan, 2.0], 3)
+    ([1.5, 1.0, 2.0, 3.0, 4.5], [1.0, 1.5, 2.0])
     """
-    parts = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
+    values = numpy.asarray(values, dtype=float)
+    starts, size = thin(len(values), most)
+    finite = numpy.isfinite(values)
+    # Sums of short pieces, not differences of running sums: one value of 1e30 would stay in those.
+    sums = numpy.add.reduceat(numpy.where(finite, values, 0.0), starts)
+    counts = numpy.add.reduceat(finite.astype(float), starts)
+    half = window // 2 // size
+    parts = [slice(max(0, i - half), i + half + 1) for i in range(len(starts))]
+    weights = [counts[part].sum() for part in parts]
+    return [float(sums[p].sum() / n) if n else math.nan for p, n in zip(parts, weights)]
+
+
+def thin(count: int, most: int = MOST_POINTS) -> tuple[numpy.ndarray, int]:
+    """Where pieces of equal size begin, at most `most` of them, and their size.
+
+    >>> thin(5, most=3)[0].tolist()
+    [0, 2, 4]
+    """
+    size = max(1, math.ceil(count / most))
+    return numpy.arange(0, count, size), size
 
 
 def at_equal_kl(
@@ -190,8 +271,6 @@ def at_equal_kl(
     >>> at_equal_kl([[(0, 0), (2, 4)], [(0, 1), (1, 2)]], count=3)
     ([0.0, 0.5, 1.0], [[0.0, 1.0, 2.0], [1.0, 1.5, 2.0]])
     """
-    import numpy
-
     curves = [sorted(points) for points in curves]
     low, high = max(points[0][0] for points in curves), min(points[-1][0] for points in curves)
     grid = numpy.linspace(low, high, count) if low < high else numpy.empty(0)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
+from .files import require_writable
 from .logged import group_runs, read_run
 
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--out {out}: expected a name that ends in .png, .pdf or .svg",
     )
     require(out.parent.is_dir(), f"--out {out}: there is no folder {out.parent}: make it first")
+    require_writable(out, overwrite=True)
     runs = [read_run(path) for path in config.runs]
     groups = group_runs(runs)
     try:

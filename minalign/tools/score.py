@@ -6,9 +6,8 @@ Rows with prompt and completion (or text alone) get a column reward; rows with c
 get chosen_reward and rejected_reward. Prompts may be chat messages.
 """
 
-import json
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.flags import ColumnFlags, DeviceFlags, flag, parse_flags
+from .files import json_line, require_writable, whole_file
 
 
 @dataclass
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_flags(Config, __doc__, argv, "minalign score")
     given = bool(config.rm and config.data)
     require(given, "--rm and --data are needed: what scores, and what is scored")
-    require(not Path(config.out).exists(), f"--out {config.out}: exists: choose another file")
+    require_writable(config.out)
     device, _ = pick_device(config.device)
     reward_model = RewardModel.from_pretrained(config.rm, device)
     chat = bool(reward_model.tokenizer.chat_template)
@@ -100,18 +100,26 @@ def main(argv: list[str] | None = None) -> None:
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
     scores = [0.0] * len(encoded)
     with autocast(device, pick_dtype(config.dtype, device)):
-        for i in tqdm(range(0, len(order), config.batch_size), desc="scores", unit="batch"):
+        for i in tqdm(
+            range(0, len(order), config.batch_size), desc="scores", unit="batch", disable=None
+        ):
             batch = order[i : i + config.batch_size]
             logits = reward_model.logits([encoded[j] for j in batch], config.batch_size)
             for j, reward in zip(batch, reward_model.read_out(logits).tolist()):
                 scores[j] = reward
-    found, column = iter(scores), torch.tensor(scores)
-    with open(config.out, "w") as file:
+    found, column = iter(scores), torch.tensor(list(filter(math.isfinite, scores)))
+    with whole_file(config.out) as file:
         for row, names in zip(rows, texts):
-            file.write(json.dumps(dict(row) | {name: next(found) for name in names}) + "\n")
-    unscored = sum(not names for names in texts)
-    without = f"; {unscored} rows without" if unscored else ""
+            file.write(json_line(dict(row) | {name: next(found) for name in names}))
+    notes = {
+        "rows without": sum(not names for names in texts),
+        "not finite": len(scores) - len(column),
+        "earlier rewards replaced": sum(
+            name in row for row, new in zip(rows, texts) for name in new
+        ),
+    }
+    said = "".join(f"; {count} {note}" for note, count in notes.items() if count)
     print(
-        f"{len(scores)} texts ({reward_model.reading}): mean {column.mean():.3f}, deviation "
-        f"{column.std(correction=0):.3f}{without}; written to {config.out}"
+        f"{len(scores)} texts ({reward_model.reading}): mean {column.mean():z.3f}, deviation "
+        f"{column.std(correction=0):.3f}{said}; written to {config.out}"
     )

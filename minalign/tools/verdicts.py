@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 ORDERS = ("ab", "ba")  # which side's answer is shown first, and which second
@@ -31,8 +32,15 @@ Verdict: 1
 Verdict: 2
 Verdict: tie"""
 
-VERDICT = re.compile(r"\**verdict: (1|2|tie)\**\.?\**", re.IGNORECASE | re.ASCII)  # the last line
-MENTION = re.compile(r"verdict[\s:*]*(1|2|tie)\b", re.IGNORECASE | re.ASCII)  # anywhere
+# A verdict, once the marks of Markdown, JSON and LaTeX are gone.
+FLAGS = re.IGNORECASE | re.ASCII | re.MULTILINE
+SAYS = r"verdict(?: is)?[ \t]*(?:[:=–—-][ \t]*)?(?:answer )?(1|2|tie)"
+MENTION = re.compile(rf"{SAYS}\b", FLAGS)  # anywhere
+# The last line. A bullet, a number or words such as "Final" may stand before it.
+VERDICT = re.compile(rf"^[^a-z\n]*(?:(?:my|the|final|overall) )*{SAYS}[\s.!-]*\Z", FLAGS)
+HEADING = re.compile(r"(verdict:?)[ \t]*\n\s*(?=(?:1|2|tie)[.!]?[ \t]*$)", FLAGS)  # "## Verdict\n1"
+MARKS = re.compile(r"[*_`#\"'“”‘’\[\](){}$]|\\(boxed|text|textbf)\b|</?(b|i|u|em|strong|p|code)>")
+THOUGHT = re.compile(r"^.*(</think(ing)?>|</thought>|</reasoning>|\[/THINK\])", re.DOTALL)
 
 
 def make_question(prompt: str, first: str, second: str, criterion: str) -> str:
@@ -54,20 +62,23 @@ def parse_verdict(answer: str) -> str | None:
     """The verdict in a judge's answer: 1, 2 or tie; None where there is none.
 
     The last line that is not empty must say it, and nothing before it may say otherwise. That line
-    is `Verdict: 1`, in upper or lower case. Space around it, asterisks at its ends and a period
-    after it are allowed, and nothing more.
+    is `Verdict: 1`, in any case, with whatever Markdown, quotes or bullet around its parts, and
+    nothing more: what hedges ("1, perhaps") is none. What was thought before </think> does not
+    count.
 
-    >>> answers = "Both are fine.\\n\\nVerdict: tie", "**Verdict: 2.**\\n", "Verdict: 1, clearly"
+    >>> answers = "Fine.\\n\\n**Verdict:** tie", "### Verdict: 2.\\n", "Verdict: 1, perhaps"
     >>> list(map(parse_verdict, answers))
     ['tie', '2', None]
     >>> parse_verdict("Verdict: 1? No, on reflection not.\\nVerdict: 2") is None
     True
     """
-    match = VERDICT.fullmatch(answer.strip().rpartition("\n")[2].strip())
-    if match is None:
+    answer = THOUGHT.sub("", answer)
+    said = HEADING.sub(r"\1 ", MARKS.sub("", unicodedata.normalize("NFKC", answer)))
+    match = VERDICT.search(said)
+    if match is None or answer.lstrip().startswith(("<think", "[THINK]")):  # still thinking
         return None
-    said = {mention.lower() for mention in MENTION.findall(answer)}
-    return said.pop() if len(said) == 1 else None
+    mentions = {mention.lower() for mention in MENTION.findall(said)}
+    return match[1].lower() if len(mentions) == 1 else None
 
 
 def winner(order: str, verdict: str) -> str:

@@ -51,12 +51,12 @@ CASES = {
     "Verdict: 12": None,
     "Verdict: 1 or 2": None,
     "Verdict: 1 (clearly)": None,
-    "Verdict: 1!": None,
+    "Verdict: 1!": "1",
     "Verdict: 1.5": None,
-    "Verdict: Answer 1": None,
-    "My verdict: 1": None,
-    "Verdict 1": None,
-    "Verdict:1": None,
+    "Verdict: Answer 1": "1",
+    "My verdict: 1": "1",
+    "Verdict 1": "1",
+    "Verdict:1": "1",
     "Verdict: one": None,
     "Verdict: t\u0131e": None,  # a dotless i: equal to i where case is ignored for all of Unicode
     "Verdict: ties": None,
@@ -64,7 +64,7 @@ CASES = {
     "Verdict: 1\nVerdict: 2": None,
     "Verdict: 1. No, I was wrong.\nVerdict: 2": None,
     "**Verdict: tie**\nOn second thoughts:\nVerdict: 2": None,
-    "Verdict:\n1": None,
+    "Verdict:\n1": "1",
     "Verdict: 1 Verdict: 1": None,
     "Verdict: 1\nVerdict: 2\nVerdict: tie": None,  # the instruction repeated
 }
@@ -282,8 +282,17 @@ def flags(server, *more, a="a.jsonl", b="b.jsonl", out="out"):
     return ["--a", a, "--b", b, "--judge", server.url, "--judge-model", "gold", "--out", out, *more]
 
 
+def judged(argv):
+    """judge.main, also where nothing could be scored: what it wrote is looked at."""
+    try:
+        judge.main(argv)
+    except UserError as error:
+        if "no pair was scored" not in str(error):
+            raise
+
+
 def run(*args, **kwargs):
-    judge.main(flags(*args, **kwargs))
+    judged(flags(*args, **kwargs))
     with open(kwargs.get("out", "out") + "/results.json") as file:
         return json.load(file)
 
@@ -705,7 +714,7 @@ def local_judge(tmp_path_factory):
 
 def ask_locally(folder, *more, out="out"):
     argv = ["--a", "a.jsonl", "--b", "b.jsonl", "--judge", folder, "--judge-tokens", "8"]
-    judge.main([*argv, "--device", "cpu", "--out", out, *more])
+    judged([*argv, "--device", "cpu", "--out", out, *more])
     return json.loads(Path(out, "results.json").read_text())
 
 

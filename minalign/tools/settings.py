@@ -1,0 +1,121 @@
+"""What a run ran with, taken over by the tools that look at it: no flag has to be typed again."""
+
+import json
+import os.path
+import re
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..running.errors import require
+from ..running.flags import dashed
+from .logged import read_object
+
+SAMPLING = ("format", "max_new_tokens", "temperature")
+# Groups whose others go with the first: those of another data set would be nonsense.
+DATA = "dataset subset split eval_split eval_share split_seed columns prompt_tokens"
+DATA = (*DATA.split(), "max_prompt_tokens")
+REWARD = ("rm", "rm_weights", "rm_average", "standardize_rewards")
+
+INSIDE_A_RUN = re.compile(r"model|best|merged|front|(iteration|run)-\d+|eta-.*")
+
+
+def settings_of(paths: Sequence[str]) -> dict[str, dict]:
+    """Path -> the flags of the policy run that it is, or lies in; paths of no run are left out."""
+    found = {}
+    for path in filter(os.path.exists, paths):
+        folder = Path(os.path.abspath(path))
+        settings = _config_of(folder)
+        while not settings and INSIDE_A_RUN.fullmatch(folder.name):
+            folder = folder.parent
+            settings = _config_of(folder)
+        found |= {path: settings} if settings else {}
+    return found
+
+
+def _config_of(folder: Path) -> dict:
+    """What config.json says, if it is that of a policy run and not that of a model."""
+    path = folder / "config.json"
+    settings = read_object(path) if path.is_file() else {}
+    return settings if "max_new_tokens" in settings and "model_type" not in settings else {}
+
+
+def agreed(runs: dict[str, dict], name: str, flag_name: str) -> typing.Any:
+    """The value that a setting had in all these runs; None where it was empty.
+
+    Raises:
+        UserError: two had different ones: `flag_name` has to be given.
+    """
+    values = {path: settings.get(name) for path, settings in runs.items()}
+    empty = all(value is False or value in (None, "", []) for value in values.values())
+    (path, value), *others = values.items()
+    for other, its_value in others:
+        require(
+            empty or its_value == value,
+            f"{path} ran with {dashed(name)} {value}, {other} with {its_value}: give "
+            f"{dashed(flag_name)}",
+        )
+    return None if empty else value
+
+
+def with_flags_of_runs(
+    argv: list[str] | None, config: typing.Any, models: Sequence[str], take: dict[str, str]
+) -> list[str]:
+    """The command line, with those flags in front that it lacks and the models' runs had (printed).
+
+    Args:
+        config: what parse_flags makes of `argv`.
+        models: those of no run are left out.
+        take: flag -> the setting of a run that it takes.
+    Raises:
+        UserError: two runs had different ones.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    runs, taken = settings_of(models), []
+    given = {word.partition("=")[0] for word in argv}
+    for name, key in take.items() if runs else ():
+        head = next((group[0] for group in (DATA, REWARD) if key in group[1:]), "")
+        heads = [run.get(head) for run in runs.values()] if dashed(head) in given else []
+        of_others = any(head_value != getattr(config, head) for head_value in heads)
+        if of_others or not hasattr(config, name) or dashed(name) in given:
+            continue
+        value = agreed(runs, key, name)
+        if isinstance(value, list):
+            taken += [dashed(name), *map(str, value)]
+        elif value is not None:
+            taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]
+    if taken:
+        print(f"as {', '.join(runs)} ran: {' '.join(taken)}")
+    return [*taken, *argv]
+
+
+def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], str, str]:
+    """The rows (by our names) that these models' runs held out, their source, the prompts' column.
+
+    Raises:
+        UserError: there is no such run, or two had other data: `flag_name` has to be given.
+    """
+    from ..data.chat import Prompt, first_turn
+    from ..data.columns import Note, parse_columns, prompt_column, read_prompt
+    from ..data.splits import Split, both_splits, divide
+
+    runs = settings_of(models)
+    had = {name: agreed(runs, name, flag_name) for name in DATA if runs}
+    missing = f"{dashed(flag_name)} is missing: the prompts to answer"
+    require(bool(had.get("dataset")), missing)
+    require(not had["prompt_tokens"], f"{missing}: those of the run were beginnings of texts")
+    names = ("dataset", "split", "eval_split", "eval_share", "split_seed", "subset")
+    values = ("" if had[name] is None else had[name] for name in names)
+    data = Split(*values, parse_columns(had["columns"]))
+    rows, known, columns = both_splits(data)
+    column = prompt_column(known, data.names, columns, data.dataset)
+
+    def read(row: dict, where: str, note: Note) -> tuple[Prompt, dict]:
+        return read_prompt(row, where, note, column, False), row
+
+    items = divide(data, rows, read, lambda item: first_turn(item[0]))[1]
+    count = next(iter(runs.values()))["eval_prompts"]
+    held_out = list({json.dumps(prompt): row for prompt, row in items}.values())[:count]
+    print(f"prompts: {len(held_out)} that {', '.join(runs)} held out of {data.dataset}")
+    return held_out, data.dataset, column
