@@ -67,11 +67,7 @@ class SavedModel(NamedTuple):
 
 
 def read_model(path: str, folder: Path) -> SavedModel:
-    """A model whose folder has one safetensors file, or several and an index.
-
-    Raises:
-        UserError: a file cannot be read, or the index is not of these files.
-    """
+    """A model whose folder has one safetensors file, or several and an index of them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from ..models.loading import end_token_ids
@@ -97,8 +93,8 @@ def read_model(path: str, folder: Path) -> SavedModel:
         ends = end_token_ids(model, tokenizer)
     except Exception as error:  # whatever is in them
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
-    classifies = "SequenceClassification" in str(config.architectures)
-    generation = None if classifies else generation
+    if "SequenceClassification" in str(config.architectures):
+        generation = None
     return SavedModel(path, folder, tensors, tokenizer.get_vocab(), generation, ends)
 
 
@@ -250,12 +246,7 @@ def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
 
 
 def require_mergeable(models: list[SavedModel]) -> str:
-    """The widest dtype of the weights.
-
-    Raises:
-        UserError: a tokenizer has another id for a token than the init's, a weight is quantised, or
-            what is no weight, such as a mask, is not the init's.
-    """
+    """The widest dtype of the weights; UserError where vocabularies or masks are not the init's."""
     init, dtypes = models[0], set()
     for model in models:
         require(
