@@ -28,11 +28,11 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         return torch.device("cpu"), "auto: no GPU found"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name}: cannot be used ({str(error).splitlines()[0]}): try auto or cpu"
-        ) from error
+        torch.ones(1, device=device).item()  # on meta, a tensor has no numbers
+        torch.Generator(device)
+    except Exception as error:  # of any kind: each backend has its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"--device {name}: cannot be used ({reason}): try auto or cpu") from error
     return device, "as asked"
 
 

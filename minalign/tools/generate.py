@@ -8,7 +8,6 @@
 The last one asks for prompts. An empty line starts a new dialogue.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from ..models.precision import autocast
 from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, FormatFlags, flag, parse_flags
+from ..running.errors import UserError, require, visible
+from ..running.flags import SEEDS, TEMPERATURES, DeviceFlags, FormatFlags, flag, parse_flags
+from ..running.logs import to_json
 
 
 @dataclass
@@ -47,13 +47,13 @@ class Config(FormatFlags, DeviceFlags):
     rm: str = flag(
         "", "reward model, or module:function, whose score is shown beside each completion"
     )
-    samples: int = flag(1, "completions per prompt", "[1, inf)")
+    samples: int = flag(1, "completions per prompt", "[1, 100000]")
     max_new_tokens: int = flag(
         128, "tokens of a completion, fewer where the context ends", "[1, inf)"
     )
-    temperature: float = flag(1.0, "of sampling; no top-k, no top-p", "(0, inf)")
+    temperature: float = flag(1.0, "of sampling; no top-k, no top-p", TEMPERATURES)
     batch_size: int = flag(16, "completions sampled at a time", "[1, inf)")
-    seed: int = flag(0, "seed of sampling")
+    seed: int = flag(0, "seed of sampling", SEEDS)
 
 
 def typed_prompts(chat: bool) -> Iterator[tuple[Prompt, list]]:
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         """Print a row. Of a chat, the prompt is left out."""
         score = f"[reward {row['reward']:.2f}] " if reward else ""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
-        print(f"{score}{prompt}{row['completion']}" + ("" if row["ended"] else " ..."))
+        print(visible(f"{score}{prompt}{row['completion']}") + ("" if row["ended"] else " ..."))
 
     if not config.prompt and not config.data:
         for prompt, answers in typed_prompts(bool(chat)):
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     for i in tqdm(starts, desc="completions", unit="batch", disable=not file):
         for row in complete(prompts[i : i + config.batch_size]):
             if file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
             else:
                 show(row)
         if file:

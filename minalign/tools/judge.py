@@ -27,8 +27,8 @@ from tqdm import tqdm
 from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import DeviceFlags, dashed, flag, parse_flags
-from ..running.logs import write_atomic
+from ..running.flags import SEEDS, TEMPERATURES, DeviceFlags, dashed, flag, parse_flags
+from ..running.logs import to_json, write_atomic
 from ..running.run import new_run
 from .asking import EndpointJudge, LocalJudge, Reply
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
@@ -67,13 +67,13 @@ class Config(DeviceFlags):
         512, "tokens of the judge's answer: one cut off is unparsable", "[1, inf)"
     )
     timeout: float | None = flag(
-        None, "seconds to wait for the endpoint (default: 120)", "(0, inf)"
+        None, "seconds to wait for the endpoint (default: 120)", "(0, 86400]"
     )
     retries: int | None = flag(
         None, "requests repeated after a timeout or HTTP 429 or 5xx (default: 4)", "[0, 20]"
     )
     batch_size: int = flag(8, "completions sampled, and questions asked, at a time", "[1, inf)")
-    seed: int = flag(0, "seed of sampling (b's is one more) and of the intervals")
+    seed: int = flag(0, "seed of sampling (b's is one more) and of the intervals", SEEDS)
     out: str = flag("", "folder for answers and results (default: the next free runs/judge-N)")
     resume: bool = flag(False, "resume the run in --out: what is answered is not asked again")
     prompts: str = flag(
@@ -84,7 +84,7 @@ class Config(DeviceFlags):
         None, "tokens of a policy's completion (default: 128)", "[1, inf)"
     )
     temperature: float | None = flag(
-        None, "of a policy's sampling; no top-k, no top-p (default: 1.0)", "(0, inf)"
+        None, "of a policy's sampling; no top-k, no top-p (default: 1.0)", TEMPERATURES
     )
     format: str | None = flag(
         None,
@@ -276,7 +276,7 @@ class Answers:
     def add(self, pair: int, order: str, reply: Reply) -> None:
         """Keep a reply, on disk at once."""
         self.replies[pair, order] = reply
-        self.file.write(json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n")
+        self.file.write(to_json({"pair": pair, "order": order} | reply._asdict()) + "\n")
         self.file.flush()
 
 
@@ -371,10 +371,10 @@ def main(argv: list[str] | None = None) -> None:
         pairs = [Pair(**json.loads(line)) for line in lines]
     else:
         pairs = load_pairs(config)
-        lines = [json.dumps(pair._asdict()) + "\n" for pair in pairs]
+        lines = [to_json(pair._asdict()) + "\n" for pair in pairs]
         write_atomic(folder / "pairs.jsonl", "".join(lines))
         # Last: a folder with a config can be resumed.
-        content = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        content = to_json(dataclasses.asdict(config), indent=2) + "\n"
         write_atomic(folder / "config.json", content)
     answers = Answers(folder)
     ask_all(judge, pairs, answers, config.criterion)
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     results = summarise(verdicts, config.seed)
     write_csv(folder / "answers.csv", pairs, answers)
-    write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(folder / "results.json", to_json(results, indent=2) + "\n")
     print(f"a: {config.a}, b: {config.b}, judge: {config.judge_model or config.judge}")
     print(table(results))
     for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:

@@ -20,6 +20,7 @@ from ..merge import merge_policies
 from ..models.folders import LOADING_ERRORS, atomic_folder, first_line, model_folder
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
+from ..running.logs import to_json
 
 SHARD_BYTES = 128 * 2**20
 
@@ -179,7 +180,7 @@ def merge_folders(config: Config) -> dict[str, dict]:
         finally:
             torch.set_num_threads(threads)
         shards.finish()
-        (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "angles.json").write_text(to_json(report, indent=1) + "\n")
     return report
 
 

@@ -6,7 +6,6 @@ Rows with prompt and completion (or text alone) get a column reward; rows with c
 get chosen_reward and rejected_reward. Prompts may be chat messages.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.flags import DeviceFlags, flag, parse_flags
+from ..running.logs import to_json
 
 
 @dataclass
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     found, column = iter(scores), torch.tensor(scores)
     with open(config.out, "w") as file:
         for row, names in zip(rows, texts):
-            file.write(json.dumps(dict(row) | {name: next(found) for name in names}) + "\n")
+            file.write(to_json(dict(row) | {name: next(found) for name in names}) + "\n")
     unscored = sum(not names for names in texts)
     without = f"; {unscored} rows without" if unscored else ""
     print(
