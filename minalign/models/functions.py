@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import traceback
 import types
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 
 from ..running.errors import UserError, require
@@ -105,12 +105,12 @@ def call(name: str, function: Callable, *arguments: object) -> list[float]:
     Raises:
         UserError: the function fails, or returns something else.
     """
+    count = len(arguments[-1])
     try:
         given = function(*arguments)
-        given = list(given) if inspect.isgenerator(given) else given
+        given = list(given) if isinstance(given, Iterator) else given
     except (Exception, SystemExit) as error:
         raise UserError(f"--rm {name}: {told(error)}") from error
-    count = len(arguments[-1])
     what = f"--rm {name}: got {given!r:.60} for {count} completions, expected one number for each"
     require(not isinstance(given, (str, bytes, bytearray, Mapping, Set)), what)
     try:
