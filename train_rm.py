@@ -60,7 +60,7 @@ class Config(DataFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     ties: str | None = flag(
         None, "ordinal: a tie counts half, or as lost (default: half)", ("half", "strict")
     )
-    num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)", "[3, 10000]")
+    num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)", "[3, 1000]")
     rating_coef: float | None = flag(
         None, "ordinal: weight of the loss against ratings in the data (default: 0)", "[0, inf)"
     )
