@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require, visible
 from minalign.running.flags import (
     LoraFlags,
@@ -415,6 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--batch-size {config.batch_size}: expected a multiple of {processes()} processes x "
         f"--group-size {config.group_size}",
     )
+    check_functions(config.rm)
     with open_run(config, "policy") as run:
         from minalign.data import toy
         from minalign.measuring.policies import before_after_table, show_samples

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import train_policy
+from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require
 from minalign.running.flags import flag, parse_flags
 from minalign.running.logs import to_json, write_atomic
@@ -257,6 +258,7 @@ def curve_of(folder: Path) -> list[dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, run WARP, draw the front."""
     config = resolve(parse_flags(Config, __doc__, argv))
+    check_functions(config.rm)
     # a group of processes may wait for another's whole run
     with open_run(config, "warp", patience_hours=24 * 30) as run:
         task = train_policy.load(run)

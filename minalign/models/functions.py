@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from ..running.errors import UserError, require
@@ -64,13 +64,22 @@ def load_function(name: str) -> Callable:
     return function
 
 
+def check_functions(names: Sequence[str] | None) -> None:
+    """Load the functions among the names after --rm, so that a slip is told before a run begins."""
+    for name in filter(is_function, names or ()):
+        load_function(name)
+
+
 made = functools.cache(lambda kind: kind())  # a class, once: it may load a model
 
 
 def import_module(name: str) -> types.ModuleType:
-    """A module by its name, or by its file; a file beside the caller is read as it is now."""
+    """A module by its name, or by its file, which is read as it is now."""
     path = Path(name if name.endswith(".py") else f"{name}.py").resolve()
-    if not name.endswith(".py") and not path.is_file():
+    if not name.endswith(".py"):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and not file.startswith(LIBRARIES) and path.is_file() and Path(file) != path:
+            del sys.modules[name]  # of another folder, where this process was before
         return importlib.import_module(name)
     content = path.read_bytes()
     digest = hashlib.sha256(bytes(path) + content).hexdigest()

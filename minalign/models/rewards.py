@@ -111,18 +111,24 @@ class RewardSum:
     def fit(self, parts: dict[str, torch.Tensor]) -> None:
         """Set mean and standard deviation of each reward from its scores of the start policy.
 
-        They are those of the finite scores. A reward that is the same everywhere is only centred.
+        They are those of the finite scores. Of several, one that is the same everywhere is
+        only centred.
 
         Args:
             parts: name -> scores (N,), in the order of the rewards.
         Raises:
-            UserError: no score of a reward is finite.
+            UserError: no score of a reward is finite, or those of the only one are all equal.
         """
         for i, (name, scores) in enumerate(parts.items()):
             finite = scores[scores.isfinite()]
             require(len(finite) > 0, f"--rm {name}: no score of the start policy is finite")
             mean, std = finite.mean().item(), finite.std(correction=0).item()
             constant = std <= 1e-6 * abs(mean)  # also where float32 rounds it
+            require(
+                len(parts) > 1 or not constant,
+                f"--rm {name}: scores of the start policy have mean {mean:g} and deviation "
+                f"{std:g}: cannot be standardised",
+            )
             self.means[i], self.stds[i] = mean, 1.0 if constant else std
             how = "all alike: only centred by it" if constant else "standardised by these"
             print(

@@ -204,18 +204,14 @@ def resolve_task(config: TaskFlags) -> None:
     """Check TaskFlags, and fill in what depends on other flags.
 
     Raises:
-        UserError: flags that make no sense together, or a reward function that is none.
+        UserError: flags that make no sense together.
     """
-    from ..models.functions import is_function, load_function
-
     resolve_data(config)
     config.max_new_tokens = config.max_new_tokens or (64 if config.dataset else 32)
     require(
         bool(config.rm) or not (config.rm_average or config.rm_weights),
         "--rm-average, --rm-weights: need --rm",
     )
-    for name in filter(is_function, config.rm or ()):
-        load_function(name)  # a slip in it is told before a folder is made
 
 
 def resolve_training(config: typing.Any) -> None:

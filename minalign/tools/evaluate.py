@@ -223,10 +223,12 @@ def main(argv: list[str] | None = None) -> None:
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
 
+    from ..models.functions import check_functions
     from ..models.precision import autocast
     from ..task import load_task
 
     rewards = config.rm or toy_rewards()
+    check_functions(rewards)
     out = new_run(config.out, "evaluation")
     show_config(config, device, reason, dtype)
     task = load_task(config, config.start, rewards, device, dtype, config.batch_size)

@@ -107,11 +107,10 @@ def test_a_sum_standardises_each_part_and_keeps_them():
     assert reward.score_rollout(*ROLLOUT).variance is None
 
 
-@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [1.0]])
-def test_scores_that_are_all_equal_are_only_centred(scores):
-    reward = RewardSum({"a": Fixed([0.0])}, [1.0])
-    reward.fit({"a": torch.tensor(scores)})
-    assert (reward.means, reward.stds) == ([1.0], [1.0])
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 1.0], [1.0, float("nan")], [3.0]])
+def test_scores_that_are_all_equal_cannot_be_standardised(scores):
+    with pytest.raises(UserError, match="--rm a: .*cannot be standardised"):
+        RewardSum({"a": Fixed([0.0])}, [1.0]).fit({"a": torch.tensor(scores)})
 
 
 def test_an_average_is_the_mean_of_the_weights():
