@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 import sys
 import typing
@@ -27,7 +26,8 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from minalign.running.errors import one_line_errors, require
+from minalign.models.functions import check_functions
+from minalign.running.errors import one_line_errors, require, visible
 from minalign.running.flags import (
     LoraFlags,
     MachineFlags,
@@ -40,7 +40,7 @@ from minalign.running.flags import (
     resolve_task,
     resolve_training,
 )
-from minalign.running.logs import write_atomic
+from minalign.running.logs import to_json, write_atomic
 from minalign.running.ranks import processes
 from minalign.running.run import Run, open_run
 
@@ -61,7 +61,7 @@ class Config(TaskFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     model: str = flag("", "start policy: a run, a folder or a hub id (default: the toy world's)")
     out: str = flag("", "folder of the run (default: the next free runs/policy-N)")
     steps: int = flag(200, "optimizer steps, one batch of fresh samples each", "[1, inf)")
-    batch_size: int = flag(64, "completions per step", "[1, inf)")
+    batch_size: int = flag(64, "completions per step", "[1, 100000]")
     group_size: int | None = flag(
         None, "completions per prompt, side by side (default: 4 for rloo, else 1)", "[1, inf)"
     )
@@ -201,7 +201,7 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
         shaped = gather(kl_penalized_rewards(rewards, *logprobs, config.beta))
         importance = gather(samples.importance)  # all 1 where the policy itself drew
         metrics, sample = measures(run, task, samples, scores, start_logprobs, anchor_logprobs)
-        metrics |= {"shaped_reward": shaped.mean().item(), "baseline": baseline.value}
+        metrics |= {"shaped_reward": finite_mean(shaped).item(), "baseline": baseline.value}
         if not (shaped + importance).isfinite().all():
             run.skip("a reward, KL or importance weight that is not finite")
             write_logs(run, task, policy, metrics | {"lr": optimizer.lr}, sample)
@@ -259,7 +259,8 @@ def measures(
     """What metrics.jsonl has of the batch, each a mean over all processes' samples; and one sample.
 
     kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
-    tokens.
+    tokens. Numbers that are not finite are left out of the means, and their samples are counted:
+    not_finite. The sample is the first, or the first of those.
     """
     import torch
 
@@ -279,21 +280,36 @@ def measures(
     } | {f"reward {name}": values for name, values in scores.parts.items()}
     if run.dtype != torch.float32:
         rows["importance"] = samples.importance
-    means = run.ranks.gather(torch.stack([row.float() for row in rows.values()], 1)).mean(0)
-    metrics = dict(zip(rows, means.tolist()))  # numbers leave the device once
+    table = torch.stack([row.float() for row in rows.values()], 1)
+    broken = ~table.isfinite().all(1)  # (b,)
+    means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))
+    metrics = dict(zip([*rows, "not_finite"], means.tolist()))  # numbers leave the device once
+    shown = int(broken.int().argmax()) if metrics["not_finite"] else 0
     pairs = list(zip(samples.prompts, samples.completions))
     texts = [hash((*prompt.ids, -1, *completion)) for prompt, completion in pairs]
     different = run.ranks.gather(torch.tensor(texts, device=run.device)).unique()
     metrics |= {
         "entropy": metrics["entropy"] / metrics["length"],
+        "not_finite": round(metrics["not_finite"] * run.config.batch_size),
         "repeated": 1 - len(different) / run.config.batch_size,
         "tokens_per_second": metrics["length"] * run.config.batch_size / run.seconds,
         "advantage_std": 0.0,  # these two of a step that is left out
         "grad_norm": 0.0,
     }
-    prompt, completion = decode_parts(task.tokenizer, pairs[0][0].ids, pairs[0][1])
+    prompt, completion = decode_parts(task.tokenizer, pairs[shown][0].ids, pairs[shown][1])
     sample = {"prompt": prompt, "completion": completion}
-    return metrics, sample | {"reward": rows["reward"][0].item(), "kl": rows["kl_sft"][0].item()}
+    reward, kl = table[shown, :2].tolist()
+    if broken[shown]:
+        count = f"{metrics['not_finite']} of {run.config.batch_size} completions"
+        which = visible(f"reward {reward:g}, KL {kl:g} of {completion!r:.80}")
+        tqdm.write(f"step {run.step}: not finite in {count}, first: {which}")
+    return metrics, sample | {"reward": reward, "kl": kl}
+
+
+def finite_mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean over the rows that are finite: one that is not does not take the others with it."""
+    finite = values.isfinite()
+    return values.where(finite, 0.0).sum(0) / finite.sum(0)
 
 
 COLUMNS = {  # of the printed table: metric -> heading
@@ -402,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--batch-size {config.batch_size}: expected a multiple of {processes()} processes x "
         f"--group-size {config.group_size}",
     )
+    check_functions(config.rm)
     with open_run(config, "policy") as run:
         from minalign.data import toy
         from minalign.measuring.policies import before_after_table, show_samples
@@ -426,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
         show_samples("after", samples)
         print("\n" + before_after_table(before, after))
         results = {"before": before, "after": after}
-        write_atomic(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_atomic(run.folder / "results.json", to_json(results, indent=2) + "\n")
         print(f"\nsaved {run.folder}/model")
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from minalign.running.errors import one_line_errors, require
 from minalign.running.flags import (
+    SEEDS,
     DataFlags,
     LoraFlags,
     MachineFlags,
@@ -51,7 +52,7 @@ class Config(DataFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     )
     out: str = flag("", "folder of the run (default: the next free runs/rm-N)")
     seed: int = flag(
-        0, "seed of which pairs are drawn and of their order; the head always starts alike"
+        0, "seed of which pairs are drawn and of their order; the head always starts alike", SEEDS
     )
     loss: str = flag(
         "bradley-terry", "one number, or a distribution over scores", ("bradley-terry", "ordinal")
@@ -59,7 +60,7 @@ class Config(DataFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     ties: str | None = flag(
         None, "ordinal: a tie counts half, or as lost (default: half)", ("half", "strict")
     )
-    num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)", "[3, inf)")
+    num_scores: int | None = flag(None, "ordinal: scores 1..K (default: 10)", "[3, 1000]")
     rating_coef: float | None = flag(
         None, "ordinal: weight of the loss against ratings in the data (default: 0)", "[0, inf)"
     )

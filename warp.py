@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import typing
@@ -26,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import train_policy
+from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require
 from minalign.running.flags import flag, parse_flags
-from minalign.running.logs import write_atomic
+from minalign.running.logs import to_json, write_atomic
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -52,11 +54,11 @@ class Config(train_policy.Config):
     eval_every: int = flag(
         20, "steps between evaluations: the points of the training curves", "[1, inf)"
     )
-    iterations: int = flag(2, "I: how often to train, merge and start again", "[1, inf)")
+    iterations: int = flag(2, "I: how often to train, merge and start again", "[1, 1000]")
     runs: int = flag(
         2,
         "M: policies per iteration; they differ in the order of prompts and in sampling",
-        "[1, inf)",
+        "[1, 1000]",
     )
     eta: float = flag(
         0.5, "how far theta_init moves towards the merge between iterations", "[0, 1]"
@@ -162,7 +164,7 @@ def run_warp(run: Run, task: Task) -> dict:
         set_weights_(policy, theta_merged)
         folder = iteration / "merged"
         if run.first:
-            write_atomic(iteration / "angles.json", json.dumps(report, indent=1) + "\n")
+            write_atomic(iteration / "angles.json", to_json(report, indent=1) + "\n")
             print(f"  {angle_summary(report)}")
             if not (folder / "model").exists():
                 save_policy(policy, task.tokenizer, folder / "model")
@@ -182,7 +184,7 @@ def run_warp(run: Run, task: Task) -> dict:
         results["front"].append({"eta": eta} | measure(run, task, policy, f"eta {eta:g}"))
         if eta in keep_etas:
             save_policy(policy, task.tokenizer, run.folder / "front" / f"eta-{eta:g}" / "model")
-    write_atomic(run.folder / "front.json", json.dumps(results, indent=1) + "\n")
+    write_atomic(run.folder / "front.json", to_json(results, indent=1) + "\n")
     return results
 
 
@@ -228,11 +230,12 @@ def measure(
         return {}
     cached = place / "results.json" if place else None
     if cached and cached.exists():
-        metrics = json.loads(cached.read_text())
+        read = json.loads(cached.read_text())
+        metrics = {key: math.nan if read[key] is None else read[key] for key in read}
     else:
         metrics = train_policy.evaluate(run, task, policy)[0]
         if cached:
-            write_atomic(cached, json.dumps(metrics) + "\n")
+            write_atomic(cached, to_json(metrics) + "\n")
     shown = "".join(f"  {key} {metrics[key]:z7.3f}" for key in metrics if key != "distinct_2")
     print(f"  {name:<22}{shown}")
     return metrics
@@ -255,6 +258,7 @@ def curve_of(folder: Path) -> list[dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, run WARP, draw the front."""
     config = resolve(parse_flags(Config, __doc__, argv))
+    check_functions(config.rm)
     # a group of processes may wait for another's whole run
     with open_run(config, "warp", patience_hours=24 * 30) as run:
         task = train_policy.load(run)

@@ -16,6 +16,7 @@ TOOLS = {
 }
 
 
+@one_line_errors()
 def main() -> None:
     """Run the tool that the first argument names.
 
@@ -31,8 +32,7 @@ def main() -> None:
         print(f"error: no tool {name!r:.40}: expected one of {', '.join(TOOLS)}", file=sys.stderr)
         raise SystemExit(2)
     else:
-        with one_line_errors():
-            importlib.import_module(f"minalign.tools.{name}").main(argv)
+        importlib.import_module(f"minalign.tools.{name}").main(argv)
 
 
 if __name__ == "__main__":

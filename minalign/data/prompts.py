@@ -146,6 +146,7 @@ def parse_span(name: str, text: str) -> tuple[int, int] | None:
         return None
     low, dash, high = text.partition("-")
     high = high if dash else low
-    fits = low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)
+    short = len(low + high) < 20 and low.isdecimal() and high.isdecimal()
+    fits = short and 1 <= int(low) <= int(high) < 2**31
     require(fits, f"{name} {text}: expected a number or a range, such as 10 or 5-15")
     return int(low), int(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from ..data.chat import decode_parts
 from ..logprobs import exact_kl, kl_k1, token_entropy, token_logprobs
 from ..models.lora import AdapterView
 from ..rollout import completion_logits, sample_completions
+from ..running.errors import visible
 from ..task import Task
 from .measures import distinct_n, repetition, self_similarity
 
@@ -61,7 +63,8 @@ def measure_policy(
 ) -> Measured:
     """Sample one completion for each of the task's held-out prompts, and measure.
 
-    The metrics, means over the completions:
+    The metrics, means over the completions (over those whose number is finite; `not_finite` counts
+    the others, where there are any):
     - reward, and each part of a sum of rewards;
     - kl_sft: KL(policy || start), nats per completion: the exact KL of each next-token
       distribution, summed over the sampled prefixes (far less noisy than k1);
@@ -122,7 +125,9 @@ def measure_policy(
             "repetition": repetition(completions),
             "self_similarity": self_similarity(completions),
         }
-    metrics |= {f"reward {name}": values.mean().item() for name, values in scores.parts.items()}
+    metrics |= {f"reward {name}": _mean(values.tolist()) for name, values in scores.parts.items()}
+    broken = sum(not math.isfinite(reward + kl) for reward, kl in zip(rewards, kls))
+    metrics |= {"not_finite": broken} if broken else {}
     for name, measure in task.measures.items():
         metrics[name] = _mean([measure(prompt + completion) for prompt, completion in texts])
     samples = [Sample(*text, reward, kl) for text, reward, kl in zip(texts, rewards, kls)]
@@ -135,7 +140,8 @@ def _over_tokens(values: torch.Tensor, mask: torch.Tensor) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -152,7 +158,8 @@ def before_after_table(before: dict[str, float], after: dict[str, float]) -> str
     """
     width = max(18, 2 + max(map(len, before)))
     lines = [f"{'held-out prompts':{width}}{'before':>10}{'after':>10}"]
-    lines += [f"{name:{width}}{before[name]:z10.3f}{after[name]:z10.3f}" for name in before]
+    for name in {**before, **after}:  # the count of what is not finite may be in one alone
+        lines.append(f"{name:{width}}{before.get(name, 0):z10.3f}{after.get(name, 0):z10.3f}")
     return "\n".join(lines)
 
 
@@ -161,5 +168,5 @@ def show_samples(title: str, samples: Sequence[Sample], count: int = 4) -> None:
     print(f"\n{title}")
     for sample in samples[:count]:
         prompt = sample.prompt if len(sample.prompt) <= 80 else "..." + sample.prompt[-77:]
-        text = f"{prompt} |{sample.completion}".replace("\n", " ")
+        text = visible(f"{prompt} |{sample.completion}".replace("\n", " "))
         print(f"  reward {sample.reward:z6.2f}   {text}")

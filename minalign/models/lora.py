@@ -86,7 +86,8 @@ def add_lora_(
         targets: last parts of names, such as ["q_proj", "v_proj"]. None: every linear layer of the
             body. Layers that compute something else from their weight, such as routers, are none.
     Raises:
-        UserError: no layer of the body has such a name, or the model has adapters already.
+        UserError: no layer of the body has such a name, or the model has adapters already,
+            or no layer has such a rank.
     """
     body = model.base_model
     linear = {
@@ -104,6 +105,9 @@ def add_lora_(
             f"--lora-targets: no linear layer is called {', '.join(sorted(missing)) or 'anything'}:"
             f" expected some of {names}"
         )
+    largest = max(min(linear[name].weight.shape) for name in chosen)
+    if rank > largest:
+        raise UserError(f"--lora-rank {rank}: no layer has a rank above {largest}: lower it")
     body.requires_grad_(False)
     if model.get_output_embeddings() is not None:
         model.get_output_embeddings().requires_grad_(False)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import math
+import copy
 import random
-import re
-import sys
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +14,8 @@ from ..data.chat import Prompt, TokenizedPrompt, decode_parts
 from ..data.prompts import beginning
 from ..reward import RewardModel, Scores
 from ..rollout import sample_completions
-from ..running.errors import UserError, require
+from ..running.errors import require
+from .functions import call, is_function, load_function
 
 if typing.TYPE_CHECKING:
     from ..running.flags import TaskFlags
@@ -28,8 +25,9 @@ if typing.TYPE_CHECKING:
 class RewardFunction:
     """A Python function as a reward: f(prompts, completions) -> one number for each.
 
-    It is called with two lists of equal length. Prompts are texts (or lists of messages where the
-    prompts are chat). Completions are texts without their end token.
+    It is called with two lists of equal length, without gradients and in full precision. Prompts
+    are texts (or lists of messages where the prompts are chat). Completions are texts without their
+    end token.
     """
 
     def __init__(
@@ -43,21 +41,8 @@ class RewardFunction:
 
     @classmethod
     def from_name(cls, name: str, device: torch.device | str = "cpu") -> RewardFunction:
-        """From "module:function", looked for in the current folder, too.
-
-        Raises:
-            UserError: it cannot be imported.
-        """
-        module, _, function = name.partition(":")
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            return cls(name, getattr(importlib.import_module(module), function), device)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"--rm {name}: cannot be imported ({error}): expected module:function"
-            ) from error
-        finally:
-            sys.path.pop(0)
+        """From "module:function" or "file.py:function", see functions.load_function."""
+        return cls(name, load_function(name), device)
 
     def score_rollout(
         self,
@@ -69,20 +54,17 @@ class RewardFunction:
         """As RewardModel.score_rollout. The texts are those of the rollout, decoded.
 
         Raises:
-            UserError: the function does not return one number for each completion.
+            UserError: the function fails, or does not return one number for each completion.
         """
         texts = [
             decode_parts(tokenizer, prompt.ids, completion)
             for prompt, completion in zip(prompts, completions)
         ]
-        asked = [prompt.messages or text for prompt, (text, _) in zip(prompts, texts)]
-        values = list(self.function(asked, [answer for _, answer in texts]))
-        require(
-            len(values) == len(texts) and all(isinstance(v, (int, float)) for v in values),
-            f"--rm {self.name}: got {values!r:.60} for {len(texts)} completions, expected one "
-            "number for each",
-        )
-        rewards = torch.tensor([float(value) for value in values], device=self.device)
+        # Copies: what the function does with its arguments stays its own affair
+        asked = [copy.deepcopy(p.messages) or text for p, (text, _) in zip(prompts, texts)]
+        with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=False):
+            values = call(self.name, self.function, asked, [answer for _, answer in texts])
+        rewards = torch.tensor(values, dtype=torch.float32, device=self.device)
         return Scores(rewards, None, {})
 
 
@@ -129,17 +111,29 @@ class RewardSum:
     def fit(self, parts: dict[str, torch.Tensor]) -> None:
         """Set mean and standard deviation of each reward from its scores of the start policy.
 
+        They are those of the finite scores. Of several, one that is the same everywhere is
+        only centred.
+
         Args:
             parts: name -> scores (N,), in the order of the rewards.
         Raises:
-            UserError: all scores of a reward are equal, or one is not finite.
+            UserError: no score of a reward is finite, or those of the only one are all equal.
         """
         for i, (name, scores) in enumerate(parts.items()):
-            self.means[i], self.stds[i] = scores.mean().item(), scores.std(correction=0).item()
+            finite = scores[scores.isfinite()]
+            require(len(finite) > 0, f"--rm {name}: no score of the start policy is finite")
+            mean, std = finite.mean().item(), finite.std(correction=0).item()
+            constant = std <= 1e-6 * abs(mean)  # also where float32 rounds it
             require(
-                math.isfinite(self.stds[i]) and self.stds[i] > 0,
-                f"--rm {name}: scores of the start policy have mean {self.means[i]:g} and "
-                f"deviation {self.stds[i]:g}: cannot be standardised",
+                len(parts) > 1 or not constant,
+                f"--rm {name}: scores of the start policy have mean {mean:g} and deviation "
+                f"{std:g}: cannot be standardised",
+            )
+            self.means[i], self.stds[i] = mean, 1.0 if constant else std
+            how = "all alike: only centred by it" if constant else "standardised by these"
+            print(
+                f"reward {name}: {mean:.6g} +- {std:.4g} on {len(finite)} of {len(scores)} samples "
+                f"of the start policy: {how}"
             )
 
 
@@ -175,7 +169,7 @@ def load_rewards(
     """Each reward by its name.
 
     Args:
-        names: each module:function, or a reward model.
+        names: each module:function, file.py:function, or a reward model.
         device: where they score.
         average: return one reward model instead, the mean of all.
     Raises:
@@ -185,8 +179,7 @@ def load_rewards(
     rewards = {}
     for name in names:
         require(name not in rewards, f"--rm {name}: given twice")
-        is_function = re.fullmatch(r"[A-Za-z_][\w.]*:\w+", name) and not Path(name).exists()
-        kind = RewardFunction.from_name if is_function else RewardModel.from_pretrained
+        kind = RewardFunction.from_name if is_function(name) else RewardModel.from_pretrained
         rewards[name] = kind(name, device)
     if not average:
         return rewards
@@ -224,9 +217,4 @@ def standardised_sum(
     )
     batch = (task.tokenizer, prompts, completions, batch_size)
     reward.fit({name: part.score_rollout(*batch).rewards for name, part in parts.items()})
-    for name, mean, std in zip(parts, reward.means, reward.stds):
-        print(
-            f"reward {name}: {mean:.6g} +- {std:.4g} on {count} samples of the start policy: "
-            "standardised by these"
-        )
     return reward

@@ -30,11 +30,12 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         return torch.device("cpu"), "auto: no GPU found"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a "meta" device makes tensors, too
-    except Exception as error:  # of many types, by device
-        raise UserError(
-            f"--device {name}: cannot be used ({str(error).splitlines()[0]}): try auto or cpu"
-        ) from error
+        # on meta a tensor has no numbers, and some devices have no generator
+        torch.zeros(1, device=device).item()
+        torch.Generator(device)
+    except Exception as error:  # of any kind: each backend has its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"--device {name}: cannot be used ({reason}): try auto or cpu") from error
     return device, "as asked"
 
 

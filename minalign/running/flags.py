@@ -6,8 +6,13 @@ import types
 import typing
 from dataclasses import dataclass
 
-from .errors import require
+from .errors import one_line, require
 from .ranks import processes
+
+SEEDS = "[0, 9223372036854775808)"  # what Python's and torch's generators both take
+TEMPERATURES = "[1e-06, 1e+06]"  # logits divided by it stay float32 numbers
+# What no flag goes beyond that says nothing else: loops end, and float32 holds it.
+LARGEST = {int: "[-2147483647, 2147483647]", float: "[-1e+30, 1e+30]"}
 
 
 def flag(
@@ -21,7 +26,7 @@ def flag(
     Args:
         help: what --help says of it. The default is added.
         allowed: a tuple of words, or an interval that the value must lie in. A bracket includes its
-            end, a parenthesis leaves it out.
+            end, a parenthesis leaves it out. An end of inf is that of LARGEST.
         positional: for a list: it is given without a flag's name before it, and must be given.
     """
     metadata = {"help": help, "allowed": allowed, "positional": positional}
@@ -64,7 +69,7 @@ class DataFlags(FormatFlags, ColumnFlags):
         0.1, "share of the prompts (or texts) held out, chosen by their hash", "(0, 1)"
     )
     split_seed: int = flag(
-        0, "seed of that share: keep it, and no script trains on what another holds out"
+        0, "seed of that share: keep it, and no script trains on what another holds out", SEEDS
     )
 
 
@@ -88,8 +93,8 @@ class RewardFlags:
 
     rm: list[str] | None = flag(
         None,
-        "reward: a run of train_rm.py, a folder, a hub id, or a Python module:function; may be "
-        "several (default: a reward model for the toy world)",
+        "reward: a run of train_rm.py, a folder, a hub id, or a Python module:function or "
+        "file.py:function; may be several (default: a reward model for the toy world)",
     )
     rm_weights: list[float] | None = flag(
         None, "weights of several rewards, each standardised (default: 1 each)"
@@ -112,8 +117,8 @@ class TaskFlags(PromptFlags, RewardFlags, DataFlags):
     max_new_tokens: int | None = flag(
         None, "tokens of a completion (default: 64, in the toy world 32)", "[1, inf)"
     )
-    temperature: float = flag(1.0, "of sampling and of every log-prob", "(0, inf)")
-    seed: int = flag(0, "seed of prompt order and sampling")
+    temperature: float = flag(1.0, "of sampling and of every log-prob", TEMPERATURES)
+    seed: int = flag(0, "seed of prompt order and sampling", SEEDS)
 
 
 @dataclass
@@ -294,7 +299,7 @@ def parse_flags(
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> typing.NoReturn:
-            self.exit(2, f"error: {message} (see --help)\n")
+            self.exit(2, f"error: {one_line(message)} (see --help)\n")
 
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(
@@ -314,10 +319,25 @@ def parse_flags(
         value, allowed = getattr(config, field.name), field.metadata["allowed"]
         if typing.get_origin(_kind(kinds[field.name])) is tuple and value is not None:
             setattr(config, field.name, tuple(value))  # argparse gives a list
-        within = isinstance(allowed, str) and value is not None
-        if within and not lies_within(value, allowed):
-            parser.error(f"{dashed(field.name)} {value}: expected a number in {allowed}")
+        for one in value if isinstance(value, list) else [value]:
+            expected = _expected(one, allowed)
+            if expected:
+                parser.error(f"{dashed(field.name)} {one}: expected {expected}")
     return config
+
+
+def _expected(value: object, allowed: str | tuple[str, ...] | None) -> str:
+    """What a flag's value should have been, in words; "" for a good one."""
+    if isinstance(value, str):  # "ignore" leaves out bytes of the shell that are no UTF-8
+        same = value == value.encode(errors="ignore").decode().replace("\0", "")
+        return "" if same else "UTF-8 without zero bytes"
+    if type(value) not in LARGEST:
+        return ""
+    intervals = [allowed] * isinstance(allowed, str)
+    if not allowed or "inf" in allowed:
+        intervals.append(LARGEST[type(value)])
+    broken = (f"a number in {each}" for each in intervals if not lies_within(value, each))
+    return next(broken, "")
 
 
 def _kind(hint: typing.Any) -> typing.Any:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import typing
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +26,23 @@ def write_atomic(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}): make room there") from error
 
 
+def to_json(value: typing.Any, indent: int | None = None) -> str:
+    """JSON text. A number that is not finite becomes null, since JSON has none.
+
+    >>> to_json({"reward": [1.0, float("nan")]})
+    '{"reward": [1.0, null]}'
+    """
+
+    def finite(part: typing.Any) -> typing.Any:
+        if isinstance(part, dict):
+            return {key: finite(each) for key, each in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
 class JsonLines:
     """A file of one JSON object per line, written line by line: a killed run keeps what it had.
 
@@ -41,7 +59,7 @@ class JsonLines:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 kept += [row for row in [json.loads(line)] if row["step"] <= last_step]
         self.path, self.last = path, kept[-1] if kept else None
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(path, "".join(to_json(row) + "\n" for row in kept))
         # Unbuffered: a buffer would try again at exit what a full disk refused.
         self.file = open(path, "ab", buffering=0)
 
@@ -51,12 +69,8 @@ class JsonLines:
         Raises:
             UserError: the disk is full.
         """
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
         try:
-            self.file.write(f"{json.dumps(row)}\n".encode())
+            self.file.write(f"{to_json(row)}\n".encode())
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}): make room there"

@@ -32,9 +32,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .device import pick_device, pick_dtype
-from .errors import UserError, require
+from .errors import UserError, one_line, require
 from .flags import dashed
-from .logs import JsonLines, MetricsLog, write_atomic
+from .logs import JsonLines, MetricsLog, to_json, write_atomic
 from .ranks import Ranks, process_group
 
 if typing.TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Run:
         """Write what runs to <folder>/config.json. A resumed run has it already."""
         if self.first and not (self.folder / "config.json").exists():
             what = describe(self.config, self.device, self.dtype)
-            write_atomic(self.folder / "config.json", json.dumps(what, indent=2) + "\n")
+            write_atomic(self.folder / "config.json", to_json(what, indent=2) + "\n")
 
     def steps(
         self, total: int, batches: Iterator, state: dict[str, typing.Any], name: str = "steps"
@@ -320,7 +320,7 @@ def show_config(config: typing.Any, device: torch.device, reason: str, dtype: to
         for name, value in dataclasses.asdict(config).items()
         if value not in ("", None) and value is not False
     }
-    print("  " + "  ".join(f"{name} {value}" for name, value in given.items()))
+    print("  " + "  ".join(one_line(f"{name} {value}") for name, value in given.items()))
 
 
 def describe(config: typing.Any, device: torch.device, dtype: torch.dtype) -> dict[str, typing.Any]:

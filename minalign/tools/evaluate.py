@@ -16,7 +16,6 @@ noise. The folder gets results.json and samples.jsonl.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import typing
 from collections.abc import Iterator
@@ -26,8 +25,8 @@ from tqdm import tqdm
 
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
-from ..running.flags import DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
-from ..running.logs import JsonLines, write_atomic
+from ..running.flags import SEEDS, DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
+from ..running.logs import JsonLines, to_json, write_atomic
 from ..running.run import describe, new_run, show_config
 from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
 
@@ -50,7 +49,9 @@ class Config(TaskFlags, DeviceFlags):
     start: str = flag("", "policy that the KL is measured to (default: the toy world's)")
     eval_prompts: int = flag(128, "held-out prompts, one completion each", "[2, inf)")
     batch_size: int = flag(16, "completions per pass: memory, not the result", "[1, inf)")
-    seed: int = flag(0, "seed of sampling and of the intervals; the control has the next one")
+    seed: int = flag(
+        0, "seed of sampling and of the intervals; the control has the next one", SEEDS
+    )
     out: str = flag("", "folder of the results (default: the next free runs/evaluation-N)")
 
 
@@ -229,15 +230,17 @@ def main(argv: list[str] | None = None) -> None:
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
 
+    from ..models.functions import check_functions
     from ..models.precision import autocast
     from ..task import load_task
 
     rewards = config.rm or toy_rewards()
+    check_functions(rewards)
     out = new_run(config.out, "evaluation")
     show_config(config, device, reason, dtype)
     task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
     what = describe(config, device, dtype)
-    write_atomic(out / "config.json", json.dumps(what, indent=2) + "\n")
+    write_atomic(out / "config.json", to_json(what, indent=2) + "\n")
 
     with autocast(device, dtype):
         measured = {"start": measure(task.start, task, config, config.seed)}
@@ -251,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\ncollapse")
     for name, one in results["models"].items():
         print(f"  {short(name):17}  {one['verdict']}")
-    write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(out / "results.json", to_json(results, indent=2) + "\n")
     lines = JsonLines(out / "samples.jsonl")
     for name, one in measured.items():
         for sample in one.samples:

@@ -12,7 +12,7 @@ that it held out.
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,16 @@ from ..models.precision import autocast
 from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import require
-from ..running.flags import ColumnFlags, DeviceFlags, FormatFlags, flag, parse_flags
+from ..running.errors import require, visible
+from ..running.flags import (
+    SEEDS,
+    TEMPERATURES,
+    ColumnFlags,
+    DeviceFlags,
+    FormatFlags,
+    flag,
+    parse_flags,
+)
 from .files import json_line, require_writable, whole_file
 from .settings import SAMPLING, held_out_rows, with_flags_of_runs
 
@@ -50,13 +58,13 @@ class Config(FormatFlags, ColumnFlags, DeviceFlags):
     rm: str = flag(
         "", "reward model, or module:function, whose score is shown beside each completion"
     )
-    samples: int = flag(1, "completions per prompt", "[1, inf)")
+    samples: int = flag(1, "completions per prompt", "[1, 100000]")
     max_new_tokens: int = flag(
         128, "tokens of a completion, fewer where the context ends", "[1, inf)"
     )
-    temperature: float = flag(1.0, "of sampling; no top-k, no top-p", "(0, inf)")
+    temperature: float = flag(1.0, "of sampling; no top-k, no top-p", TEMPERATURES)
     batch_size: int = flag(16, "completions sampled at a time", "[1, inf)")
-    seed: int = flag(0, "seed of sampling")
+    seed: int = flag(0, "seed of sampling", SEEDS)
 
 
 def typed_prompts(chat: bool) -> Iterator[tuple[Prompt, list]]:
@@ -153,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         """Print a row. Of a chat, the prompt is left out."""
         score = f"[reward {row['reward']:z.2f}] " if reward else ""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
-        print(f"{score}{prompt}{row['completion']}" + ("" if row["ended"] else " ..."))
+        print(visible(f"{score}{prompt}{row['completion']}") + ("" if row["ended"] else " ..."))
 
     if not rows:
         for prompt, answers in typed_prompts(bool(chat)):

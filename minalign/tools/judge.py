@@ -31,8 +31,8 @@ from tqdm import tqdm
 from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
-from ..running.flags import ColumnFlags, DeviceFlags, dashed, flag, parse_flags
-from ..running.logs import write_atomic
+from ..running.flags import SEEDS, TEMPERATURES, ColumnFlags, DeviceFlags, dashed, flag, parse_flags
+from ..running.logs import to_json, write_atomic
 from ..running.run import new_run, require_same_flags
 from .asking import EndpointJudge, LocalJudge, Reply
 from .files import whole_file
@@ -81,7 +81,7 @@ class Config(ColumnFlags, DeviceFlags):
         None, "requests repeated after a timeout or HTTP 429 or 5xx (default: 4)", "[0, 20]"
     )
     batch_size: int = flag(8, "completions sampled, and questions asked, at a time", "[1, inf)")
-    seed: int = flag(0, "seed of sampling (b's is one more) and of the intervals")
+    seed: int = flag(0, "seed of sampling (b's is one more) and of the intervals", SEEDS)
     out: str = flag("", "folder for answers and results (default: the next free runs/judge-N)")
     resume: bool = flag(False, "resume the run in --out: what is answered is not asked again")
     prompts: str = flag(
@@ -91,7 +91,7 @@ class Config(ColumnFlags, DeviceFlags):
         None, "tokens of a policy's completion (default: 128)", "[1, inf)"
     )
     temperature: float | None = flag(
-        None, "of a policy's sampling; no top-k, no top-p (default: 1.0)", "(0, inf)"
+        None, "of a policy's sampling; no top-k, no top-p (default: 1.0)", TEMPERATURES
     )
     format: str | None = flag(
         None,
@@ -297,7 +297,7 @@ class Answers:
     def add(self, pair: int, order: str, reply: Reply) -> None:
         """Keep a reply, on disk at once."""
         self.replies[pair, order] = reply
-        line = json.dumps({"pair": pair, "order": order} | reply._asdict()) + "\n"
+        line = to_json({"pair": pair, "order": order} | reply._asdict()) + "\n"
         try:
             self.file.write(line.encode())
         except OSError as error:
@@ -397,10 +397,10 @@ def main(argv: list[str] | None = None) -> None:
         pairs = [Pair(**json.loads(line)) for line in lines]
     else:
         pairs = load_pairs(config)
-        lines = [json.dumps(pair._asdict()) + "\n" for pair in pairs]
+        lines = [to_json(pair._asdict()) + "\n" for pair in pairs]
         write_atomic(folder / "pairs.jsonl", "".join(lines))
         # Last: a folder with a config can be resumed.
-        content = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        content = to_json(dataclasses.asdict(config), indent=2) + "\n"
         write_atomic(folder / "config.json", content)
     answers = Answers(folder)
     ask_all(judge, pairs, answers, config.criterion)
@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     results = summarise(verdicts, config.seed)
     write_csv(folder / "answers.csv", pairs, answers)
-    write_atomic(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomic(folder / "results.json", to_json(results, indent=2) + "\n")
     print(f"a: {config.a}, b: {config.b}, judge: {config.judge_model or config.judge}")
     print(table(results))
     for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:

@@ -25,6 +25,7 @@ from ..merge import liti, merge_policies
 from ..models.folders import atomic_folder, first_line, model_folder
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
+from ..running.logs import to_json
 
 if typing.TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -211,7 +212,7 @@ def merge_folders(config: Config) -> dict[str, dict]:
         write_for_older_readers(folder, dtype)
         print(f"written in {dtype}, the widest dtype of the models")
         shutil.rmtree(folder / "inputs", ignore_errors=True)
-        (folder / "angles.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "angles.json").write_text(to_json(report, indent=1) + "\n")
     return report
 
 
