@@ -29,7 +29,7 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
 from ..running.flags import DeviceFlags, dashed, flag, parse_flags
 from ..running.logs import write_atomic
-from ..running.run import new_run
+from ..running.run_folder import new_run
 from .asking import EndpointJudge, LocalJudge, Reply
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 

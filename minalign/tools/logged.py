@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
-from ..running.run import FREE_TO_CHANGE
+from ..running.run_folder import FREE_TO_CHANGE
 
 # Entries of config.json. Runs that differ in nothing else are one group.
-NOT_A_SETTING = {*FREE_TO_CHANGE, "seed", "argv", "versions"}
+NOT_A_SETTING = {*FREE_TO_CHANGE, "seed", "argv", "versions", "fingerprints"}
 
 
 class LoggedRun(NamedTuple):

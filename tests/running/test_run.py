@@ -19,7 +19,8 @@ from minalign.running.device import pick_device, pick_dtype
 from minalign.running.errors import UserError, one_line_errors, require
 from minalign.running.logs import MetricsLog
 from minalign.running.optimizer import warmup_factor
-from minalign.running.run import Run, new_run, open_run, resumed_run
+from minalign.running.run import Run, open_run
+from minalign.running.run_folder import new_run, resumed_run
 
 
 @dataclass
