@@ -352,6 +352,8 @@ class RewardModel:
         if adapter_of:
             save_adapter(self.model, path, model_folder(adapter_of))
         else:
+            # as in loading.save_policy: on any rank
+            self.model.should_save_on_this_rank = lambda is_main_process: True
             self.model.save_pretrained(path, state_dict=dense_state(self.model))
         self.tokenizer.save_pretrained(path)
         self.tokenizer.padding_side = padding_side

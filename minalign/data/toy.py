@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..logprobs import token_logprobs
-from ..models.folders import atomic_folder
+from ..models.loading import save_policy
 from ..models.padding import pad
 from .chat import encode
 from .columns import Pair
@@ -274,7 +274,5 @@ def start_policy_folder() -> str:
         tokenizer = make_tokenizer()
         model = make_model(tokenizer, seed=0)
         fit_start_policy(model, tokenizer, steps=250, seed=0)
-        with atomic_folder(path) as new:
-            model.save_pretrained(new)
-            tokenizer.save_pretrained(new)
+        save_policy(model, tokenizer, path)
     return str(path)

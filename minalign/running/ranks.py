@@ -252,7 +252,7 @@ def process_group(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield ranks, device
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].partition(". ")[0]
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in reason:
                 raise
             raise UserError(
