@@ -102,13 +102,19 @@ class Ranks:
             torch.distributed.barrier(group=self.group)
 
     def from_first(self, make: Callable[[], typing.Any]) -> typing.Any:
-        """What `make` returns on rank 0, on all ranks."""
+        """What `make` returns on rank 0, on all ranks. A UserError is raised on all of them."""
         if self.count == 1:
             return make()
         import torch
 
-        box = [make() if self.first else None]
+        box = [None, ""]
+        if self.first:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error)
         torch.distributed.broadcast_object_list(box, self._first_of_all, group=self.group)
+        require(not box[1], box[1])
         return box[0]
 
     def tensors_from_first(

@@ -89,8 +89,11 @@ class Run:
         """
         self.made_of = fingerprints(data, models)
         self.ranks.require_same(self.made_of)
-        if self.first and self.config.resume and (self.folder / "config.json").exists():
-            require_same_fingerprints(self.folder / "config.json", self.config, self.made_of)
+        path, found = self.folder / "config.json", self.made_of
+        if self.config.resume:
+            self.ranks.from_first(
+                lambda: path.exists() and require_same_fingerprints(path, self.config, found)
+            )
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -237,13 +240,18 @@ def open_run(config: typing.Any, kind: str) -> Iterator[Run]:
         flags = dataclasses.asdict(config)
         flags = {dashed(name): value for name, value in flags.items() if name not in own}
         ranks.require_same(flags | _versions() | fingerprints({}, {}))
-        folder, in_place = Path(), lambda: True
-        if ranks.first:
-            folder, in_place = stack.enter_context(claimed_folder(config, kind))
-        folder = Path(ranks.from_first(lambda: str(folder)))
+        claims = []
+
+        def claim() -> str:
+            claims.append(stack.enter_context(claimed_folder(config, kind)))
+            return str(claims[0][0])
+
+        folder = Path(ranks.from_first(claim))
         dtype = pick_dtype(config.dtype, device)
         show_config(config, device, reason, dtype)
-        yield Run(folder, config, device, dtype, ranks, in_place=in_place)
+        run = Run(folder, config, device, dtype, ranks)
+        run.in_place = claims[0][1] if claims else run.in_place
+        yield run
 
 
 @contextlib.contextmanager
