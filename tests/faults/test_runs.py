@@ -281,11 +281,11 @@ def test_another_version_of_the_code_is_said_and_goes_on(resumed, capsys):
 def test_a_finished_policy_run_grows_to_what_one_long_run_makes(anchor, place):
     """B17: bit for bit, also when it grows twice."""
     flags = [*anchor, "--seed", "3"]
-    SCRIPTS["policy"](*flags, "--steps", "5", "--out", "long")
-    for steps, more in (("2", []), ("3", ["--resume"]), ("5", ["--resume"])):
+    SCRIPTS["policy"](*flags, "--steps", "4", "--out", "long")
+    for steps, more in (("1", []), ("2", ["--resume"]), ("4", ["--resume"])):
         SCRIPTS["policy"](*flags, "--steps", steps, *more)
         assert json.loads(Path("o/config.json").read_text())["steps"] == int(steps)
-    long, grown = state_of(5, "long"), state_of(5)
+    long, grown = state_of(4, "long"), state_of(4)
     for state in (long, grown):
         state.pop("counts")  # each end was evaluated
     assert same(long, grown)
@@ -293,7 +293,7 @@ def test_a_finished_policy_run_grows_to_what_one_long_run_makes(anchor, place):
     assert results[0] == results[1]
     models = [load_file(f"{out}/model/model.safetensors") for out in ("long", "o")]
     assert same(*models)
-    assert [row["step"] for row in rows_of("o/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows_of("o/metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -477,14 +477,18 @@ def test_a_run_without_its_checkpoints_says_that_it_begins_anew(resumed, capsys)
     assert "no checkpoint in o: beginning from the start" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-0000001", "model", "best"])
+LINKS = ["checkpoints/step-0000001", "model"]
+LINKS += [pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoints", "best")]
+
+
+@pytest.mark.parametrize("name", LINKS)
 def test_folders_may_be_symbolic_links_to_another_disk(resumed, tmp_path, name):
     """S21: the link is replaced or followed, and what it leads to is left alone."""
     resumed("policy")
     shutil.move(f"o/{name}", tmp_path / "disk")
     Path("o", name).symlink_to(tmp_path / "disk")
     there = sorted(path.name for path in (tmp_path / "disk").iterdir())
-    for steps in ("3", "4", "5"):
+    for steps in ("3", "4"):
         SCRIPTS["policy"]("--resume", "--steps", steps, "--keep", "1")
     assert (tmp_path / "disk").is_dir()
     if name != "checkpoints":
