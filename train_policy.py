@@ -399,31 +399,25 @@ def policy_of(config: Config, task: Task) -> tuple[torch.nn.Module, Task]:
 def save(run: Run, task: Task, policy: torch.nn.Module) -> None:
     """<run's folder>/model, the policy as it is, and best/, that of the best step so far."""
     from minalign.data import toy
-    from minalign.models.folders import remove
     from minalign.models.loading import save_policy
     from minalign.models.lora import adapter_parameters
-    from minalign.running.checkpoints import read_checkpoint
+    from minalign.running.checkpoints import checkpoint_folder, read_checkpoint
 
-    def write(name: str) -> None:
-        base = run.config.model or toy.start_policy_folder()
-        adapter_of = base if run.config.lora_save == "adapter" else ""
-        save_policy(policy, task.tokenizer, run.folder / name, adapter_of=adapter_of)
-
-    def take(weights: list[torch.Tensor]) -> None:
-        for parameter, weight in zip(trained, weights, strict=True):
-            parameter.data.copy_(weight)
-
-    write("model")
-    path = run.folder / "checkpoints" / f"step-{run.counts.get('best_step', 0):07d}"
-    best = read_checkpoint(path, "no best/") if "best_step" in run.counts else None
+    run.require_in_place()
+    base = run.config.model or toy.start_policy_folder()
+    adapter_of = base if run.config.lora_save == "adapter" else ""
+    save_policy(policy, task.tokenizer, run.folder / "model", adapter_of=adapter_of)
+    best_step = run.counts.get("best_step")
+    best = best_step and read_checkpoint(checkpoint_folder(run.folder, best_step), "no new best/")
     if not best:
-        remove(run.folder / "best")
         return
     trained = adapter_parameters(policy) or list(policy.parameters())
     last = [parameter.detach().cpu().clone() for parameter in trained]
-    take(best["policy"])
-    write("best")
-    take(last)
+    for weights in (best["policy"], last):
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.data.copy_(weight)
+        if weights is not last:
+            save_policy(policy, task.tokenizer, run.folder / "best", adapter_of=adapter_of)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -446,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
             with run.begun():
                 train(run, task, policy)
         finally:  # also after Ctrl-C or a reward that is not finite: what was learned is kept
-            if run.first and run.in_place():
+            if run.first and run.step + run.done:
                 save(run, task, policy)
         if not run.first:
             return

@@ -308,10 +308,9 @@ def write_logs(
 
 def keep_last(run: Run, reward_model: RewardModel, held_out: list[Example]) -> str:
     """Save the model where none is kept yet and its scores are finite. Says what is kept."""
-    best = run.counts.get("best")
+    best, texts = run.counts.get("best"), [text for pair in held_out for text in pair.texts]
     if best is None and run.first:
-        logits = reward_model.logits([text for pair in held_out for text in pair.texts])
-        if not logits.isfinite().all():
+        if not reward_model.logits(texts).isfinite().all():
             return "no model is kept"
         save(run, reward_model)
     return f"{run.folder}/model is that of step {best['step'] if best else run.step - 1}"

@@ -37,18 +37,20 @@ def save_checkpoint(
     content = {name: _content(value) for name, value in state.items()}
     if not writing:
         return
-    folder, name = out / "checkpoints", _name(step)
-    with atomic_folder(folder / name) as new:
+    folder = checkpoint_folder(out, step)
+    with atomic_folder(folder) as new:
         # The logs reach the disk first, so that no line is missing after a power cut.
         for log in out.glob("*.jsonl"):
             with open(log, "ab") as file:
                 os.fsync(file.fileno())
         torch.save(content, new / "state.pt")
-    last = sorted(path.name for path in folder.glob("step-???????") if path.name <= name)[-keep:]
+    saved = sorted(folder.parent.glob("step-???????"))
+    kept = [path for path in saved if path <= folder][-keep:]
+    kept.append(checkpoint_folder(out, best_step or 0))
     # A later one could not be read when the run was resumed from an earlier one. One that ends in
     # .new is half written.
-    for path in folder.glob("step-*"):
-        if path.name not in (*last, _name(best_step or 0)):
+    for path in folder.parent.glob("step-*"):
+        if path not in kept:
             remove(path)
 
 
@@ -72,7 +74,7 @@ def resume_(out: Path, state: dict[str, typing.Any], ranks: Ranks, device: torch
     Raises:
         UserError: it is not of this run.
     """
-    found = ranks.tensors_from_first(lambda: load_checkpoint(out), device)
+    found = ranks.from_first(lambda: load_checkpoint(out), device)
     if found is None:
         print(f"--resume: no checkpoint in {out}: beginning from the start")
         return 0
@@ -82,7 +84,7 @@ def resume_(out: Path, state: dict[str, typing.Any], ranks: Ranks, device: torch
             _restore_(value, saved.get(name), step)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
-                f"{out}/checkpoints/{_name(step)}: not of this run: {name}: {first_line(error)}"
+                f"{checkpoint_folder(out, step)}: not of this run: {name}: {first_line(error)}"
             ) from error
     return step
 
@@ -113,8 +115,9 @@ def _restore_(value: typing.Any, saved: typing.Any, step: int) -> None:
         value.load_state_dict(saved)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:07d}"
+def checkpoint_folder(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run's folder."""
+    return out / "checkpoints" / f"step-{step:07d}"
 
 
 def load_checkpoint(out: Path) -> tuple[int, dict] | None:

@@ -101,64 +101,50 @@ class Ranks:
 
             torch.distributed.barrier(group=self.group)
 
-    def from_first(self, make: Callable[[], typing.Any]) -> typing.Any:
-        """What `make` returns on rank 0, on all ranks. A UserError is raised on all of them."""
-        if self.count == 1:
-            return make()
-        import torch
-
-        box = [None, ""]
-        if self.first:
-            try:
-                box[0] = make()
-            except UserError as error:
-                box[1] = str(error)
-        torch.distributed.broadcast_object_list(box, self._first_of_all, group=self.group)
-        require(not box[1], box[1])
-        return box[0]
-
-    def tensors_from_first(
-        self, make: Callable[[], typing.Any], device: torch.device
+    def from_first(
+        self, make: Callable[[], typing.Any], device: torch.device | None = None
     ) -> typing.Any:
-        """As from_first, of tensors in dicts and lists: sent one by one, since they may be large.
+        """What `make` returns on rank 0, on all ranks. A UserError is raised on all of them.
 
         Args:
-            device: what they are sent through. They arrive in main memory.
+            device: what tensors, in dicts and lists, are sent through, one by one, since they may
+                be large. They arrive in main memory.
         """
         if self.count == 1:
             return make()
         import torch
         from torch.utils._pytree import tree_map_only
 
+        found, error = None, ""
+        if self.first:
+            try:
+                found = make()
+            except UserError as raised:
+                error = str(raised)
+        src = torch.distributed.get_global_rank(self.group, 0) if self.group else 0
+        sent = [tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), found), error]
+        torch.distributed.broadcast_object_list(sent, src, group=self.group)
+        require(not sent[1], sent[1])
+
         def send(tensor: torch.Tensor) -> torch.Tensor:
             buffer = tensor.to(device) if self.first else torch.empty_like(tensor, device=device)
-            torch.distributed.broadcast(buffer, self._first_of_all, group=self.group)
+            torch.distributed.broadcast(buffer, src, group=self.group)
             return buffer.cpu()
 
-        mine = make() if self.first else None
-        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), mine)
-        shapes = self.from_first(lambda: shapes)
-        return tree_map_only(torch.Tensor, send, mine if self.first else shapes)
-
-    @property
-    def _first_of_all(self) -> int:
-        """Rank 0 of these, as a rank of all processes."""
-        import torch
-
-        return torch.distributed.get_global_rank(self.group, 0) if self.group else 0
+        return tree_map_only(torch.Tensor, send, found if self.first else sent[0])
 
     def require_same(self, what: dict[str, typing.Any]) -> None:
-        """UserError where another rank has another value than rank 0: name, ranks and machines."""
+        """UserError where a rank has another value than rank 0. Both ranks are named."""
         if self.count == 1:
             return
         import torch
 
-        everyone = [None] * self.count
-        mine = (platform.node(), what)
-        torch.distributed.all_gather_object(everyone, mine, group=self.group)
-        (here, wanted), *others = everyone
-        for rank, (there, got) in enumerate(others, 1):
-            for name in [*wanted, *(got.keys() - wanted)]:
+        all_of_them = [None] * self.count
+        mine = platform.node(), what
+        torch.distributed.all_gather_object(all_of_them, mine, group=self.group)
+        here, wanted = all_of_them[0]
+        for rank, (there, got) in enumerate(all_of_them):
+            for name in wanted | got:
                 one, other = wanted.get(name), got.get(name)
                 require(
                     one == other,

@@ -56,7 +56,7 @@ class Run:
         dtype: of the forward passes.
         ranks: the processes that share the run.
         stop: once set, the loop ends after its step.
-        in_place: whether the folder is still there, and this run's.
+        require_in_place: UserError where the folder was deleted, or is another run's by now.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Run:
     dtype: torch.dtype
     ranks: Ranks = field(default_factory=Ranks)
     stop: threading.Event = field(default_factory=threading.Event)
-    in_place: Callable[[], bool] = lambda: True
+    require_in_place: Callable[[], None] = lambda: None
     made_of: dict = field(init=False)  # see `is_made_of`
     counts: dict = field(init=False)
     done: int = field(init=False, default=0)  # steps that were done when the run was resumed
@@ -89,11 +89,9 @@ class Run:
         """
         self.made_of = fingerprints(data, models)
         self.ranks.require_same(self.made_of)
-        path, found = self.folder / "config.json", self.made_of
         if self.config.resume:
-            self.ranks.from_first(
-                lambda: path.exists() and require_same_fingerprints(path, self.config, found)
-            )
+            what = self.folder / "config.json", self.config, self.made_of
+            self.ranks.from_first(lambda: require_same_fingerprints(*what))
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -108,19 +106,12 @@ class Run:
             what = describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
             write_atomic(self.folder / "config.json", json.dumps(what, indent=2) + "\n")
 
-    def require_in_place(self) -> None:
-        """UserError where the folder was deleted, or is another run's by now."""
-        fix = "nothing more is written: start it again"
-        require(self.in_place(), f"{self.folder}: was deleted or replaced during the run: {fix}")
-
     def require_shared_folder(self) -> None:
         """UserError where processes on other machines do not see the run's folder."""
         lock = self.folder / "lock"
         seen = lock.read_text() if lock.exists() else ""
-        other = seen != self.ranks.from_first(lambda: seen)
-        fix = "give one that all share"
-        alone = self.ranks.any(other, self.device)
-        require(not alone, f"--out {self.folder}: not the same folder on all machines: {fix}")
+        alone = self.ranks.any(seen != self.ranks.from_first(lambda: seen), self.device)
+        require(not alone, f"--out {self.folder}: expected a folder that all machines share")
 
     def steps(
         self, total: int, batches: Iterator, state: dict[str, typing.Any], name: str = "steps"
@@ -146,8 +137,7 @@ class Run:
         held_out = self.made_of.get("held-out data")
         if self.counts.get("best_of", held_out) != held_out:
             print("other held-out prompts than before: the best step is sought anew")
-            for name in ("best", "best_of", "best_step"):
-                del self.counts[name]
+            self.counts.update(best=-math.inf, best_step=None)
         if self.first:
             self.logs["metrics"] = MetricsLog(self.folder, self.done, self.config.tensorboard)
         for _ in range(self.done):
@@ -157,8 +147,7 @@ class Run:
         for step in tqdm(remaining, **bar, disable=not self.first or None):
             self.step, self.began = step, time.monotonic()
             yield step, next(batches)
-            if self.first:
-                self.require_in_place()
+            self.require_in_place()
             stopping = self.ranks.any(self.stop.is_set() or launcher_is_gone(), self.device)
             best = self.counts.get("best_step")  # known to the first process alone
             due = step % self.config.save_every == 0 or step in (total, best) or stopping
@@ -236,21 +225,18 @@ def open_run(config: typing.Any, kind: str) -> Iterator[Run]:
     )
     device, reason = pick_device(config.device)
     with process_group(device) as (ranks, device), contextlib.ExitStack() as stack:
+        given = dataclasses.asdict(config).items()
         own = ("out", "micro_batch_size")  # of each process
-        flags = dataclasses.asdict(config)
-        flags = {dashed(name): value for name, value in flags.items() if name not in own}
+        flags = {dashed(name): value for name, value in given if name not in own}
         ranks.require_same(flags | _versions() | fingerprints({}, {}))
-        claims = []
+        run = Run(Path(), config, device, pick_dtype(config.dtype, device), ranks)
 
-        def claim() -> str:
-            claims.append(stack.enter_context(claimed_folder(config, kind)))
-            return str(claims[0][0])
+        def claim() -> Path:
+            folder, run.require_in_place = stack.enter_context(claimed_folder(config, kind))
+            return folder
 
-        folder = Path(ranks.from_first(claim))
-        dtype = pick_dtype(config.dtype, device)
-        show_config(config, device, reason, dtype)
-        run = Run(folder, config, device, dtype, ranks)
-        run.in_place = claims[0][1] if claims else run.in_place
+        run.folder = ranks.from_first(claim)
+        show_config(config, device, reason, run.dtype)
         yield run
 
 

@@ -36,36 +36,57 @@ WHY_NOT = {  # (kind of run, flag) -> why it may not change, where one may think
 
 
 @contextlib.contextmanager
-def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callable[[], bool]]]:
+def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callable[[], None]]]:
     """The folder of a run, which no other process can claim meanwhile.
 
-    It is there at once, before anything is loaded. One in which nothing ran is removed again.
+    It is there at once, before anything is loaded. One in which nothing ran is removed again. With
+    --resume, a folder without config.json is a job script's first try, or a run that was killed
+    before its first step: it starts anew.
 
     Args:
         config: a dataclass with RunFlags and `out`.
         kind: of run, for the folder's name.
     Returns:
-        (folder, a function that says whether it is still there, and nobody else's).
+        (folder, a function that raises UserError where it was deleted, or is another run's by now).
     Raises:
-        UserError: it is another run's, another process runs there, or it cannot be used.
+        UserError: it is another run's, ran with other flags, another process runs there, or it
+            cannot be used.
     """
     require(bool(config.out) or not config.resume, "--resume needs --out: the folder of the run")
     made = not os.path.exists(config.out)
-    folder = make_folder(config.out, kind)
-    lock = _lock(folder)
+    folder = _make(config.out, kind)
+    lock, file = _lock(folder), folder / "lock"
+
+    def require_in_place() -> None:
+        gone = f"{folder}: was deleted or replaced during the run: start it again"
+        require(_is_at(lock, file), gone)
+
     try:
-        if config.resume:
-            resumed_run(str(folder), config, kind)
+        if config.resume and (folder / "config.json").is_file():
+            require_same_flags(folder / "config.json", config, kind)
         else:
-            require_free(folder)
-        yield folder, lambda: _is_at(lock, folder / "lock")
+            if config.resume:
+                print(f"--resume: no run in {folder} yet: starting it")
+            _require_free(folder)
+        yield folder, require_in_place
     finally:
         with contextlib.suppress(OSError):  # what stays is a file without a lock
-            if _is_at(lock, folder / "lock"):
-                (folder / "lock").unlink()
+            if _is_at(lock, file):
+                file.unlink()
                 if made and not any(folder.iterdir()):
                     folder.rmdir()
         os.close(lock)
+
+
+def new_run(out: str, kind: str) -> Path:
+    """The folder of a new run: `out`, or the next free runs/<kind>-<number>.
+
+    Raises:
+        UserError: it holds another run, or cannot be made.
+    """
+    folder = _make(out, kind)
+    _require_free(folder)
+    return folder
 
 
 def _lock(folder: Path) -> int:
@@ -109,12 +130,7 @@ def _unusable(folder: Path, error: OSError) -> UserError:
     return UserError(f"--out {folder}: {reason}")
 
 
-def make_folder(out: str, kind: str) -> Path:
-    """`out`, or the next free runs/<kind>-<number>, made where it is not there.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+def _make(out: str, kind: str) -> Path:
     folder = Path(out or "runs")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,40 +147,10 @@ def make_folder(out: str, kind: str) -> Path:
         raise _unusable(folder, error) from error
 
 
-def require_free(folder: Path) -> None:
-    """UserError where a folder holds a run, or what a tool has written."""
+def _require_free(folder: Path) -> None:
     occupied = any((folder / name).exists() for name in WRITTEN)
     fix = "choose another folder or remove that one"
     require(not occupied, f"--out {folder}: holds another run: {fix}")
-
-
-def new_run(out: str, kind: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/<kind>-<number>.
-
-    Raises:
-        UserError: it holds another run, or cannot be made.
-    """
-    folder = make_folder(out, kind)
-    require_free(folder)
-    return folder
-
-
-def resumed_run(out: str, config: typing.Any, kind: str = "") -> Path:
-    """The folder of a run to resume.
-
-    A folder without config.json is a run that was killed before its first step, or a job script's
-    first try: it starts anew.
-
-    Raises:
-        UserError: --out is missing, or the run had other flags (they are named).
-    """
-    require(bool(out), "--resume needs --out: the folder of the run to resume")
-    path = Path(out) / "config.json"
-    if not path.is_file():
-        print(f"--resume: no run in {out} yet: starting it")
-        return new_run(out, kind)
-    require_same_flags(path, config, kind)
-    return Path(out)
 
 
 def require_same_flags(path: Path, config: typing.Any, kind: str) -> None:
@@ -199,25 +185,24 @@ def require_same_fingerprints(path: Path, config: typing.Any, found: dict[str, s
     Another version of the code is named. So is a run of before, without fingerprints.
 
     Args:
-        path: config.json of the earlier run.
+        path: config.json of the earlier run. Nothing is compared where it is not there.
         config: of this run. With another --eval-prompts the held-out data are others.
         found: of fingerprints.fingerprints.
     Raises:
         UserError: data, a model or a reward has changed. All of them are named.
     """
-    ran, folder = read_json(path), path.parent
-    began = ran.get("fingerprints")
-    if not (began and isinstance(began, dict)):
-        print(f"--resume: {folder} has no fingerprints: whether data or models changed is unknown")
+    if not path.exists():
         return
-    changed = [name for name in began | found if began.get(name) != found.get(name)]
+    ran = read_json(path)
+    began = ran.get("fingerprints") or {}
+    if not began:
+        print(f"--resume: {path} has no fingerprints: whether data or models changed is unknown")
+        return
+    changed = {name for name in began | found if began.get(name) != found.get(name)}
     if "code" in changed:
-        print(f"--resume: the code of minalign has changed since {folder} ran")
+        print(f"--resume: the code of minalign has changed since {path.parent} ran")
     if ran.get("eval_prompts") != getattr(config, "eval_prompts", None):
-        changed = [name for name in changed if name != "held-out data"]
-    changed = [name for name in changed if name != "code"]
-    require(
-        not changed,
-        f"--resume: {folder} began with other content of: {', '.join(changed)}: bring that back, "
-        "or give another --out",
-    )
+        changed -= {"held-out data"}
+    named = ", ".join(sorted(changed - {"code"}))
+    fix = "bring that back, or give another --out"
+    require(not named, f"--resume: {path.parent} began with other content of: {named}: {fix}")

@@ -182,7 +182,7 @@ CHANGES = {  # (kind of run, what is changed, what the line names)
     "B12 twenty-five other prompts": (
         "policy",
         lambda: tiny.rows("p.jsonl", {"prompt": "is {n} good ?"}, 25),
-        "training data, held-out data",
+        "held-out data, training data",
     ),
     "S4 start model of another seed": ("policy", lambda: tiny.policy("lm", seed=1), "lm"),
     "S4 start model of another size": (
@@ -259,7 +259,7 @@ def test_a_folder_of_before_goes_on_with_a_line_that_says_so(resumed, capsys):
     resumed("policy")
     edit("o/config.json", without_fingerprints)
     SCRIPTS["policy"]("--resume")
-    assert "o has no fingerprints: whether data or models changed is unknown" in (
+    assert "o/config.json has no fingerprints: whether data or models changed is unknown" in (
         capsys.readouterr().out
     )
     one_weight("lm")
@@ -405,8 +405,9 @@ def test_a_folder_that_holds_only_logs_of_others_is_no_run(place, name, resume):
     Path("o", name).parent.mkdir(parents=True)
     Path("o", name).touch()
     config = train_policy.Config(out="o", resume=bool(resume))
-    with claimed_folder(config, "policy") as (folder, in_place):
-        assert folder == Path("o") and in_place()
+    with claimed_folder(config, "policy") as (folder, require_in_place):
+        require_in_place()
+        assert folder == Path("o")
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model", "checkpoints", "best"])
@@ -591,8 +592,10 @@ DAMAGED = {  # (kind, damage, what the line has)
 def test_a_damaged_run_folder_ends_with_one_line(case, resumed, capsys):
     kind, damage, named = DAMAGED[case]
     resumed(kind)
+    models = [path.read_bytes() for path in Path("o").rglob("model.safetensors")]
     damage()
     assert named in refusal(capsys, SCRIPTS[kind], "--resume")
+    assert models == [path.read_bytes() for path in Path("o").rglob("model.safetensors")]
 
 
 @pytest.mark.parametrize("state", [[1, 2], torch.ones(3)], ids=["list", "tensor"])
@@ -759,7 +762,7 @@ COMMANDS = [  # (what is changed on the second machine, command, what both say)
     ("reward", ["train_policy", *NAMED], "reward rules:short: "),
     ("reward model", ["train_policy", *SAVED], "reward rm: "),
     ("code", ["train_policy", *SAVED], "code: "),
-    ("", ["warp", *WARP], "--out o: not the same folder on all machines"),
+    ("", ["warp", *WARP], "--out o: expected a folder that all machines share"),
     ("slow", ["train_policy", *NAMED, "--out", "s"], ""),
     ("", ["train_policy", *NAMED, "--out", "p"], ""),
     ("", ["train_policy", *NAMED, "--out", "p", "--resume", "--steps", "4"], ""),

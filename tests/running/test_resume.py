@@ -37,7 +37,7 @@ from minalign.running.logs import JsonLines
 from minalign.running.optimizer import Optimizer
 from minalign.running.ranks import Ranks
 from minalign.running.run import stop_after_step
-from minalign.running.run_folder import FREE_TO_CHANGE, resumed_run
+from minalign.running.run_folder import FREE_TO_CHANGE, claimed_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,6 +89,13 @@ def counted():
         return reward(prompts, completions)
 
     return function, batches
+
+
+def resumed_run(out, config):
+    """The folder in which --resume goes on."""
+    config = dataclasses.replace(config, out=out, resume=True)
+    with claimed_folder(config, "") as (folder, _):
+        return folder
 
 
 def stop_policy(out, call, **changes):
@@ -507,6 +514,8 @@ def test_a_folder_without_config_starts_anew(tmp_path, capsys):
     config = policy_config()
     assert resumed_run(f"{tmp_path}/new", config) == tmp_path / "new"
     assert "starting it" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()  # nothing ran
+    (tmp_path / "new").mkdir()
     (tmp_path / "new/config.json.new").write_text('{"half')  # killed while it wrote that
     assert resumed_run(f"{tmp_path}/new", config) == tmp_path / "new"
     (tmp_path / "new/slurm.log").touch()  # no file of a run
