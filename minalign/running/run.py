@@ -65,7 +65,7 @@ class Run:
     dtype: torch.dtype
     ranks: Ranks = field(default_factory=Ranks)
     stop: threading.Event = field(default_factory=threading.Event)
-    require_in_place: Callable[[], None] = lambda: None
+    require_in_place: Callable[[], None] = field(default_factory=lambda: lambda: None)
     made_of: dict = field(init=False)  # see `is_made_of`
     counts: dict = field(init=False)
     done: int = field(init=False, default=0)  # steps that were done when the run was resumed
