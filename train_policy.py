@@ -368,17 +368,21 @@ def load(run: Run) -> Task:
 
     Without --rm it has the toy world's reward model, which is made on first use.
     """
+    from minalign.data import toy
     from minalign.models.loading import try_save
     from minalign.task import load_task
     from train_rm import toy_reward_model
 
     config = run.config
     with run.ranks.first_before_others():
+        model = config.model or toy.start_policy_folder()
         rewards = config.rm or [toy_reward_model(run.device, run.dtype)]
-        task = load_task(
-            config, config.model, rewards, run.device, run.dtype, config.micro_batch_size
-        )
-        try_save(task.start, task.tokenizer)
+    task = load_task(config, config.model, rewards, run.device, run.dtype, config.micro_batch_size)
+    try_save(task.start, task.tokenizer)
+    run.is_made_of(
+        {"training data": task.train_prompts, "held-out data": task.eval_prompts},
+        {f"start model {model}": model} | {f"reward {name}": name for name in rewards},
+    )
     require(
         config.uncertainty == "none" or task.reward.num_labels > 2,
         f"--uncertainty {config.uncertainty}: --rm {' '.join(rewards)}: no distribution over "
@@ -410,6 +414,30 @@ def policy_of(config: Config, task: Task) -> tuple[torch.nn.Module, Task]:
     return policy, task
 
 
+def save(run: Run, task: Task, policy: torch.nn.Module) -> None:
+    """<run's folder>/model, the policy as it is, and best/, that of the best step so far."""
+    from minalign.data import toy
+    from minalign.models.loading import save_policy
+    from minalign.models.lora import adapter_parameters
+    from minalign.running.checkpoints import checkpoint_folder, read_checkpoint
+
+    run.require_in_place()
+    base = run.config.model or toy.start_policy_folder()
+    adapter_of = base if run.config.lora_save == "adapter" else ""
+    save_policy(policy, task.tokenizer, run.folder / "model", adapter_of=adapter_of)
+    best_step = run.counts.get("best_step")
+    best = best_step and read_checkpoint(checkpoint_folder(run.folder, best_step), "no new best/")
+    if not best:
+        return
+    trained = adapter_parameters(policy) or list(policy.parameters())
+    last = [parameter.detach().cpu().clone() for parameter in trained]
+    for weights in (best["policy"], last):
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.data.copy_(weight)
+        if weights is not last:
+            save_policy(policy, task.tokenizer, run.folder / "best", adapter_of=adapter_of)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load, train, show before and after, save."""
     config = resolve(parse_flags(Config, __doc__, argv))
@@ -420,9 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_functions(config.rm)
     with open_run(config, "policy") as run:
-        from minalign.data import toy
         from minalign.measuring.policies import before_after_table, show_samples
-        from minalign.models.loading import save_policy
 
         policy, task = policy_of(config, load(run))
         if run.first:
@@ -433,10 +459,8 @@ def main(argv: list[str] | None = None) -> None:
             with run.begun():
                 train(run, task, policy)
         finally:  # also after Ctrl-C or a reward that is not finite: what was learned is kept
-            if run.first:
-                base = config.model or toy.start_policy_folder()
-                adapter_of = base if config.lora_save == "adapter" else ""
-                save_policy(policy, task.tokenizer, run.folder / "model", adapter_of=adapter_of)
+            if run.first and run.step + run.done:
+                save(run, task, policy)
         if not run.first:
             return
         after, samples, _ = evaluate(run, task, policy)
@@ -444,6 +468,13 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + before_after_table(before, after))
         results = {"before": before, "after": after}
         write_atomic(run.folder / "results.json", to_json(results, indent=2) + "\n")
+        last = after["reward"] - config.beta * after["kl_sft"]
+        best, best_step = (run.counts.get(name) for name in ("best", "best_step"))
+        if best_step and not last >= best:
+            print(
+                f"\nheld-out reward - beta KL: {last:.3f} at the last step, worse than {best:.3f} "
+                f"at step {best_step}, which is {run.folder}/best"
+            )
         print(f"\nsaved {run.folder}/model")
 
 

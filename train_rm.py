@@ -229,9 +229,8 @@ def train(
         loss = run.ranks.gather((losses.sum() * (counts / len(batch)))[None]).sum().item()
         grad_norm = optimizer.step(skip=not math.isfinite(loss))
         if not math.isfinite(loss + grad_norm):
-            if run.first and run.counts.get("best") is None:
-                save(run, reward_model)
-            run.skip(f"loss {loss}, gradient norm {grad_norm}")
+            kept = keep_last(run, reward_model, held_out)
+            run.skip(f"loss {loss}, gradient norm {grad_norm}", kept)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.lr}
         write_logs(run, reward_model, objective, held_out, steps, metrics)
     best = run.counts.get("best") or {}
@@ -289,7 +288,12 @@ def write_logs(
 
     metrics = metrics | {"skipped": run.counts["skipped"]}
     if run.first and (run.step % run.config.eval_every == 0 or run.step == steps):
-        metrics |= evaluate_pairs(objective, reward_model, held_out)
+        measured = evaluate_pairs(objective, reward_model, held_out)
+        best = run.counts.get("best")
+        kept = f"model/ is that of step {best['step']}" if best else "no model is kept"
+        bad = ", ".join(name for name, value in measured.items() if not math.isfinite(value))
+        require(not bad, f"step {run.step}: not finite: {bad}: {kept}: lower --lr")
+        metrics |= measured
         tqdm.write(
             "step {step:4d}/{steps}  loss {loss:.4f}  held out: loss {eval_loss:.4f} (constant "
             "{eval_floor:.4f})  accuracy {eval_accuracy:.3f}  margin {eval_margin:.2f}  ece "
@@ -297,11 +301,20 @@ def write_logs(
                 step=run.step, steps=steps, **metrics
             )
         )
-        best = run.counts.get("best")
         if best is None or metrics["eval_loss"] < best["eval_loss"]:
             run.counts["best"] = {"step": run.step} | metrics
             save(run, reward_model)
     run.log(metrics)
+
+
+def keep_last(run: Run, reward_model: RewardModel, held_out: list[Example]) -> str:
+    """Save the model where none is kept yet and its scores are finite. Says what is kept."""
+    best, texts = run.counts.get("best"), [text for pair in held_out for text in pair.texts]
+    if best is None and run.first:
+        if not reward_model.logits(texts).isfinite().all():
+            return "no model is kept"
+        save(run, reward_model)
+    return f"{run.folder}/model is that of step {best['step'] if best else run.step - 1}"
 
 
 def save(run: Run, reward_model: RewardModel) -> None:
@@ -309,6 +322,7 @@ def save(run: Run, reward_model: RewardModel) -> None:
     from minalign.data import toy
     from minalign.models.folders import atomic_folder
 
+    run.require_in_place()
     base = run.config.model or toy.start_policy_folder()
     with atomic_folder(run.folder / "model") as folder:
         adapter_of = base if run.config.lora_save == "adapter" else ""
@@ -415,7 +429,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the flags, open the run, train."""
     config = resolve(parse_flags(Config, __doc__, argv))
     with open_run(config, "rm") as run:
+        from minalign.data import toy
+
+        with run.ranks.first_before_others():
+            model = config.model or toy.start_policy_folder()
         parts = load(config, run.device)
+        _, train_pairs, held_out = parts
+        data = {"training data": train_pairs, "held-out data": held_out}
+        run.is_made_of(data, {f"start model {model}": model})
         with run.begun():
             train(run, *parts)
         print(f"saved {run.folder}/model")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -30,7 +29,7 @@ import train_policy
 from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require
 from minalign.running.flags import flag, parse_flags
-from minalign.running.logs import to_json, write_atomic
+from minalign.running.logs import read_json, read_rows, to_json, write_atomic
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -228,9 +227,10 @@ def measure(
         raise KeyboardInterrupt(f"before {name} was measured")
     if not run.first:
         return {}
+    run.require_in_place()
     cached = place / "results.json" if place else None
     if cached and cached.exists():
-        read = json.loads(cached.read_text())
+        read = read_json(cached, "reward", "kl_sft")
         metrics = {key: math.nan if read[key] is None else read[key] for key in read}
     else:
         metrics = train_policy.evaluate(run, task, policy)[0]
@@ -243,7 +243,7 @@ def measure(
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
     """The held-out metrics along a run, with their steps."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     held_out = [
         {
             key.removeprefix("eval_"): row[key]
@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the flags, run WARP, draw the front."""
     config = resolve(parse_flags(Config, __doc__, argv))
     check_functions(config.rm)
-    # a group of processes may wait for another's whole run
-    with open_run(config, "warp", patience_hours=24 * 30) as run:
+    with open_run(config, "warp") as run:
+        run.require_shared_folder()
         task = train_policy.load(run)
         with run.begun():
             results = run_warp(run, task)

@@ -127,7 +127,8 @@ def test_commands_have_flags_that_exist_and_go_together(page, monkeypatch):
         words = shlex.split(command)
         if words[0] == "torchrun":
             monkeypatch.setenv("WORLD_SIZE", words[2])
-            words = ["python", *words[3:]]
+            script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            words = ["python", *words[script:]]
         if words[:3] == ["python", "-m", "minalign"]:
             tool = importlib.import_module(f"minalign.tools.{words[3]}")
             config = tool.parse_flags(tool.Config, "", words[4:])

@@ -24,7 +24,7 @@ def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> f
     probabilities = probabilities.cpu().double()
     confidence = torch.maximum(probabilities, 1 - probabilities)
     correct = (probabilities > 0.5) + 0.5 * (probabilities == 0.5)
-    bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    bin_of = ((confidence - 0.5) * 2 * bins).nan_to_num().long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.double)
     gaps.index_add_(0, bin_of, correct - confidence)  # n_b (accuracy_b - confidence_b)
     return (gaps.abs().sum() / len(probabilities)).item()

@@ -30,7 +30,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
     for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     try:
         new.mkdir(parents=True)
         yield new
@@ -54,7 +54,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             f"{folder}: cannot be written ({first_line(error)}): what was there is whole; "
             "make room there"
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, as far as that goes. Of a symbolic link only the link."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def model_folder(path: str) -> str:

@@ -159,7 +159,9 @@ class RunFlags:
     """Nothing lost: checkpoints, --resume, and what happens to a step that is not finite."""
 
     save_every: int = flag(50, "steps between checkpoints in <out>/checkpoints", "[1, inf)")
-    keep: int = flag(1, "last checkpoints to keep, beside the best one", "[1, inf)")
+    keep: int = flag(
+        1, "last checkpoints to keep; that of a policy's best step stays, too", "[1, inf)"
+    )
     resume: bool = flag(False, "resume the run in --out from its last checkpoint, to the same end")
     tensorboard: bool = flag(
         False, "write the metrics for TensorBoard, too (pip install tensorboard)"

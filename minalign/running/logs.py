@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import UserError
+from .errors import UserError, require
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -43,6 +43,42 @@ def to_json(value: typing.Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, is no object, or lacks one of `keys`.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read ({reason}): bring it back") from error
+    whole = isinstance(found, dict) and found.keys() >= set(keys)
+    wanted = f"an object with {', '.join(keys)}" if keys else "an object"
+    require(whole, f"{path}: not what a run wrote: expected {wanted}")
+    return found
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a log, a file of JSON lines.
+
+    Raises:
+        UserError: it is not there, or a line is broken.
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): bring it back") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+        whole = len(rows) == number and isinstance(rows[-1], dict) and "step" in rows[-1]
+        require(whole, f"{path}: line {number}: no JSON object with a step: fix or remove it")
+    return rows
+
+
 class JsonLines:
     """A file of one JSON object per line, written line by line: a killed run keeps what it had.
 
@@ -56,8 +92,11 @@ class JsonLines:
         kept = []
         for line in path.read_bytes().splitlines() if last_step and path.exists() else []:
             # The last line of a killed run may be torn.
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 kept += [row for row in [json.loads(line)] if row["step"] <= last_step]
+        lost = last_step - len(kept)
+        if lost > 0:
+            print(f"{path}: {lost} of the first {last_step} steps are missing or broken in it")
         self.path, self.last = path, kept[-1] if kept else None
         write_atomic(path, "".join(to_json(row) + "\n" for row in kept))
         # Unbuffered: a buffer would try again at exit what a full disk refused.

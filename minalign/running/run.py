@@ -17,15 +17,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import platform
 import signal
+import subprocess
 import sys
 import threading
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,18 +33,14 @@ from tqdm import tqdm
 
 from .device import pick_device, pick_dtype
 from .errors import UserError, one_line, require
+from .fingerprints import fingerprints
 from .flags import dashed
 from .logs import JsonLines, MetricsLog, to_json, write_atomic
-from .ranks import Ranks, process_group
+from .ranks import Ranks, launcher_is_gone, process_group
+from .run_folder import claimed_folder, require_same_fingerprints
 
 if typing.TYPE_CHECKING:
     import torch
-
-# Flags that may have another value when a run is resumed.
-FREE_TO_CHANGE = (
-    *"out resume device dtype save_every keep".split(),
-    *"on_nonfinite micro_batch_size shard tensorboard".split(),
-)
 
 
 @dataclass
@@ -59,6 +55,7 @@ class Run:
         dtype: of the forward passes.
         ranks: the processes that share the run.
         stop: once set, the loop ends after its step.
+        require_in_place: UserError where the folder was deleted, or is another run's by now.
     """
 
     folder: Path
@@ -67,6 +64,8 @@ class Run:
     dtype: torch.dtype
     ranks: Ranks = field(default_factory=Ranks)
     stop: threading.Event = field(default_factory=threading.Event)
+    require_in_place: Callable[[], None] = field(default_factory=lambda: lambda: None)
+    made_of: dict = field(init=False)  # see `is_made_of`
     counts: dict = field(init=False)
     done: int = field(init=False, default=0)  # steps that were done when the run was resumed
     step: int = field(init=False, default=0)  # the current one
@@ -74,12 +73,24 @@ class Run:
     logs: dict = field(init=False)
 
     def __post_init__(self) -> None:
-        self.counts, self.logs = {"skipped": 0}, {}
+        self.counts, self.logs, self.made_of = {"skipped": 0}, {}, {}
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.ranks.first
+
+    def is_made_of(self, data: dict[str, Sequence], models: dict[str, str]) -> None:
+        """Take the fingerprints of what the run reads, see fingerprints.py. config.json keeps them.
+
+        Raises:
+            UserError: processes differ in something, or with --resume it has changed.
+        """
+        self.made_of = fingerprints(data, models)
+        self.ranks.require_same(self.made_of)
+        if self.config.resume:
+            what = self.folder / "config.json", self.config, self.made_of
+            self.ranks.from_first(lambda: require_same_fingerprints(*what))
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -89,10 +100,17 @@ class Run:
             yield
 
     def write_config(self) -> None:
-        """Write what runs to <folder>/config.json. A resumed run has it already."""
-        if self.first and not (self.folder / "config.json").exists():
-            what = describe(self.config, self.device, self.dtype)
+        """Write what runs to <folder>/config.json. That of a resumed run tells how it goes on."""
+        if self.first:
+            what = describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
             write_atomic(self.folder / "config.json", to_json(what, indent=2) + "\n")
+
+    def require_shared_folder(self) -> None:
+        """UserError where processes on other machines do not see the run's folder."""
+        lock = self.folder / "lock"
+        seen = lock.read_text() if lock.exists() else ""
+        alone = self.ranks.any(seen != self.ranks.from_first(lambda: seen), self.device)
+        require(not alone, f"--out {self.folder}: expected a folder that all machines share")
 
     def steps(
         self, total: int, batches: Iterator, state: dict[str, typing.Any], name: str = "steps"
@@ -113,7 +131,12 @@ class Run:
         from .checkpoints import resume_, save_checkpoint
 
         state = state | {"counts": self.counts}
-        self.done = resume_(self.folder, state) if self.config.resume else 0
+        resume = self.config.resume
+        self.done = resume_(self.folder, state, self.ranks, self.device) if resume else 0
+        held_out = self.made_of.get("held-out data")
+        if self.counts.get("best_of", held_out) != held_out:
+            print("other held-out prompts than before: the best step is sought anew")
+            self.counts.update(best=-math.inf, best_step=None)
         if self.first:
             self.logs["metrics"] = MetricsLog(self.folder, self.done, self.config.tensorboard)
         for _ in range(self.done):
@@ -123,7 +146,8 @@ class Run:
         for step in tqdm(remaining, **bar, disable=not self.first or None):
             self.step, self.began = step, time.monotonic()
             yield step, next(batches)
-            stopping = self.ranks.any(self.stop.is_set(), self.device)
+            self.require_in_place()
+            stopping = self.ranks.any(self.stop.is_set() or launcher_is_gone(), self.device)
             best = self.counts.get("best_step")  # known to the first process alone
             due = step % self.config.save_every == 0 or step in (total, best) or stopping
             if self.ranks.any(self.first and due, self.device):
@@ -158,16 +182,17 @@ class Run:
                 self.logs[name] = JsonLines(self.folder / f"{name}.jsonl", self.done)
             self.logs[name].append({"step": self.step} | row)
 
-    def skip(self, problem: str) -> None:
+    def skip(self, problem: str, kept: str = "") -> None:
         """Say and count that this step is left out.
 
         Args:
             problem: what is not finite.
+            kept: what is kept of the model, in words.
         Raises:
             UserError: with --on-nonfinite stop, always.
         """
         if self.config.on_nonfinite == "stop":
-            kept = f"{self.folder} keeps the last good model"
+            kept = kept or f"{self.folder} keeps the last good model"
             raise UserError(f"step {self.step}: {problem}: {kept}: lower --lr")
         self.counts["skipped"] += 1
         skipped = self.counts["skipped"]
@@ -177,105 +202,41 @@ class Run:
         """Whether `value` is above those of all earlier steps. If so, this checkpoint is kept."""
         better = value > self.counts.get("best", -math.inf)
         if better:
-            self.counts |= {"best_step": self.step, "best": value}
+            held_out = self.made_of.get("held-out data")
+            self.counts |= {"best_step": self.step, "best": value, "best_of": held_out}
         return better
 
 
 @contextlib.contextmanager
-def open_run(config: typing.Any, kind: str, patience_hours: float = 0.5) -> Iterator[Run]:
+def open_run(config: typing.Any, kind: str) -> Iterator[Run]:
     """The run that a script was started for: device, precision, processes, folder, printed header.
 
     Args:
         config: a dataclass with RunFlags, DeviceFlags and `out`.
-        kind: of run, for the folder's name.
-        patience_hours: a process that waits longer for another one ends with an error.
-    """
-    device, reason = pick_device(config.device)
-    with process_group(device, patience_hours) as (ranks, device):
-        folder = Path(ranks.from_first(lambda: str(run_folder(config, kind))))
-        dtype = pick_dtype(config.dtype, device)
-        show_config(config, device, reason, dtype)
-        yield Run(folder, config, device, dtype, ranks)
-
-
-def run_folder(config: typing.Any, kind: str) -> Path:
-    """The folder of a run: with --resume the one to resume, otherwise a new one.
-
+        kind: of run, for the folder's name: policy, rm or warp.
     Raises:
-        UserError: the folder cannot be used, or --tensorboard lacks its package.
+        UserError: the folder cannot be used, --tensorboard lacks its package, or processes were
+            started with different flags or versions.
     """
     require(
         not config.tensorboard or importlib.util.find_spec("tensorboard") is not None,
         "--tensorboard: it is not installed: pip install tensorboard, or leave it out",
     )
-    return resumed_run(config.out, config) if config.resume else new_run(config.out, kind)
+    device, reason = pick_device(config.device)
+    with process_group(device) as (ranks, device), contextlib.ExitStack() as stack:
+        given = dataclasses.asdict(config).items()
+        own = ("out", "micro_batch_size")  # of each process
+        flags = {dashed(name): value for name, value in given if name not in own}
+        ranks.require_same(flags | _versions() | fingerprints({}, {}))
+        run = Run(Path(), config, device, pick_dtype(config.dtype, device), ranks)
 
+        def claim() -> Path:
+            folder, run.require_in_place = stack.enter_context(claimed_folder(config, kind))
+            return folder
 
-def new_run(out: str, kind: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/<kind>-<number>.
-
-    Raises:
-        UserError: it holds another run, or cannot be made.
-    """
-    if not out:
-        numbers = [path.name.rpartition("-")[2] for path in Path("runs").glob(f"{kind}-*")]
-        taken = max((int(number) for number in numbers if number.isdigit()), default=0)
-        out = f"runs/{kind}-{taken + 1}"
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = any(folder.iterdir())
-    except OSError as error:
-        reason = f"cannot be used ({error.strerror}): choose another folder"
-        raise UserError(f"--out {out}: {reason}") from error
-    fix = "choose another folder or remove that one"
-    require(not occupied, f"--out {out}: holds another run: {fix}")
-    return folder
-
-
-def resumed_run(out: str, config: typing.Any) -> Path:
-    """The folder of a run to resume.
-
-    A folder without config.json is a run that was killed before its first step, or a job script's
-    first try: it starts anew.
-
-    Raises:
-        UserError: --out is missing, or the run had other flags (they are named).
-    """
-    require(bool(out), "--resume needs --out: the folder of the run to resume")
-    path = Path(out) / "config.json"
-    if not path.is_file():
-        print(f"--resume: no run in {out} yet: starting it")
-        # A run that was killed while it wrote config.json leaves this file. Where --out cannot be
-        # used, new_run says why.
-        with contextlib.suppress(OSError):
-            path.with_name("config.json.new").unlink(missing_ok=True)
-        return new_run(out, "")
-    require_same_flags(path, config, FREE_TO_CHANGE)
-    return Path(out)
-
-
-def require_same_flags(path: Path, config: typing.Any, free: tuple[str, ...]) -> None:
-    """Compare the flags of an earlier run with those of this one.
-
-    Args:
-        path: config.json of the earlier run.
-        free: names of flags that may differ.
-    Raises:
-        UserError: a flag has another value (it is named), or the file cannot be read.
-    """
-    try:
-        ran = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        reason = f"cannot be read ({error}): give another --out"
-        raise UserError(f"--resume: {path}: {reason}") from error
-    given = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name, value in given.items():
-        require(
-            name in free or ran.get(name) == value,
-            f"--resume: {path.parent} ran with {dashed(name)} {ran.get(name)}, now {value}: give "
-            "the same, or another --out",
-        )
+        run.folder = ranks.from_first(claim)
+        show_config(config, device, reason, run.dtype)
+        yield run
 
 
 @contextlib.contextmanager
@@ -290,6 +251,9 @@ def stop_after_step(out: Path, stop: threading.Event | None = None) -> Iterator[
         KeyboardInterrupt: after one signal or two, with a message that says how to resume.
     """
     stop = stop or threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield stop
+        return
 
     def ask(*_: object) -> None:
         if stop.is_set():
@@ -325,28 +289,29 @@ def show_config(config: typing.Any, device: torch.device, reason: str, dtype: to
 
 def describe(config: typing.Any, device: torch.device, dtype: torch.dtype) -> dict[str, typing.Any]:
     """What config.json holds: every flag as resolved, device, command, commit, versions."""
-    import torch
-    import transformers
-
     return dataclasses.asdict(config) | {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "argv": sys.argv,
         "git": _git_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _git_revision() -> str | None:
     """The commit that is checked out beside this package; None where there is none."""
-    folder = Path(__file__).parents[2] / ".git"
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():  # installed: git would answer for a repository around it
+        return None
+    ask = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
-        head = (folder / "HEAD").read_text().strip()
-        is_branch = head.startswith("ref: ")
-        return (folder / head.removeprefix("ref: ")).read_text().strip() if is_branch else head
-    except OSError:
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None

@@ -132,8 +132,16 @@ def whole_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict:
 
 
 def load_whole_state_(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load what `whole_state` returned, on all ranks, with or without --shard."""
+    """Load what `whole_state` returned, on all ranks, with or without --shard.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, values in saved["state"].items():
+        for name, value in values.items():
+            if value.numel() > 1 and value.shape != parameters[i].shape:
+                raise ValueError(f"{name} of another shape")
     state = {
         i: {name: _piece(value, parameters[i]) for name, value in values.items()}
         for i, values in saved["state"].items()

@@ -27,7 +27,8 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.flags import SEEDS, DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
 from ..running.logs import JsonLines, to_json, write_atomic
-from ..running.run import describe, new_run, show_config
+from ..running.run import describe, show_config
+from ..running.run_folder import new_run
 from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once

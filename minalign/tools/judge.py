@@ -33,7 +33,7 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
 from ..running.flags import SEEDS, TEMPERATURES, ColumnFlags, DeviceFlags, dashed, flag, parse_flags
 from ..running.logs import to_json, write_atomic
-from ..running.run import new_run, require_same_flags
+from ..running.run_folder import new_run, require_same_flags
 from .asking import EndpointJudge, LocalJudge, Reply
 from .files import whole_file
 from .settings import SAMPLING, agreed, held_out_rows, settings_of, with_flags_of_runs

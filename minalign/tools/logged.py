@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy
 
 from ..running.errors import UserError, require
-from ..running.run import FREE_TO_CHANGE
+from ..running.run_folder import FREE_TO_CHANGE
 
 # Entries of config.json. Runs that differ in nothing else are one group.
-NOT_A_SETTING = {*FREE_TO_CHANGE, "seed", "argv", "versions"}
+NOT_A_SETTING = {*FREE_TO_CHANGE, "seed", "argv", "versions", "fingerprints"}
 
 MOST_POINTS = 2000  # of a curve: more than a figure's pixels show nothing more
 

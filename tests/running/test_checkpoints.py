@@ -12,6 +12,9 @@ from minalign.models.folders import model_folder
 from minalign.models.loading import end_token_ids, load_policy
 from minalign.running.checkpoints import resume_, save_checkpoint
 from minalign.running.errors import UserError
+from minalign.running.ranks import Ranks
+
+CPU = torch.device("cpu")
 
 
 def save_policy(folder, model=None, **special_tokens):
@@ -116,4 +119,7 @@ def test_logs_are_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"weights": [torch.ones(2)]}, keep=1)
     assert synced[0] == "metrics.jsonl" and "state.pt" in synced
     weights = [torch.zeros(2)]
-    assert resume_(tmp_path, {"weights": weights}) == 1 and weights[0].tolist() == [1.0, 1.0]
+    assert resume_(tmp_path, {"weights": weights}, Ranks(), CPU) == 1 and weights[0].tolist() == [
+        1.0,
+        1.0,
+    ]

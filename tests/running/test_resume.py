@@ -36,7 +36,8 @@ from minalign.running.errors import UserError
 from minalign.running.logs import JsonLines
 from minalign.running.optimizer import Optimizer
 from minalign.running.ranks import Ranks
-from minalign.running.run import FREE_TO_CHANGE, resumed_run, stop_after_step
+from minalign.running.run import stop_after_step
+from minalign.running.run_folder import FREE_TO_CHANGE, claimed_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +89,13 @@ def counted():
         return reward(prompts, completions)
 
     return function, batches
+
+
+def resumed_run(out, config):
+    """The folder in which --resume goes on."""
+    config = dataclasses.replace(config, out=out, resume=True)
+    with claimed_folder(config, "") as (folder, _):
+        return folder
 
 
 def stop_policy(out, call, **changes):
@@ -484,6 +492,7 @@ def test_only_what_may_change_may_change(tmp_path, script):
 
 def test_nothing_that_changes_what_is_learned_may_change():
     free = "out resume device dtype save_every keep on_nonfinite micro_batch_size tensorboard shard"
+    free += " gradient_checkpointing eval_every"
     assert set(FREE_TO_CHANGE) == set(free.split())
 
 
@@ -505,9 +514,13 @@ def test_a_folder_without_config_starts_anew(tmp_path, capsys):
     config = policy_config()
     assert resumed_run(f"{tmp_path}/new", config) == tmp_path / "new"
     assert "starting it" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()  # nothing ran
+    (tmp_path / "new").mkdir()
     (tmp_path / "new/config.json.new").write_text('{"half')  # killed while it wrote that
     assert resumed_run(f"{tmp_path}/new", config) == tmp_path / "new"
-    (tmp_path / "new/thesis.tex").touch()
+    (tmp_path / "new/slurm.log").touch()  # no file of a run
+    assert resumed_run(f"{tmp_path}/new", config) == tmp_path / "new"
+    (tmp_path / "new/metrics.jsonl").touch()
     with pytest.raises(UserError, match="holds another run"):
         resumed_run(f"{tmp_path}/new", config)
     with pytest.raises(UserError, match="--out"):

@@ -19,7 +19,8 @@ from minalign.running.device import pick_device, pick_dtype
 from minalign.running.errors import UserError, one_line_errors, require
 from minalign.running.logs import MetricsLog
 from minalign.running.optimizer import warmup_factor
-from minalign.running.run import Run, new_run, open_run, resumed_run
+from minalign.running.run import Run, open_run
+from minalign.running.run_folder import claimed_folder, new_run
 
 
 @dataclass
@@ -33,6 +34,13 @@ class Config:
     resume: bool = False
     seed: int = 0
     eta: list[float] | None = None
+
+
+def resumed_run(out, config):
+    """The folder in which --resume goes on."""
+    config = dataclasses.replace(config, out=out, resume=True)
+    with claimed_folder(config, "") as (folder, _):
+        return folder
 
 
 def write_config(folder, config, dtype=torch.float32):
