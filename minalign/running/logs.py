@@ -1,5 +1,6 @@
 """The logs of a run: files of JSON lines, a printed table, TensorBoard."""
 
+import base64
 import contextlib
 import json
 import math
@@ -26,21 +27,36 @@ def write_atomic(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}): make room there") from error
 
 
-def to_json(value: typing.Any, indent: int | None = None) -> str:
-    """JSON text. A number that is not finite becomes null, since JSON has none.
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON text of a value, whatever types a data set or a function gave it.
 
-    >>> to_json({"reward": [1.0, float("nan")]})
-    '{"reward": [1.0, null]}'
+    Times become ISO texts, bytes base64, arrays lists, what is not finite null, anything else that
+    JSON has not its text.
+
+    >>> to_json({"n": math.nan, "b": b"hi", "nested": [{"t": (1, 2)}]})
+    '{"n": null, "b": "aGk=", "nested": [{"t": [1, 2]}]}'
     """
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
-    def finite(part: typing.Any) -> typing.Any:
-        if isinstance(part, dict):
-            return {key: finite(each) for key, each in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [finite(each) for each in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+def _plain(value: typing.Any) -> object:
+    """`value` in the types of JSON."""
+    if isinstance(value, str) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(one) for one in value]
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    if hasattr(value, "tolist"):  # numpy and torch; nanoseconds would become a bare number
+        times = getattr(value.dtype, "kind", "") in ("M", "m")
+        return _plain((value.astype(str) if times else value).tolist())
+    if value != value or value in (math.inf, -math.inf):  # nan, NaT
+        return None
+    if isinstance(value, (int, float)):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def read_json(path: Path, *keys: str) -> dict:

@@ -1,9 +1,6 @@
-"""Files that tools write: whole or not at all, and rows with values that JSON has not."""
+"""Files that tools write: whole or not at all."""
 
-import base64
 import contextlib
-import json
-import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,35 +59,3 @@ def _part(path: Path) -> Path:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-def json_line(row: dict) -> str:
-    """A row as a line of JSON, whatever types a data set gave it.
-
-    Times become ISO texts, bytes base64, arrays lists, what is not finite null, anything else that
-    JSON has not its text.
-
-    >>> json_line({"n": math.nan, "b": b"hi", "nested": [{"t": (1, 2)}]})
-    '{"n": null, "b": "aGk=", "nested": [{"t": [1, 2]}]}\\n'
-    """
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
-
-
-def _plain(value: object) -> object:
-    """`value` in the types of JSON."""
-    if isinstance(value, str) or value is None:
-        return value
-    if isinstance(value, dict):
-        return {str(_plain(key)): _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(one) for one in value]
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return base64.b64encode(value).decode()
-    if hasattr(value, "tolist"):  # numpy and torch; nanoseconds would become a bare number
-        times = getattr(value.dtype, "kind", "") in ("M", "m")
-        return _plain((value.astype(str) if times else value).tolist())
-    if value != value or value in (math.inf, -math.inf):  # nan, NaT
-        return None
-    if isinstance(value, (int, float)):
-        return value
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)

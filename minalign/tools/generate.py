@@ -38,7 +38,8 @@ from ..running.flags import (
     flag,
     parse_flags,
 )
-from .files import json_line, require_writable, whole_file
+from ..running.logs import to_json
+from .files import require_writable, whole_file
 from .settings import SAMPLING, held_out_rows, with_flags_of_runs
 
 
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
                 if file:  # with the row's other columns
                     row = dict(rows[i + j // config.samples])
                     row = {name: row[name] for name in row if name not in stale}
-                    file.write(json_line(row | answer))
+                    file.write(to_json(row | answer) + "\n")
                 else:
                     show(answer)
     if file:

@@ -30,7 +30,8 @@ from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.flags import ColumnFlags, DeviceFlags, flag, parse_flags
-from .files import json_line, require_writable, whole_file
+from ..running.logs import to_json
+from .files import require_writable, whole_file
 
 
 @dataclass
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     found, column = iter(scores), torch.tensor(list(filter(math.isfinite, scores)))
     with whole_file(config.out) as file:
         for row, names in zip(rows, texts):
-            file.write(json_line(dict(row) | {name: next(found) for name in names}))
+            file.write(to_json(row | {name: next(found) for name in names}) + "\n")
     notes = {
         "rows without": sum(not names for names in texts),
         "not finite": len(scores) - len(column),

@@ -236,7 +236,7 @@ def test_any_column_type_goes_through(here, models, answers, tool):
 
 
 def test_values_of_any_type_become_json():
-    from minalign.tools.files import json_line
+    from minalign.running.logs import to_json
 
     cases = [
         (numpy.float32(1.5), 1.5),
@@ -255,7 +255,7 @@ def test_values_of_any_type_become_json():
         (2**70, 2**70),
     ]
     for value, expected in cases:
-        assert json.loads(json_line({"x": value}), parse_constant=pytest.fail) == {"x": expected}
+        assert json.loads(to_json({"x": value}), parse_constant=pytest.fail) == {"x": expected}
 
 
 BAD_OUT = ["no/such/dir/x.{}", "folder.{}", "n" * 300 + ".{}", "file.txt/x.{}", "\0.{}"]
