@@ -298,6 +298,8 @@ FAMILIES = {
 @pytest.mark.parametrize("kind, config, sizes", FAMILIES.values(), ids=FAMILIES)
 def test_a_text_in_a_batch_has_the_logits_of_transformers_alone(kind, config, sizes, tmp_path):
     rm = assert_as_alone(saved(tmp_path / "m", kind, config, num_labels=1, **sizes))
+    assert rm.together == (kind is not hf.FNetForSequenceClassification)
+    assert rm.padding_side == ("left" if "XLNet" in kind.__name__ else "right") or not rm.together
     if kind is hf.Gemma3ForSequenceClassification:
         assert rm.context == 64
 
