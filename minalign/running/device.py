@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 
 from .errors import UserError
@@ -24,29 +25,32 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         if torch.cuda.is_available():
             return torch.device("cuda"), f"auto: {torch.cuda.get_device_name()}"
         if torch.backends.mps.is_available():
-            return torch.device("mps"), "auto: Apple GPU"
+            # minalign has not been run on one.
+            return torch.device("cpu"), "auto: an Apple GPU is used with --device mps alone"
         return torch.device("cpu"), "auto: no GPU found"
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).item()  # on meta, a tensor has no numbers
-        torch.Generator(device)
-    except Exception as error:  # of any kind: each backend has its own
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"--device {name}: cannot be used ({reason}): try auto or cpu") from error
+        torch.zeros(1, device=device).item()  # a "meta" device makes tensors, too
+    except Exception as error:  # of many types, by device
+        raise UserError(
+            f"--device {name}: cannot be used ({str(error).splitlines()[0]}): try auto or cpu"
+        ) from error
     return device, "as asked"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the forward passes: "auto" is bfloat16 where CUDA has it, else float32.
+    """Precision of the forward passes: "auto" is bfloat16 where the GPU has it, else float32.
 
-    Weights stay float32.
+    Weights stay float32. GPUs before Ampere emulate bfloat16, more slowly than float32: it is said.
 
     Args:
         name: "auto", "float32" or "bfloat16".
     """
     import torch
 
-    if name == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if name == "auto" and device.type == "cuda":
+        with torch.cuda.device(device) if device.index else contextlib.nullcontext():
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return torch.bfloat16
+        print("--dtype auto: this GPU has no bfloat16 of its own: float32")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
