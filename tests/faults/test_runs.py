@@ -813,8 +813,10 @@ def machine(node):
 
     from minalign.running.errors import UserError
 
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=90))
+    torch.distributed.barrier()
     # Whatever waits for more than two seconds must do so in the run's own group.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=2))
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
     said = []
     for what, (script, *flags), _ in COMMANDS:
         flags = [flag.replace("NODE", str(node + 1)) for flag in flags]
@@ -832,7 +834,7 @@ def machine(node):
                 said.append(str(error))
         sys.modules.pop("rules", None)
     Path("said.json").write_text(json.dumps(said))
-    torch.distributed.new_group(timeout=timedelta(seconds=60))
+    torch.distributed.new_group(timeout=timedelta(seconds=90))  # until both are here
     os._exit(0)  # gloo's threads may abort a process at exit
 
 
