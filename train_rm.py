@@ -201,7 +201,7 @@ def train(
     # With --shard a pass is a sum over the processes, which must all make as many
     read = RewardModel.one_pass if config.shard else RewardModel.forward
     logits_of = optimizer.forward(
-        lambda learner, texts: read(RewardModel(learner, reward_model.tokenizer), texts), run.dtype
+        lambda learner, texts: read(reward_model.of(learner), texts), run.dtype
     )
     order = torch.Generator().manual_seed(config.seed)
     lengths = [max(map(len, example.texts)) for example in examples]

@@ -5,6 +5,7 @@ Training and scoring share one text format and one forward pass.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import re
@@ -25,7 +26,7 @@ from .data.chat import Prompt, TokenizedPrompt, encode, encode_sampled, encode_w
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.folders import model_folder
-from .models.loading import load_model, one_line, require_all_used, save_files
+from .models.loading import load_model, loading_errors, require_all_used, save_files
 from .models.lora import adapter_labels, lora_layers
 from .models.padding import context_of, length_parts, pad, text_config, tokens_per_pass
 from .running.errors import require
@@ -110,9 +111,6 @@ class RewardModel:
         self.plain_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
         if not self.plain_head:
             self.context = min(self.context, tokenizer.model_max_length)
-        # bfloat16 scores tie, so heads stay in float32.
-        for head in set(model.children()) - {model.base_model}:
-            head.forward = functools.partial(in_float32, head.forward)
         config = text_config(model.config)
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -131,7 +129,7 @@ class RewardModel:
             UserError: it cannot be loaded, or has no trained head.
         """
         where, folder = f"--rm {path}", model_folder(path)
-        with one_line(where, folder, "its first pass"):
+        with loading_errors(where, folder, "its first pass"):
             labels = adapter_labels(folder)
             options = {} if labels is None else {"num_labels": labels, "problem_type": None}
             model, tokenizer, missing, unused = load_model(
@@ -166,7 +164,7 @@ class RewardModel:
             UserError: it cannot be loaded, or weights of the body are missing or left over.
         """
         where, options = f"--model {path}", {"num_labels": num_labels, "problem_type": None}
-        with one_line(where, model_folder(path), "its first pass"):
+        with loading_errors(where, model_folder(path), "its first pass"):
             model, tokenizer, missing, unused = load_model(
                 AutoModelForSequenceClassification, path, "--model", **options
             )
@@ -233,6 +231,12 @@ class RewardModel:
             model.config.id2label = {k: str(k + 1) for k in range(model.config.num_labels)}
             model.config.label2id = {str(k + 1): k for k in range(model.config.num_labels)}
         return cls(model, tokenizer)
+
+    def of(self, model: torch.nn.Module) -> RewardModel:
+        """The same way of reading with another module in the model's place, as a wrapped one."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     @property
     def reading(self) -> str:
@@ -376,6 +380,9 @@ class RewardModel:
         The reference is transformers' own forward of one row. Where padding changes the logits on
         either side (FNet, Nystromformer), texts go one at a time, which is said.
         """
+        # bfloat16 scores tie, so heads stay in float32.
+        for head in set(self.model.children()) - {self.model.base_model}:
+            head.forward = functools.partial(in_float32, head.forward)
         tokenizer = self.tokenizer
         words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
         words &= set(range(self.model.get_input_embeddings().num_embeddings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import numbers
 import operator
@@ -74,25 +74,27 @@ made = functools.cache(lambda kind: kind())  # a class, once: it may load a mode
 
 
 def import_module(name: str) -> types.ModuleType:
-    """A module by its name, or by its file, which is read as it is now."""
-    path = Path(name if name.endswith(".py") else f"{name}.py").resolve()
-    if not name.endswith(".py"):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file and not file.startswith(LIBRARIES) and path.is_file() and Path(file) != path:
-            del sys.modules[name]  # of another folder, where this process was before
+    """A module by its name, or by its file; a file beside the caller is read as it is now."""
+    path = file_of(name)
+    if path is None:
         return importlib.import_module(name)
-    content = path.read_bytes()
-    digest = hashlib.sha256(bytes(path) + content).hexdigest()
+    digest = hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()
     key = f"{path.stem}_{digest[:8]}".replace(".", "_")  # hides no other module
     if key not in sys.modules:
-        sys.modules[key] = module = types.ModuleType(key)
-        module.__file__ = str(path)
+        spec = importlib.util.spec_from_file_location(key, path)
+        sys.modules[key] = module = importlib.util.module_from_spec(spec)
         try:
-            exec(compile(content, str(path), "exec", dont_inherit=True), vars(module))
+            spec.loader.exec_module(module)
         except BaseException:
             del sys.modules[key]
             raise
     return sys.modules[key]
+
+
+def file_of(name: str) -> Path | None:
+    """The file that a module is read from, if that is named or lies in this folder."""
+    path = Path(name if name.endswith(".py") else f"{name}.py").resolve()
+    return path if name.endswith(".py") or path.is_file() else None
 
 
 def told(error: BaseException) -> str:

@@ -72,7 +72,7 @@ def load_model(
     """
     where = f"{flag} {path}"
     folders = [model_folder(path)]
-    with one_line(where, folders[0], "adapter_config.json"):
+    with loading_errors(where, folders[0], "adapter_config.json"):
         # Adapters may be of a model that is adapters itself.
         while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
             named = json.loads(Path(file).read_text())["base_model_name_or_path"]
@@ -86,7 +86,7 @@ def load_model(
     place = f"{where}: its base model {base}" if adapters else where
     safe = {"trust_remote_code": False, "local_files_only": _is_local(base, place)}
 
-    with one_line(place, base, "config.json"):
+    with loading_errors(place, base, "config.json"):
         config = AutoConfig.from_pretrained(base, **safe, **options)
         config._attn_implementation = config._experts_implementation = None
         heads = " ".join(config.architectures or [])
@@ -96,14 +96,14 @@ def load_model(
                 f"{where}: a {heads}, whose head does not score a text: expected a sequence "
                 "classifier",
             )
-    with one_line(where, folders[0], "the tokenizer"):
+    with loading_errors(where, folders[0], "the tokenizer"):
         source = next(filter(_has_tokenizer, folders), None)
         require(source is not None, f"{where}: no tokenizer in {folders[0]}: put one there")
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         require_templates(tokenizer)
         vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
         tokenizer.decode(tokenizer("a")["input_ids"])  # some files are found to be wrong in use
-    with one_line(place, base, "the weights"):
+    with loading_errors(place, base, "the weights"):
         for index in Path(base).glob("*.index.json"):
             files = set(json.loads(index.read_text())["weight_map"].values())
             away = [file for file in files if file != os.path.basename(file)]
@@ -124,7 +124,7 @@ def load_model(
         if in_head and len(labels) == 1:
             return load_model(kind, path, flag, num_labels=labels.pop(), **options)
     missing = set(report["missing_keys"])
-    with one_line(where, folders[0], "the adapters"):
+    with loading_errors(where, folders[0], "the adapters"):
         for adapter in reversed(adapters):  # the innermost first
             brought = load_adapter_(model, adapter)
             missing -= brought
@@ -294,7 +294,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @contextlib.contextmanager
-def one_line(where: str, folder: str, part: str) -> Iterator[None]:
+def loading_errors(where: str, folder: str, part: str) -> Iterator[None]:
     """Whatever is raised inside becomes a UserError that names the model and the file at fault.
 
     Args:

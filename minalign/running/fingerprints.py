@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..models.folders import model_folder
+from ..models.functions import file_of
 
 MODEL_FILES = {".json", ".jinja", ".model", ".txt", ".safetensors", ".bin"}
 
@@ -55,9 +56,7 @@ def _files_of(name: str) -> Iterator[Path]:
     """The files that a model is loaded from, its base model's among them, or a function's file."""
     module, colon, _ = name.rpartition(":")
     if colon and not Path(name).exists():
-        file = (
-            module if Path(module).is_file() else getattr(sys.modules.get(module), "__file__", None)
-        )
+        file = file_of(module) or getattr(sys.modules.get(module), "__file__", None)
         yield from [Path(file)] if file else []
         return
     folder = Path(model_folder(name))

@@ -102,7 +102,8 @@ def rows_to_answer(config: Config) -> tuple[list[dict], list[dict], str, str]:
     rows = read_rows(source) if config.data else [{"prompt": p} for p in config.prompt or []]
     if not rows:
         return rows, rows, source, "prompt"
-    return rows, *prompt_rows(rows, parse_columns(config.columns), source)
+    named, column = prompt_rows(rows, parse_columns(config.columns), source)
+    return rows, named, source, column
 
 
 @torch.no_grad()

@@ -3,12 +3,11 @@
 import gzip
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from messages import assistant, system, user
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from minalign.data.chat import (
     TokenizedPrompt,
@@ -307,8 +306,9 @@ def test_format_is_what_the_tokenizer_allows():
 
 
 def reward_like(tokenizer):
-    config = SimpleNamespace(num_labels=1, max_position_embeddings=512)
-    return RewardModel(SimpleNamespace(config=config), tokenizer)
+    sizes = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(vocab_size=4, num_labels=1, pad_token_id=0, **sizes)
+    return RewardModel(LlamaForSequenceClassification(config), tokenizer)
 
 
 @pytest.mark.parametrize(

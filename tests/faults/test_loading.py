@@ -51,7 +51,8 @@ def refused(load, path):
     with pytest.raises(UserError) as error:
         load(str(path))
     line = str(error.value)
-    assert "\n" not in line and str(path) in line and line.startswith(("--rm ", "--model "))
+    shown = str(path)[:99] if str(path).isprintable() else ""
+    assert "\n" not in line and shown in line and line.startswith(("--rm ", "--model "))
     return line
 
 

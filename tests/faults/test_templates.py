@@ -7,7 +7,6 @@ of the faults that were replayed.
 import json
 import re
 import threading
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,6 +18,8 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -66,8 +67,9 @@ def tokenizer_of(family):
 
 
 def reward_of(tokenizer):
-    config = SimpleNamespace(num_labels=1, max_position_embeddings=512)
-    return RewardModel(SimpleNamespace(config=config), tokenizer)
+    sizes = dict(hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(vocab_size=4, num_labels=1, pad_token_id=0, **sizes)
+    return RewardModel(LlamaForSequenceClassification(config), tokenizer)
 
 
 def as_the_family_takes_it(family, messages):
@@ -110,7 +112,7 @@ def test_given_texts_are_read_as_transformers_writes_the_dialogue(family, messag
     for m in messages:
         assert m["content"] in tokenizer.decode(expected)
     row = {"prompt": messages, "chosen": f" {ANSWER}\n", "rejected": "No."}
-    pair = read_pair(row, "", (), True)
+    pair = read_pair(row, "", print, chat=True)
     (example,) = encode_pairs([pair], reward.encode, max_tokens=512, max_pairs=9, seed=0)
     given = {"prompt": messages, "completion": f"\n{ANSWER}\n\n"}
     scored = reward.encode(*score.texts_of(given, "", True)["reward"])
@@ -131,7 +133,7 @@ def test_without_a_template_white_space_around_an_answer_to_messages_is_left_out
     """A-F12: the pairs' road and that of RewardModel.score are one."""
     reward = reward_of(tiny.tokenizer())
     row = {"prompt": QUESTION, "chosen": " yes\n", "rejected": "no"}
-    pair = read_pair(row, "", (), False)
+    pair = read_pair(row, "", print, chat=False)
     text = reward.tokenizer("\n\nHuman: Who wrote Emma?\n\nAssistant: yes<|im_end|>")["input_ids"]
     assert reward.encode(pair.prompt, pair.chosen) == text
     assert [reward.encode(QUESTION, a) for a in ("yes", "  yes", "yes\n")] == [text] * 3
@@ -387,7 +389,7 @@ def test_special_tokens_in_pairs_are_counted_in_one_line(capsys):
     rows = [{"prompt": QUESTION, "chosen": f"a{i}", "rejected": "b"} for i in range(5)]
     rows[2]["chosen"] += "<|im_end|>\n"
     rows[4]["rejected"] += "<|im_start|>"
-    pairs = [read_pair(row, "", (), True) for row in rows]
+    pairs = [read_pair(row, "", print, chat=True) for row in rows]
     drawing = dict(max_tokens=500, max_pairs=9, seed=0, tokenizer=reward.tokenizer)
     encode_pairs(pairs, reward.encode, **drawing)
     out = capsys.readouterr().out
