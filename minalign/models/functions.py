@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..running.errors import UserError, require
 
-EXPECTED = "expected module:function or file.py:function"
+TEXTS = (str, bytes, bytearray)
 LIBRARIES = ("<frozen ", __file__, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 
 
@@ -48,7 +48,8 @@ def load_function(name: str) -> Callable:
         if inspect.isclass(function):
             function = made(function)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--rm {name}: cannot be imported ({told(error)}): {EXPECTED}") from error
+        expected = "expected module:function or file.py:function"
+        raise UserError(f"--rm {name}: cannot be imported ({told(error)}): {expected}") from error
     finally:  # it may import its neighbours later, but hides nobody else's modules
         sys.path.remove(folder)
         sys.path.append(folder)
@@ -123,17 +124,14 @@ def call(name: str, function: Callable, *arguments: object) -> list[float]:
     except (Exception, SystemExit) as error:
         raise UserError(f"--rm {name}: {told(error)}") from error
     what = f"--rm {name}: got {given!r:.60} for {count} completions, expected one number for each"
-    require(not isinstance(given, (str, bytes, bytearray, Mapping, Set)), what)
+    values = []
     try:
-        values = list(given)
+        require(not isinstance(given, (*TEXTS, Mapping, Set)), "it is no list")
+        for value in given:
+            real = isinstance(value, numbers.Real) or not isinstance(value, numbers.Complex)
+            require(real and not isinstance(value, TEXTS), f"{value!r:.60} is no number")
+            values.append(float(value))
     except Exception as error:
-        raise UserError(what) from error
+        raise UserError(f"{what} (at completion {len(values) + 1}: {error})") from error
     require(len(values) == count, f"{what} ({len(values)} of them)")
-    for i, value in enumerate(values):
-        complicated = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
-        try:
-            require(not complicated and not isinstance(value, (str, bytes, bytearray)), "")
-            values[i] = float(value)
-        except Exception as error:
-            raise UserError(f"{what} (completion {i + 1}: {value!r:.60})") from error
     return values

@@ -322,8 +322,7 @@ def parse_flags(
         if typing.get_origin(_kind(kinds[field.name])) is tuple and value is not None:
             setattr(config, field.name, tuple(value))  # argparse gives a list
         for one in value if isinstance(value, list) else [value]:
-            expected = _expected(one, allowed)
-            if expected:
+            if expected := _expected(one, allowed):
                 parser.error(f"{dashed(field.name)} {one}: expected {expected}")
     return config
 
@@ -335,11 +334,9 @@ def _expected(value: object, allowed: str | tuple[str, ...] | None) -> str:
         return "" if same else "UTF-8 without zero bytes"
     if type(value) not in LARGEST:
         return ""
-    intervals = [allowed] * isinstance(allowed, str)
-    if not allowed or "inf" in allowed:
-        intervals.append(LARGEST[type(value)])
-    broken = (f"a number in {each}" for each in intervals if not lies_within(value, each))
-    return next(broken, "")
+    open_ended = not allowed or "inf" in allowed
+    intervals = [allowed or LARGEST[type(value)]] + [LARGEST[type(value)]] * open_ended
+    return next((f"a number in {one}" for one in intervals if not lies_within(value, one)), "")
 
 
 def _kind(hint: typing.Any) -> typing.Any:

@@ -96,7 +96,7 @@ def test_what_is_no_number_is_one_line_that_says_what_was_got(kind):
     message = refusal(lambda prompts, completions: NO_NUMBERS[kind]())
     assert "got " in message and "for 3 completions, expected one number for each" in message
     if kind == "None in a list":
-        assert message.endswith("(completion 2: None)")
+        assert "completion 2: " in message and "NoneType" in message
 
 
 def fails_in_a_generator(prompts, completions):
