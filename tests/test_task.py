@@ -1,9 +1,9 @@
 """The task of a run: prompts that fit, beginnings of texts, the same held-out prompts, rewards."""
 
-import importlib
 import json
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import train_policy
 from minalign.data.chat import TokenizedPrompt, encode_prompt
 from minalign.data.prompts import beginning, parse_span, tokenize_prompts
+from minalign.models.functions import load_function
 from minalign.models.rewards import RewardSum
 from minalign.running.errors import UserError
 
@@ -223,7 +224,7 @@ def test_rewards_are_standardised_by_the_start_policy(rows, world):
     """Mean 0 and deviation 1 each, on the very samples. The sum has the weights."""
     names = [f"{MODULE}:length", f"{MODULE}:letters"]
     task = world(rows, names, rm_weights=[2.0, -1.0], micro_batch_size=1000)
-    functions = importlib.import_module(MODULE)
+    functions = SimpleNamespace(**load_function(names[0]).__globals__)
     prompts, completions = functions.calls[-1]
     values = [torch.tensor(f(prompts, completions)) for f in (functions.length, functions.letters)]
     assert len(completions) == len(task.train_prompts), "all of them where there are not 256"

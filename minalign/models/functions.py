@@ -95,7 +95,7 @@ def import_module(name: str) -> types.ModuleType:
 def file_of(name: str) -> Path | None:
     """The file that a module is read from, if that is named or lies in this folder."""
     path = Path(name if name.endswith(".py") else f"{name}.py").resolve()
-    return path if name.endswith(".py") or path.is_file() else None
+    return path if name.endswith(".py") or os.path.isfile(path) else None
 
 
 def told(error: BaseException) -> str:

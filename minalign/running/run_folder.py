@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from .errors import UserError, require
@@ -153,7 +153,9 @@ def _require_free(folder: Path) -> None:
     require(not occupied, f"--out {folder}: holds another run: {fix}")
 
 
-def require_same_flags(path: Path, config: typing.Any, kind: str) -> None:
+def require_same_flags(
+    path: Path, config: typing.Any, kind: str, free: Collection[str] = FREE_TO_CHANGE
+) -> None:
     """Compare the flags of an earlier run with those of this one.
 
     A policy run may grow, and be measured on other held-out prompts.
@@ -161,6 +163,7 @@ def require_same_flags(path: Path, config: typing.Any, kind: str) -> None:
     Args:
         path: config.json of the earlier run. A flag that it lacks is younger, and had its default.
         kind: of run.
+        free: names of flags that may differ.
     Raises:
         UserError: a flag has another value (it is named), or the file cannot be read.
     """
@@ -169,7 +172,7 @@ def require_same_flags(path: Path, config: typing.Any, kind: str) -> None:
         name, value = field.name, given[field.name]
         before = ran.get(name, field.default)
         grows = name == "steps" and isinstance(before, int) and value > before
-        if name in FREE_TO_CHANGE or (kind == "policy" and (grows or name == "eval_prompts")):
+        if name in free or (kind == "policy" and (grows or name == "eval_prompts")):
             continue
         why = f", but {WHY_NOT[kind, name]}" if (kind, name) in WHY_NOT else ""
         require(

@@ -374,7 +374,7 @@ def check_resumed(config: Config) -> Path:
         bool(config.out) and path.is_file(),
         f"--resume: no run at --out {config.out!r} (no config.json there)",
     )
-    require_same_flags(path, config, FREE_ON_RESUME)
+    require_same_flags(path, config, "judge", FREE_ON_RESUME)
     return path.parent
 
 

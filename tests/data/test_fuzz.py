@@ -422,7 +422,7 @@ LONG_NAMES = ["x" * 5000, "x/" + "y" * 5000 + ".jsonl"]
     "dataset", [*LONG_NAMES, "a\0b", "a\0b.jsonl", "\ud800.jsonl", "./", "//", "a b"]
 )
 def test_names_of_no_file_are_named(dataset):
-    with pytest.raises(UserError, match=f"^{re.escape(one_line(dataset))}"):
+    with pytest.raises(UserError, match=f"^{re.escape(one_line(dataset)[:99])}"):
         load_prompts(Split(dataset))
 
 

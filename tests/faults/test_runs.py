@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 import train_policy  # noqa: E402
 import train_rm  # noqa: E402
 import warp  # noqa: E402
+from minalign.running import flags as limits  # noqa: E402
 
 POLICY = (
     "--model lm --dataset p.jsonl --steps 2 --batch-size 4 --eval-prompts 3 "
@@ -441,7 +442,6 @@ def test_a_folder_that_is_deleted_during_the_run_ends_it_in_one_line(place, caps
     assert "o: was deleted or replaced during the run" in refusal(capsys, run, "--steps", "6")
     assert [path.name for path in Path().glob("o/*")] == ["lock"] * replaced
     Path("rules.py").write_text(RULE)
-    sys.modules.pop("rules")
     run("--resume")
     assert "no run in o yet" in capsys.readouterr().out and Path("o/results.json").exists()
 
@@ -671,10 +671,13 @@ def test_keep_does_not_promise_a_best_reward_model(capsys):
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 @pytest.mark.parametrize("lr", ["1e38", "3e38"])
-def test_a_reward_model_whose_scores_are_not_finite_ends_with_one_line(place, capsys, lr, mode):
+def test_a_reward_model_whose_scores_are_not_finite_ends_with_one_line(
+    place, capsys, monkeypatch, lr, mode
+):
     """S8: and no word of a good model where none is kept."""
-    flags = ["--lr", lr, "--warmup", "0", "--eval-every", "1", "--on-nonfinite", mode]
-    said = refusal(capsys, SCRIPTS["rm"], *flags)
+    monkeypatch.setitem(limits.LARGEST, float, "(-inf, inf)")
+    given = ["--lr", lr, "--warmup", "0", "--eval-every", "1", "--on-nonfinite", mode]
+    said = refusal(capsys, SCRIPTS["rm"], *given)
     assert "lower --lr" in said and "no model is kept" in said
     assert not Path("o/model").exists()
 

@@ -115,11 +115,11 @@ def test_given_texts_are_read_as_transformers_writes_the_dialogue(family, messag
     pair = read_pair(row, "", print, chat=True)
     (example,) = encode_pairs([pair], reward.encode, max_tokens=512, max_pairs=9, seed=0)
     given = {"prompt": messages, "completion": f"\n{ANSWER}\n\n"}
-    scored = reward.encode(*score.texts_of(given, "", True)["reward"])
+    scored = reward.encode(*score.texts_of(given, "", print, True)["reward"])
     for ids in (reward.encode(messages, ANSWER), example.texts[0], scored):
         assert ids == expected
     dialogue = {"chosen": [*messages, A(f"{ANSWER} ")], "rejected": [*messages, A("No.")]}
-    pair = score.texts_of(dialogue, "", True)["chosen_reward"]
+    pair = score.texts_of(dialogue, "", print, True)["chosen_reward"]
     assert reward.encode(*pair) == expected
 
 
@@ -558,12 +558,13 @@ def test_score_gives_content_in_parts_where_the_template_wants_them(here):
 def test_score_names_the_row_that_a_template_refuses(here, capsys):
     """A-G13"""
     save("rm", "strict", "rm")
-    texts = [
-        {"prompt": [U("a")], "completion": "b"},
-        {"prompt": [U("a"), U("b")], "completion": "c"},
-    ]
-    line = refused(lambda rows: scores("rm", rows), texts, capsys)
-    assert "texts.jsonl: row 2: rm: the chat template refuses turns of 'user', 'user'" in line
+    good, bad = ({"prompt": turns, "completion": "b"} for turns in ([U("a")], [U("a"), U("b")]))
+    line = refused(lambda rows: scores("rm", rows), [good, bad, bad], capsys)
+    assert "refuses turns of 'user', 'user'" in line and "row 2" in line
+    write("texts.jsonl", [good, bad])
+    score.main("--rm rm --data texts.jsonl --out o.jsonl --device cpu".split())
+    said = capsys.readouterr().out
+    assert "refuses turns of 'user', 'user'" in said and "row 2" in said
 
 
 POLICY = "--steps 1 --batch-size 4 --eval-prompts 4 --max-new-tokens 4 --device cpu --out r".split()

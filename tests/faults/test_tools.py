@@ -337,7 +337,7 @@ def test_the_reward_of_an_earlier_completion_is_not_that_of_a_new_one(here, mode
 
 
 @pytest.mark.parametrize("tool", ["generate", "judge"])
-@pytest.mark.parametrize("row", [{"question": "q"}, {"text": "a story"}])
+@pytest.mark.parametrize("row", [{"question": "q"}, {"a": "b", "c": 1}])
 def test_a_column_that_is_not_there_is_named_beside_those_that_are(here, models, tool, row, capsys):
     """A-H4."""
     data = tiny.rows(here / "d.jsonl", row, 3)

@@ -441,8 +441,8 @@ BAD_DATA = {
     "no such file": (None, "no such file"),
     "empty": ([], "no rows"),
     "column": ([{"question": "a", "chosen": "b"}], "chosen"),
-    "empty text": ([GOOD, GOOD | {"chosen": " "}], "row 2"),
-    "number": ([GOOD, GOOD, GOOD | {"rejected": 3}], "row 3"),
+    "empty text": ([GOOD, *[GOOD | {"chosen": " "}] * 2], "row 2"),
+    "number": ([GOOD, *[GOOD | {"rejected": 3}] * 2], "row 2"),
 }
 
 

@@ -235,7 +235,7 @@ def test_generate_refuses_a_row_that_is_no_prompt(here):
     row = {"prompt": [{"role": "assistant", "content": "Good."}]}
     (here / "answer-only.jsonl").write_text(json.dumps(row) + "\n")
     flags = "--model ./SmolLM2-135M-Instruct --data answer-only.jsonl --device cpu"
-    with pytest.raises(UserError, match="answer-only.jsonl: row 1: .*: leave that row out"):
+    with pytest.raises(UserError, match="1 of 1 .*nothing is asked .first: row 1"):
         generate.main(flags.split())
 
 

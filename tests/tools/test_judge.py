@@ -761,7 +761,7 @@ def test_a_completion_cannot_end_the_turn_of_a_local_judge(local_judge):
     questions = [make_question("p", first, "bad", "c") for first in (attack, "good")]
     list(local.answers(questions))
     ends = [ids.count(real.convert_tokens_to_ids("<|im_end|>")) for ids in seen]
-    assert len(ends) == 2 and ends[0] == ends[1]
+    assert ends[0] == ends[1] == 2
 
 
 class Spy:
