@@ -846,7 +846,7 @@ def launch(folder, node, port, *words):
     torchrun = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1"
     command = [sys.executable, *torchrun.split(), "--node-rank", str(node)]
     command += ["--master-port", str(port), *map(str, words)]
-    names = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}:."}
+    names = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests:."}
     log = open(folder / "log.txt", "w")
     pipes = dict(stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     return subprocess.Popen(command, cwd=folder, env=os.environ | names, **pipes)
