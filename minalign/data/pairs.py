@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
-from .chat import Prompt, first_turn, note_special_tokens
-from .columns import CHOSEN_RATINGS, UNDERSTOOD, Note, Pair, name_unread, place_of, read_pair
+from .chat import note_special_tokens
+from .columns import CHOSEN_RATINGS, UNDERSTOOD, Pair, name_unread, read_pair
+from .messages import Note, Prompt, first_turn, place_of
 from .rows import number_cell, report, shown, text_cell
 from .splits import Split, both_splits, divide, require_both
 
@@ -126,13 +127,20 @@ def _ready_pairs(
 
     parts = divide(data, rows, read, key)
     pairs = [*parts[0], *parts[1]]
+    bare = [pair for pair in pairs if not pair.prompt]
+    if chat and len(bare) < len(pairs):  # one format for all pairs
+        reason = "no prompt, where others have one"
+        dropped = [(reason, repr(pair.chosen)[:40]) for pair in bare]
+        report(f"{data.dataset}: ", "rows dropped", dropped, len(pairs))
+        parts = tuple([pair for pair in part if pair.prompt] for part in parts)
+        pairs, bare = [*parts[0], *parts[1]], []
     gaps = [pair.ratings[0] - pair.ratings[1] for pair in pairs if pair.ratings]
     if gaps:
         above, equal = (count / len(gaps) for count in (sum(g > 0 for g in gaps), gaps.count(0)))
         reading += f" (above the rejected one's in {above:.1%}, equal in {equal:.1%})"
     talks = sum(isinstance(pair.prompt, list) for pair in pairs)
-    bare = sum(not pair.prompt for pair in pairs)
-    reading += f", {bare} of {len(pairs)} without a prompt" * bool(bare) + ", as chat" * bool(talks)
+    reading += f", {len(bare)} of {len(pairs)} without a prompt" * bool(bare)
+    reading += ", as chat" * bool(talks)
     used = {"prompt", "chosen", "rejected", "margin", *ratings} & known
     return parts, used, reading
 
@@ -149,17 +157,13 @@ def _rated_pairs(
     for rated in divide(data, rows, read, lambda item: first_turn(item[0])):
         texts, ratings = [text for text, _ in rated], [rating for _, rating in rated]
         which = "held-out " * len(parts)
-        low, high = (min(ratings), max(ratings)) if ratings else (0.0, 0.0)
-        require(
-            high > low or not ratings,
-            f"{data.dataset}: {which}column {column!r} is always {low:g}: expected several",
-        )
-        require(
-            high - low >= min_gap or not ratings,
-            f"{data.dataset}: {which}column {column!r} lies in {low:g} to {high:g}, and no two "
-            f"differ by --min-rating-gap {min_gap:g}: lower it",
-        )
         parts.append(RatedPairs(texts, ratings, min_gap))
+        low, high = min(ratings, default=0), max(ratings, default=0)
+        require(
+            len(parts[-1]) > 0 or not ratings,
+            f"{data.dataset}: {which}column {column!r} lies in {low:g} to {high:g}, and no two "
+            f"differ by --min-rating-gap {min_gap:g}",
+        )
     return parts
 
 

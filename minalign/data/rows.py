@@ -62,6 +62,8 @@ def read_rows(
             f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or "
             "a hub id"
         )
+    is_hub_set = not os.path.isfile(dataset) and not _is_saved(dataset)
+    require(is_hub_set or not subset, f"--subset {subset:.40}: {dataset} has none: leave it out")
     try:
         _refuse_pointers(path)
         if os.path.isfile(dataset):
@@ -121,8 +123,8 @@ def _read_json(path: Path) -> list[dict]:
             lines = filter(str.strip, file)  # blank lines are no rows
             is_array = next(lines, "").lstrip().startswith("[")
             file.seek(0)
-            for row in json.load(file) if is_array else map(json.loads, filter(str.strip, file)):
-                rows.append(row)
+            read = functools.partial(json.loads, object_pairs_hook=_object)
+            rows.extend(read(file.read()) if is_array else map(read, filter(str.strip, file)))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:  # too deep, or a number of thousands of digits
@@ -136,6 +138,15 @@ def _read_json(path: Path) -> list[dict]:
                 f'{path}: row {number}: got {row!r:.40}, expected {{"column": value, ...}}'
             )
     return rows
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON, which may not say one thing twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"twice: {shown({name for name in names if names.count(name) > 1})}")
+    return found
 
 
 def _read_csv(path: Path, separator: str = ",") -> list[dict]:
@@ -167,7 +178,7 @@ def _read_folder(
     """Rows of a folder, or of the hub."""
     import datasets  # here: seconds to import, and not everywhere installed
 
-    if any(os.path.exists(f"{dataset}/{name}") for name in ("state.json", "dataset_dict.json")):
+    if _is_saved(dataset):
         saved = datasets.load_from_disk(dataset)
         saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
         rows = {
@@ -196,6 +207,11 @@ def _read_folder(
             return _part(rows, split)
         rows = datasets.load_dataset(dataset, subset or None, split=split, **options)
         return _from_arrow(rows.with_format("arrow")[:], columns)
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether datasets wrote it by save_to_disk."""
+    return any(os.path.exists(f"{folder}/{name}") for name in ("state.json", "dataset_dict.json"))
 
 
 def _part(tables: Mapping[str, list[dict]], split: str) -> list[dict]:
