@@ -1,4 +1,7 @@
-"""The columns of a data set -> preference pairs and prompts, one row at a time."""
+"""The columns of a data set -> preference pairs and prompts, one row at a time.
+
+What is wrong in a row is a UserError, by which `read_items` drops and counts it.
+"""
 
 import re
 import typing
@@ -18,13 +21,6 @@ from .messages import (
     without_prompt,
 )
 from .rows import number_cell, report, shown, text_cell
-
-UNDERSTOOD = {
-    "pairs": 'chosen and rejected, as {"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", '
-    '"rejected": " No idea."}, or text and rating (or label), as {"text": "Fun for all ages.", '
-    '"rating": 2.4}',
-    "prompts": 'prompt, messages, chosen (a dialogue) or text, as {"prompt": "Who wrote Emma?"}',
-}
 
 PROMPT_COLUMNS = ("prompt", "messages", "chosen", "text")  # the first that is there is read
 
@@ -92,20 +88,17 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
 def by_our_names(
     rows: Sequence[dict], names: dict[str, str], source: str
 ) -> tuple[list[dict], list[str]]:
-    """Rows of the columns that are known, under the names that they are known by.
+    """Rows of the known columns by our names, None in every gap; and all columns of the data.
 
-    Args:
-        names: of parse_columns; they go before the data's own.
-        source: of the rows, for error messages.
-    Returns:
-        The rows, None in every gap, and the names of all columns of the data.
     Raises:
-        UserError: a column that is named is not there.
+        UserError: a column that `names`, of parse_columns, says is not there.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in names.items():
-        there = f"{source}: has columns {shown(columns)}"
-        require(theirs in columns, f"{there}: expected {theirs!r:.40} (--columns {ours}=...)")
+        require(
+            theirs in columns,
+            f"{source}: has columns {shown(columns)}: expected {theirs!r:.40} (--columns {ours}=)",
+        )
     known = [name for name in KNOWN if name in columns and name not in names.values()]
     found = {name: name for name in known} | names
     return [{ours: row.get(theirs) for ours, theirs in found.items()} for row in rows], columns
@@ -129,8 +122,11 @@ def prompt_column(
         UserError: none of `columns` is one.
     """
     found = [name for name in (*names, *PROMPT_COLUMNS) if name in PROMPT_COLUMNS and name in known]
-    there = f"{source}: has columns {shown(columns)}: expected {UNDERSTOOD['prompts']}"
-    require(bool(found), f"{there} (--columns prompt=question gives another name)")
+    require(
+        bool(found),
+        f"{source}: has columns {shown(columns)}: expected prompt, messages, chosen (a dialogue) "
+        'or text, as {"prompt": "Who wrote Emma?"} (--columns prompt=question gives another name)',
+    )
     return found[0]
 
 
@@ -179,14 +175,9 @@ def read_pair(
     """The pair in one row of chosen and rejected.
 
     Args:
-        row: column -> value.
-        where: the row in words.
-        note: for what is to be said of it.
+        row, where, note: see read_items.
         ratings: the columns of the chosen and the rejected rating, or ().
-        needs: "ratings" or "margin", where there is no use of a pair without.
-        chat: what the prompt becomes, see pairs.load_pairs.
-    Raises:
-        UserError: the row is of no use.
+        needs, chat: see pairs.load_pairs.
     """
     prompt, chosen = read_dialogue(row, "chosen", note)
     other, rejected = read_dialogue(row, "rejected", note)
@@ -196,10 +187,8 @@ def read_pair(
     # A gap is an error only where the number is needed.
     numbers = [number_cell(row, name, may_be_none=True) for name in ratings] or [None, None]
     margin = number_cell(row, "margin", may_be_none=True)
-    has = None not in numbers or needs == "margin" and margin is not None
-    require(
-        has or not needs, f"no two ratings that are numbers{', no margin' * (needs == 'margin')}"
-    )
+    has = not needs or None not in numbers or needs == "margin" and margin is not None
+    require(has, f"no two ratings that are numbers{', no margin' * (needs == 'margin')}")
     asked = as_asked(prompt, where, chat)
     if isinstance(asked, list):
         chosen, rejected = chosen.strip(), rejected.strip()
@@ -209,11 +198,7 @@ def read_pair(
 
 
 def read_prompt(row: dict, where: str, note: Note, column: str, chat: bool | None) -> Prompt:
-    """The prompt in one row, as messages or as text (see prompts.load_prompts).
-
-    Raises:
-        UserError: the row is of no use.
-    """
+    """The prompt in one row, as messages or as text (see prompts.load_prompts)."""
     if column == "chosen":
         prompt, _ = read_dialogue(row, column, note)
         require(bool(prompt), "column 'chosen' is no dialogue, and there is no prompt")
@@ -232,9 +217,6 @@ def read_dialogue(row: dict, column: str, note: Note) -> tuple[Prompt, str]:
 
     It holds messages, a dialogue in text, or the completion of row["prompt"]. Where that holds the
     dialogue's beginning, they are joined.
-
-    Raises:
-        UserError: it holds none of these, or another dialogue than row["prompt"].
     """
     messages = messages_in(row.get(column), column, note)
     if messages is None:
@@ -263,11 +245,7 @@ def read_dialogue(row: dict, column: str, note: Note) -> tuple[Prompt, str]:
 
 
 def prompt_cell(row: dict, note: Note) -> Prompt:
-    """row["prompt"] as messages or as text; "" where there is no such column.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """row["prompt"] as messages or as text; "" where there is no such column."""
     messages = messages_in(row.get("prompt"), "prompt", note)
     if messages is None and "prompt" in row:
         return text_cell(row, "prompt", may_be_empty=True)

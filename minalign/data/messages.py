@@ -1,4 +1,7 @@
-r"""Dialogues: chat messages, and the texts and cells that stand for them."""
+"""Dialogues: chat messages, and the texts and cells that stand for them.
+
+What is wrong in a row is a UserError. The row is named by the caller.
+"""
 
 import json
 import re
@@ -87,9 +90,6 @@ def messages_in(value: object, column: str, note: Note) -> Messages | None:
 
     Understood are those of ShareGPT, those written into a text as JSON, a single one, a struct of
     lists, and contents in parts of text.
-
-    Raises:
-        UserError: they are not whole, or hold tool calls or pictures.
     """
     if isinstance(value, str) and SERIALISED.match(value):
         value = _parsed(value, column)
@@ -103,8 +103,7 @@ def messages_in(value: object, column: str, note: Note) -> Messages | None:
     require(bool(value), f"{expected}: got []")
     messages = []
     for message in value:
-        keys = _keys(message)
-        require(bool(keys), expected)
+        require(bool(keys := _keys(message)), expected)
         role, content = message[keys[0]], _joined_parts(message[keys[1]], column)
         unread = sorted(key for key in message if key not in keys and _holds(message[key]))
         tools = [key for key in unread if re.match("tool|function", key)]
@@ -166,11 +165,7 @@ def _parsed(text: str, column: str) -> object:
 
 
 def joined(given: Prompt, told: Prompt, note: Note) -> Prompt:
-    """One prompt of a prompt's column and of what precedes the answer in a dialogue.
-
-    Raises:
-        UserError: they are two different ones.
-    """
+    """One prompt of a prompt's column and of what precedes the answer in a dialogue."""
     if not given or not told:
         return given or told
     first, second = turns_of(given), turns_of(told)
@@ -182,8 +177,8 @@ def joined(given: Prompt, told: Prompt, note: Note) -> Prompt:
     if first[-len(second) :] == second:
         note("the answers repeat the prompt's end, which is read once")
         return given
-    last, next_one = first[-1][0], second[0][0]
-    follows = last == "system" or (last == "assistant") != (next_one == "assistant")
+    last, is_answered = first[-1][0], second[0][0] == "assistant"
+    follows = last == "system" or (last == "assistant") != is_answered
     require(follows, "the prompt is another than that of the answers")
     return to_messages(given) + to_messages(told)
 
@@ -214,15 +209,7 @@ def place_of(prompt: Prompt) -> str:
 
 
 def as_asked(prompt: Prompt, where: str, chat: bool | None) -> Prompt:
-    """The prompt as messages that know their place, or as text.
-
-    Args:
-        prompt: as it was read.
-        where: its row.
-        chat: what it becomes, see pairs.load_pairs.
-    Raises:
-        UserError: chat is None, and it is messages; or nothing is asked at its end.
-    """
+    """The prompt as messages that know their place, or as text, see pairs.load_pairs."""
     if isinstance(prompt, list):
         require(
             chat is not None,

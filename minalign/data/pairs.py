@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .chat import note_special_tokens
-from .columns import CHOSEN_RATINGS, UNDERSTOOD, Pair, name_unread, read_pair
+from .columns import CHOSEN_RATINGS, Pair, name_unread, read_pair
 from .messages import Note, Prompt, first_turn, place_of
 from .rows import number_cell, report, shown, text_cell
 from .splits import Split, both_splits, divide, require_both
@@ -95,7 +95,9 @@ def load_pairs(
         reading = f"text by {rating}, gap >= {min_rating_gap:g}"
     else:
         raise UserError(
-            f"{data.dataset}: has columns {shown(columns)}: expected {UNDERSTOOD['pairs']} "
+            f"{data.dataset}: has columns {shown(columns)}: expected chosen and rejected, as "
+            '{"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", "rejected": " No idea."}, or '
+            'text and rating (or label), as {"text": "Fun for all ages.", "rating": 2.4} '
             "(--columns gives other names)"
         )
     train, evaluation = map(len, parts)
@@ -128,19 +130,18 @@ def _ready_pairs(
     parts = divide(data, rows, read, key)
     pairs = [*parts[0], *parts[1]]
     bare = [pair for pair in pairs if not pair.prompt]
-    if chat and len(bare) < len(pairs):  # one format for all pairs
+    talk = bool(chat) and len(bare) < len(pairs)
+    if talk:  # one format for all pairs
         reason = "no prompt, where others have one"
-        dropped = [(reason, repr(pair.chosen)[:40]) for pair in bare]
+        dropped = [(reason, place_of(pair.chosen)) for pair in bare]
         report(f"{data.dataset}: ", "rows dropped", dropped, len(pairs))
         parts = tuple([pair for pair in part if pair.prompt] for part in parts)
-        pairs, bare = [*parts[0], *parts[1]], []
     gaps = [pair.ratings[0] - pair.ratings[1] for pair in pairs if pair.ratings]
     if gaps:
         above, equal = (count / len(gaps) for count in (sum(g > 0 for g in gaps), gaps.count(0)))
         reading += f" (above the rejected one's in {above:.1%}, equal in {equal:.1%})"
-    talks = sum(isinstance(pair.prompt, list) for pair in pairs)
-    reading += f", {len(bare)} of {len(pairs)} without a prompt" * bool(bare)
-    reading += ", as chat" * bool(talks)
+    without = f", {len(bare)} of {len(pairs)} without a prompt" * bool(bare)
+    reading += ", as chat" if talk else without
     used = {"prompt", "chosen", "rejected", "margin", *ratings} & known
     return parts, used, reading
 
