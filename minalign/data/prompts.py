@@ -42,12 +42,8 @@ def load_prompts(
         for part in divide(data, rows, read, first_turn)
     ]
     train, evaluation = map(len, parts)
-    form = "as chat" if chat else "as text"
-    source = data.names.get(column, column)
-    print(
-        f"{data.dataset}: {train} training and {evaluation} held-out prompts from {source!r:.40}, "
-        f"{form}"
-    )
+    form = f"{data.names.get(column, column)!r:.40}, as {'chat' if chat else 'text'}"
+    print(f"{data.dataset}: {train} training and {evaluation} held-out prompts from {form}")
     used = {column, "prompt"} if column == "chosen" else {column}
     name_unread(data.dataset, columns, used, data.names)
     require_both(data, parts, "prompts")

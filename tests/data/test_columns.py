@@ -371,7 +371,7 @@ TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistan
         ),
         (
             [TALKS, {**TALKS, "chosen": [user("p"), assistant([{"type": "image"}])]}],
-            r"column 'chosen': content in parts of \['type'\].*first: row 2",
+            "column 'chosen': a part 'image' of a content: only text is read.*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": ["p", "b"]}],

@@ -701,6 +701,7 @@ BAD_ROWS = {
     "no messages": {"prompt": []},
     "a picture": {"prompt": [user([{"type": "image", "url": "a.png"}, *PARTS])]},
     "a part with a picture": {"prompt": [user([PARTS[0] | {"image": "a.png"}])]},
+    "a part with a number": {"prompt": [user([PARTS[0] | {"text": 5}])]},
     "parts of words": {"prompt": [user(["a"])]},
     "nothing asked": {"prompt": [user("q"), assistant("a"), user(" ")]},
     "content null": {"prompt": [user(None)]},
