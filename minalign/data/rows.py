@@ -54,16 +54,16 @@ def read_rows(
     """
     path = Path(dataset)
     may_be_on_the_hub = (
-        HUB_ID.fullmatch(dataset)
+        bool(HUB_ID.fullmatch(dataset))
         and path.suffix not in FILE_TYPES
         and not os.path.exists(dataset.partition("/")[0])
     )
     # os.path, since Path's own tests raise for long names.
-    if not os.path.exists(dataset) and not may_be_on_the_hub:
-        raise UserError(
-            f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or "
-            "a hub id"
-        )
+    require(
+        os.path.exists(dataset) or may_be_on_the_hub,
+        f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or a "
+        "hub id",
+    )
     is_saved = any(os.path.exists(f"{dataset}/{name}") for name in SAVED)
     has_subsets = not os.path.isfile(dataset) and not is_saved
     require(has_subsets or not subset, f"--subset {subset:.40}: {dataset} has none: leave it out")

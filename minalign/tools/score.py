@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     def read(row: dict, where: str, note: Note) -> dict[str, list[int]]:
         """The new column's name -> token ids."""
         texts = texts_of(row, where, note, chat)
-        said.extend(texts.values())
+        said.extend((str(prompt), completion) for prompt, completion in texts.values())
         return {name: reward_model.encode(*text) for name, text in texts.items()}
 
     texts = [item or {} for item in read_items(named, read, config.data)]

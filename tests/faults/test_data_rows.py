@@ -898,6 +898,14 @@ def test_a_f1_score_names_what_it_does_not_read(row, unread, models, capsys):
     assert f"columns not read: ['{unread}']" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("prompt", ["<|im_start|>q", [user("<|im_start|>q")]])
+def test_a_f7_score_names_special_tokens_and_no_flag_that_it_lacks(prompt, models, capsys):
+    scores(models, "rm-chatml", [{"prompt": prompt, "completion": "a"}])
+    out = capsys.readouterr().out
+    assert "1 of 1 texts hold special tokens such as <|im_start|>" in out
+    assert "--format" not in out
+
+
 def test_a_f3_score_says_that_completions_repeat_their_prompt(models, capsys):
     rows = [{"prompt": "What?", "completion": f"What?{end}"} for end in (" Yes", " No", "")]
     scores(models, "rm-plain", [*rows, {"prompt": "", "completion": ""}])

@@ -406,6 +406,13 @@ def test_prompts_that_another_template_rendered_are_counted(mark, capsys):
     assert "marks" not in capsys.readouterr().out
 
 
+def test_many_roles_are_refused_as_fast_as_few():
+    """A-F9"""
+    talk = [{"role": f"speaker {i}", "content": "Hi."} for i in range(40)]
+    with pytest.raises(UserError, match="leaves out turns of 'speaker 0'"):
+        encode_prompt(tiny.tokenizer("known"), talk)
+
+
 @pytest.mark.parametrize("change", ["lower", "upper", "reverse"])
 def test_a_template_that_changes_the_words_is_refused(change):
     """A-F9"""
