@@ -349,6 +349,7 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
         bool(config.model) or not config.dataset,
         f"--dataset {config.dataset}: needs --model, too: the model to start from",
     )
+    data = Split.from_flags(config)
     base = config.model or toy.start_policy_folder()
     torch.manual_seed(0)  # one head for all seeds: others could not be averaged
     reward_model = RewardModel.from_base(base, num_labels=config.num_scores or 1)
@@ -357,7 +358,7 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     if config.dataset:
         chat = wants_chat(reward_model.tokenizer, config.format)
         train_pairs, eval_pairs = pairs.load_pairs(
-            Split.from_flags(config),
+            data,
             chat=chat,
             min_rating_gap=config.min_rating_gap,
             needs="ratings" if config.rating_coef else "margin" if config.margin else "",

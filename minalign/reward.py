@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .data.chat import Prompt, TokenizedPrompt, encode, encode_sampled, encode_whole, to_messages
+from .data.chat import TokenizedPrompt, encode, encode_sampled, encode_whole
+from .data.messages import Prompt, to_messages
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.folders import model_folder

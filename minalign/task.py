@@ -68,6 +68,7 @@ def load_task(
     Raises:
         UserError: something cannot be loaded, or does not go together. It is named.
     """
+    data = Split.from_flags(flags)
     start, tokenizer = load_policy(model or toy.start_policy_folder())
     start = start.to(device).requires_grad_(False)
     parts = load_rewards(rewards, device, flags.rm_average)
@@ -76,7 +77,6 @@ def load_task(
     models = [reward for reward in parts.values() if isinstance(reward, RewardModel)]
     if flags.dataset:
         chat = wants_chat(tokenizer, flags.format)
-        data = Split.from_flags(flags)
         train, evaluation, column = load_prompts(data, chat=chat)
         measures = {}
         for name, reward in parts.items():

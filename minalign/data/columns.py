@@ -1,21 +1,26 @@
-"""The columns of a data set -> preference pairs and prompts, one row at a time."""
+"""The columns of a data set -> preference pairs and prompts, one row at a time.
 
-import json
+What is wrong in a row is a UserError, by which `read_items` drops and counts it.
+"""
+
 import re
 import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
-from .chat import DIALOGUE, TURN, Messages, Prompt, to_messages, to_text
-from .rows import number_cell, report, require_characters, shown, text_cell
-
-UNDERSTOOD = {
-    "pairs": 'chosen and rejected, as {"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", '
-    '"rejected": " No idea."}, or text and rating (or label), as {"text": "Fun for all ages.", '
-    '"rating": 2.4}',
-    "prompts": 'prompt, messages, chosen (a dialogue) or text, as {"prompt": "Who wrote Emma?"}',
-}
+from .messages import (
+    DIALOGUE,
+    Note,
+    Prompt,
+    as_asked,
+    joined,
+    messages_in,
+    to_messages,
+    turns_of,
+    without_prompt,
+)
+from .rows import number_cell, report, shown, text_cell
 
 PROMPT_COLUMNS = ("prompt", "messages", "chosen", "text")  # the first that is there is read
 
@@ -28,14 +33,8 @@ KNOWN = (
     *(name.replace("chosen", "rejected") for name in CHOSEN_RATINGS),
 )
 
-MESSAGES = '[{"role": "user", "content": "..."}, ...]'
-
-# Messages that were written into a text.
-SERIALISED = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value)["']\s*:""")
 
 Item = typing.TypeVar("Item")
-
-Note = Callable[[str], None]  # takes what is to be said of a row; it is counted over all rows
 
 
 class Pair(NamedTuple):
@@ -68,17 +67,6 @@ class Pair(NamedTuple):
         return self.ratings[0] - self.ratings[1] if self.ratings else 0.0
 
 
-class Dialogue(list):
-    """Messages that know the row they come from, for errors."""
-
-    where = ""
-
-
-def place_of(prompt: Prompt) -> str:
-    """The row that a prompt comes from, or how it begins."""
-    return getattr(prompt, "where", "") or repr(prompt)[:40]
-
-
 def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     """--columns as our name -> the data's.
 
@@ -100,20 +88,17 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
 def by_our_names(
     rows: Sequence[dict], names: dict[str, str], source: str
 ) -> tuple[list[dict], list[str]]:
-    """Rows of the columns that are known, under the names that they are known by.
+    """Rows of the known columns by our names, None in every gap; and all columns of the data.
 
-    Args:
-        names: of parse_columns; they go before the data's own.
-        source: of the rows, for error messages.
-    Returns:
-        The rows, None in every gap, and the names of all columns of the data.
     Raises:
-        UserError: a column that is named is not there.
+        UserError: a column that `names`, of parse_columns, says is not there.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in names.items():
-        there = f"{source}: has columns {shown(columns)}"
-        require(theirs in columns, f"{there}: expected {theirs!r:.40} (--columns {ours}=...)")
+        require(
+            theirs in columns,
+            f"{source}: has columns {shown(columns)}: expected {theirs!r:.40} (--columns {ours}=)",
+        )
     known = [name for name in KNOWN if name in columns and name not in names.values()]
     found = {name: name for name in known} | names
     return [{ours: row.get(theirs) for ours, theirs in found.items()} for row in rows], columns
@@ -137,8 +122,11 @@ def prompt_column(
         UserError: none of `columns` is one.
     """
     found = [name for name in (*names, *PROMPT_COLUMNS) if name in PROMPT_COLUMNS and name in known]
-    there = f"{source}: has columns {shown(columns)}: expected {UNDERSTOOD['prompts']}"
-    require(bool(found), f"{there} (--columns prompt=question gives another name)")
+    require(
+        bool(found),
+        f"{source}: has columns {shown(columns)}: expected prompt, messages, chosen (a dialogue) "
+        'or text, as {"prompt": "Who wrote Emma?"} (--columns prompt=question gives another name)',
+    )
     return found[0]
 
 
@@ -187,57 +175,40 @@ def read_pair(
     """The pair in one row of chosen and rejected.
 
     Args:
-        row: column -> value.
-        where: the row in words.
-        note: for what is to be said of it.
+        row, where, note: see read_items.
         ratings: the columns of the chosen and the rejected rating, or ().
-        needs: "ratings" or "margin", where there is no use of a pair without.
-        chat: what the prompt becomes, see pairs.load_pairs.
-    Raises:
-        UserError: the row is of no use.
+        needs, chat: see pairs.load_pairs.
     """
     prompt, chosen = read_dialogue(row, "chosen", note)
     other, rejected = read_dialogue(row, "rejected", note)
-    require(
-        prompt == other or bool(prompt and other) and _turns(prompt) == _turns(other),
-        "chosen and rejected answer different prompts",
-    )
+    require(turns_of(prompt) == turns_of(other), "chosen and rejected answer different prompts")
     require(bool(chosen.strip() and rejected.strip()), "an empty answer")
     chosen, rejected = without_prompt(prompt, [chosen, rejected], note)
     # A gap is an error only where the number is needed.
     numbers = [number_cell(row, name, may_be_none=True) for name in ratings] or [None, None]
     margin = number_cell(row, "margin", may_be_none=True)
-    has = None not in numbers or needs == "margin" and margin is not None
-    require(
-        has or not needs, f"no two ratings that are numbers{', no margin' * (needs == 'margin')}"
-    )
-    if isinstance(prompt, str) and TURN.search(prompt):
-        prompt = to_messages(prompt)  # with chat None, no error: text it was
-        if chat is None:
-            chat = False
-    if isinstance(prompt, list) and not chat:  # in text, the answer follows "Assistant:"
-        chosen, rejected = f" {chosen.strip()}", f" {rejected.strip()}"
-    elif chat and prompt:
+    has = not needs or None not in numbers or needs == "margin" and margin is not None
+    require(has, f"no two ratings that are numbers{', no margin' * (needs == 'margin')}")
+    asked = as_asked(prompt, where, chat)
+    if isinstance(asked, list):
         chosen, rejected = chosen.strip(), rejected.strip()
-    return Pair(as_asked(prompt, where, chat), chosen, rejected, *numbers, margin)
+    elif asked != prompt:  # in text, the answer follows "Assistant:"
+        chosen, rejected = f" {chosen.strip()}", f" {rejected.strip()}"
+    return Pair(asked, chosen, rejected, *numbers, margin)
 
 
 def read_prompt(row: dict, where: str, note: Note, column: str, chat: bool | None) -> Prompt:
-    """The prompt in one row, as messages or as text (see prompts.load_prompts).
-
-    Raises:
-        UserError: the row is of no use.
-    """
+    """The prompt in one row, as messages or as text (see prompts.load_prompts)."""
     if column == "chosen":
         prompt, _ = read_dialogue(row, column, note)
         require(bool(prompt), "column 'chosen' is no dialogue, and there is no prompt")
-    elif (prompt := _messages(row.get(column), column, note)) is not None:
-        # Of a whole dialogue, the prompt is what was asked last.
+    elif (prompt := messages_in(row.get(column), column, note)) is None:
+        prompt = text_cell(row, column)
+    else:  # of a whole dialogue, the prompt is what was asked last
         while prompt and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
+            note(f"column {column!r} ends with an answer, which is not read")
         require(bool(prompt), "nothing is asked")
-    else:
-        prompt = text_cell(row, column)
     return as_asked(prompt, where, chat)
 
 
@@ -246,21 +217,14 @@ def read_dialogue(row: dict, column: str, note: Note) -> tuple[Prompt, str]:
 
     It holds messages, a dialogue in text, or the completion of row["prompt"]. Where that holds the
     dialogue's beginning, they are joined.
-
-    Raises:
-        UserError: it holds none of these, or another dialogue than row["prompt"].
     """
-    messages = _messages(row.get(column), column, note)
+    messages = messages_in(row.get(column), column, note)
     if messages is None:
         told, answer = "", text_cell(row, column, may_be_empty=True)
         if DIALOGUE.match(answer):
-            end = answer.rfind("\n\nAssistant:") + len("\n\nAssistant:")
-            require(
-                end > len("\n\nAssistant:") or answer.startswith("\n\nAssistant:"),
-                f"column {column!r}: a dialogue without a turn of the assistant",
-            )
-            told, answer = answer[:end], answer[end:]
-            told = told if _turns(told) else ""  # the cue of an answer alone
+            start, cue, answer = answer.rpartition("\n\nAssistant:")
+            require(bool(cue), f"column {column!r}: a dialogue without a turn of the assistant")
+            told = start + cue if turns_of(start) else ""  # not the cue of an answer alone
     else:
         *told, last = messages
         require(
@@ -270,139 +234,19 @@ def read_dialogue(row: dict, column: str, note: Note) -> tuple[Prompt, str]:
         answer = last["content"]
         if len(told) == 1 and told[0]["role"] == "user":
             told = to_messages(told[0]["content"])  # HelpSteer's holds a whole dialogue in it
-    given = "" if told and row.get("prompt") is None else prompt_cell(row, note)
-    require(
-        messages is None or bool(told or given),
-        f"column {column!r} is an answer alone, and there is no prompt",
-    )
-    return _joined(given, told, messages is not None, note), answer
+    given = "" if told and not row.get("prompt") else prompt_cell(row, note)
+    if messages is not None:
+        require(
+            bool(told or given),
+            f"column {column!r} is an answer alone, and there is no prompt (--columns names it)",
+        )
+        given = to_messages(given) if given else given
+    return joined(given, told, note), answer
 
 
 def prompt_cell(row: dict, note: Note) -> Prompt:
-    """row["prompt"] as messages or as text; "" where there is no such column.
-
-    Raises:
-        UserError: it is neither.
-    """
-    messages = _messages(row.get("prompt"), "prompt", note)
+    """row["prompt"] as messages or as text; "" where there is no such column."""
+    messages = messages_in(row.get("prompt"), "prompt", note)
     if messages is None and "prompt" in row:
         return text_cell(row, "prompt", may_be_empty=True)
     return messages or ""
-
-
-def _joined(given: Prompt, told: Prompt, as_messages: bool, note: Note) -> Prompt:
-    """One prompt of the prompt's column and of what precedes the answer in a dialogue."""
-    if not given or not told:
-        return to_messages(given) if given and as_messages else given or told
-    first, second = _turns(given), _turns(told)
-    require(bool(first and second), "a prompt without a word")
-    starts = range(len(second) - len(first) + 1)
-    if any(second[i : i + len(first)] == first for i in starts):
-        note("the answers repeat the prompt, which is read once")
-        return told
-    if first[-len(second) :] == second:
-        note("the answers repeat the prompt's end, which is read once")
-        return given
-    follows = first[-1][0] == "system" or (first[-1][0] == "assistant") != (
-        second[0][0] == "assistant"
-    )
-    require(follows, "the prompt is another than that of the answers")
-    return to_messages(given) + to_messages(told)
-
-
-def _turns(prompt: Prompt) -> list[tuple[str, str]]:
-    """(role, words) of each turn, to compare."""
-    turns = [(m["role"], m["content"].strip()) for m in to_messages(prompt)] if prompt else []
-    return [turn for turn in turns if turn[1]]
-
-
-def without_prompt(prompt: Prompt, answers: list[str], note: Note) -> list[str]:
-    """Answers without the prompt, where all begin with it."""
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    start = asked if all(answer.startswith(asked) for answer in answers) else asked.strip()
-    rests = [answer[len(start) :] for answer in answers if answer.startswith(start)]
-    if not start or len(rests) < len(answers) or not all(map(str.strip, rests)):
-        return answers
-    # A word that goes on is no repetition: "art" and "artist".
-    if any((start[-1] + rest[0]).isalnum() and rest[0] < "\u2e80" for rest in rests):
-        return answers
-    note("the answers repeat the prompt, which is cut off")
-    return rests
-
-
-def _messages(value: object, column: str, note: Note) -> Messages | None:
-    """Checked messages, role and content alone; None where the cell does not hold messages.
-
-    Those of ShareGPT are taken, and those in a text.
-    """
-    if isinstance(value, str) and SERIALISED.match(value):
-        value = _parsed(value, column)
-    if not isinstance(value, list) and not _keys(value):
-        return None
-    expected = f"column {column!r}: expected messages, as {MESSAGES}"
-    require(bool(value), f"{expected}: got []")
-    messages = []
-    for message in value if isinstance(value, list) else [value]:
-        keys = _keys(message)
-        require(bool(keys), expected)
-        role, content = (message[key] for key in keys)
-        unread = sorted(key for key in message if key not in keys and _holds(message[key]))
-        tools = [key for key in unread if re.match("tool|function", key)]
-        require(not tools, f"column {column!r}: a message with {tools[:1]}: tool use is not read")
-        if unread:
-            note(f"keys of messages not read: {shown(unread)}")
-        require(isinstance(role, str) and isinstance(content, str), expected)
-        require_characters(role + content, column)
-        role = {"human": "user", "gpt": "assistant"}.get(role, role)
-        fits = keys[0] == "role" or role in ("user", "assistant", "system")
-        require(fits, f"column {column!r}: from {role!r:.40}, expected human, gpt or system")
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-def _keys(message: object) -> tuple[str, str] | None:
-    """The keys of a message's role and content."""
-    for keys in (("role", "content"), ("from", "value")):
-        if isinstance(message, dict) and keys[0] in message and keys[1] in message:
-            return keys
-    return None
-
-
-def _holds(value: object) -> bool:
-    """Whether there is anything in it: what a column lacks comes as None, at any depth."""
-    if isinstance(value, dict | list):
-        return any(map(_holds, value.values() if isinstance(value, dict) else value))
-    return value is not None and value != ""
-
-
-def _parsed(text: str, column: str) -> object:
-    """Messages that were written into a text as JSON; the text where it is something else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    is_list = text.lstrip().startswith("[")
-    require(value is not None or not is_list, f"column {column!r}: messages that are not JSON")
-    is_messages = any(map(_keys, value)) if isinstance(value, list) else _keys(value)
-    return value if is_messages else text
-
-
-def as_asked(prompt: Prompt, where: str, chat: bool | None) -> Prompt:
-    """The prompt as messages that know their place, or as text.
-
-    Raises:
-        UserError: chat is None, and it is messages; or the prompt ends with an answer.
-    """
-    if chat and prompt:
-        asked = Dialogue(to_messages(prompt))
-        asked.where = where
-        require(asked[-1]["role"] != "assistant", "the prompt ends with an answer")
-        return asked
-    if isinstance(prompt, list) and chat is None:
-        raise UserError(
-            "has chat messages, and the model's tokenizer has no chat template: take a model with "
-            "one, or --format plain (turns as Human: and Assistant: in plain text)"
-        )
-    if isinstance(prompt, str) and "<extra_id_1>" in prompt:
-        prompt = to_messages(prompt)
-    return to_text(prompt) if isinstance(prompt, list) else prompt

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
-from .chat import Prompt, first_turn, note_special_tokens
-from .columns import CHOSEN_RATINGS, UNDERSTOOD, Note, Pair, name_unread, place_of, read_pair
+from .chat import note_special_tokens
+from .columns import CHOSEN_RATINGS, Pair, name_unread, read_pair
+from .messages import Note, Prompt, first_turn, place_of
 from .rows import number_cell, report, shown, text_cell
 from .splits import Split, both_splits, divide, require_both
 
@@ -94,7 +95,9 @@ def load_pairs(
         reading = f"text by {rating}, gap >= {min_rating_gap:g}"
     else:
         raise UserError(
-            f"{data.dataset}: has columns {shown(columns)}: expected {UNDERSTOOD['pairs']} "
+            f"{data.dataset}: has columns {shown(columns)}: expected chosen and rejected, as "
+            '{"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", "rejected": " No idea."}, or '
+            'text and rating (or label), as {"text": "Fun for all ages.", "rating": 2.4} '
             "(--columns gives other names)"
         )
     train, evaluation = map(len, parts)
@@ -126,13 +129,19 @@ def _ready_pairs(
 
     parts = divide(data, rows, read, key)
     pairs = [*parts[0], *parts[1]]
+    bare = [pair for pair in pairs if not pair.prompt]
+    talk = bool(chat) and len(bare) < len(pairs)
+    if talk:  # one format for all pairs
+        reason = "no prompt, where others have one"
+        dropped = [(reason, place_of(pair.chosen)) for pair in bare]
+        report(f"{data.dataset}: ", "rows dropped", dropped, len(pairs))
+        parts = tuple([pair for pair in part if pair.prompt] for part in parts)
     gaps = [pair.ratings[0] - pair.ratings[1] for pair in pairs if pair.ratings]
     if gaps:
         above, equal = (count / len(gaps) for count in (sum(g > 0 for g in gaps), gaps.count(0)))
         reading += f" (above the rejected one's in {above:.1%}, equal in {equal:.1%})"
-    talks = sum(isinstance(pair.prompt, list) for pair in pairs)
-    bare = sum(not pair.prompt for pair in pairs)
-    reading += f", {bare} of {len(pairs)} without a prompt" * bool(bare) + ", as chat" * bool(talks)
+    without = f", {len(bare)} of {len(pairs)} without a prompt" * bool(bare)
+    reading += ", as chat" if talk else without
     used = {"prompt", "chosen", "rejected", "margin", *ratings} & known
     return parts, used, reading
 
@@ -149,17 +158,13 @@ def _rated_pairs(
     for rated in divide(data, rows, read, lambda item: first_turn(item[0])):
         texts, ratings = [text for text, _ in rated], [rating for _, rating in rated]
         which = "held-out " * len(parts)
-        low, high = (min(ratings), max(ratings)) if ratings else (0.0, 0.0)
-        require(
-            high > low or not ratings,
-            f"{data.dataset}: {which}column {column!r} is always {low:g}: expected several",
-        )
-        require(
-            high - low >= min_gap or not ratings,
-            f"{data.dataset}: {which}column {column!r} lies in {low:g} to {high:g}, and no two "
-            f"differ by --min-rating-gap {min_gap:g}: lower it",
-        )
         parts.append(RatedPairs(texts, ratings, min_gap))
+        low, high = min(ratings, default=0), max(ratings, default=0)
+        require(
+            len(parts[-1]) > 0 or not ratings,
+            f"{data.dataset}: {which}column {column!r} lies in {low:g} to {high:g}, and no two "
+            f"differ by --min-rating-gap {min_gap:g}",
+        )
     return parts
 
 

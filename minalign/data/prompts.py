@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .batches import shuffled_forever
-from .chat import Prompt, TokenizedPrompt, encode_prompt, first_turn, note_special_tokens
-from .columns import name_unread, place_of, prompt_column, read_prompt
+from .chat import TokenizedPrompt, encode_prompt, note_special_tokens
+from .columns import name_unread, prompt_column, read_prompt
+from .messages import Prompt, first_turn, place_of
 from .rows import report
 from .splits import Split, both_splits, divide, require_both
 
@@ -41,12 +42,8 @@ def load_prompts(
         for part in divide(data, rows, read, first_turn)
     ]
     train, evaluation = map(len, parts)
-    form = "as chat" if chat else "as text"
-    source = data.names.get(column, column)
-    print(
-        f"{data.dataset}: {train} training and {evaluation} held-out prompts from {source!r:.40}, "
-        f"{form}"
-    )
+    form = f"{data.names.get(column, column)!r:.40}, as {'chat' if chat else 'text'}"
+    print(f"{data.dataset}: {train} training and {evaluation} held-out prompts from {form}")
     used = {column, "prompt"} if column == "chosen" else {column}
     name_unread(data.dataset, columns, used, data.names)
     require_both(data, parts, "prompts")

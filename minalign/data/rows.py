@@ -26,6 +26,8 @@ if typing.TYPE_CHECKING:
 
 FILE_TYPES = (".jsonl", ".gz", ".json", ".csv", ".parquet")
 
+SAVED = ("state.json", "dataset_dict.json")  # by datasets' save_to_disk
+
 # A path with a typing error is no name on the hub.
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 
@@ -52,20 +54,25 @@ def read_rows(
     """
     path = Path(dataset)
     may_be_on_the_hub = (
-        HUB_ID.fullmatch(dataset)
+        bool(HUB_ID.fullmatch(dataset))
         and path.suffix not in FILE_TYPES
         and not os.path.exists(dataset.partition("/")[0])
     )
     # os.path, since Path's own tests raise for long names.
-    if not os.path.exists(dataset) and not may_be_on_the_hub:
-        raise UserError(
-            f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or "
-            "a hub id"
-        )
+    require(
+        os.path.exists(dataset) or may_be_on_the_hub,
+        f"{dataset}: no such file: give --dataset a .jsonl, .csv or .parquet file, a folder or a "
+        "hub id",
+    )
+    is_saved = any(os.path.exists(f"{dataset}/{name}") for name in SAVED)
+    has_subsets = not os.path.isfile(dataset) and not is_saved
+    require(has_subsets or not subset, f"--subset {subset:.40}: {dataset} has none: leave it out")
     try:
         _refuse_pointers(path)
         if os.path.isfile(dataset):
             rows = _part({"train": _read_file(path, columns)}, split)
+        elif is_saved:
+            rows = _read_saved(dataset, split, columns)
         else:
             rows = _read_folder(dataset, split, subset, columns)
     except UserError:
@@ -116,13 +123,12 @@ def _read_json(path: Path) -> list[dict]:
     # ends the program.
     rows, is_array = [], False
     opener = gzip.open if path.suffix == ".gz" else open
+    read = functools.partial(json.loads, object_pairs_hook=_object)
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            lines = filter(str.strip, file)  # blank lines are no rows
-            is_array = next(lines, "").lstrip().startswith("[")
-            file.seek(0)
-            for row in json.load(file) if is_array else map(json.loads, filter(str.strip, file)):
-                rows.append(row)
+            is_array = next(filter(str.strip, file), "").lstrip().startswith("[")
+            file.seek(0)  # blank lines are no rows
+            rows.extend(read(file.read()) if is_array else map(read, filter(str.strip, file)))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:  # too deep, or a number of thousands of digits
@@ -136,6 +142,14 @@ def _read_json(path: Path) -> list[dict]:
                 f'{path}: row {number}: got {row!r:.40}, expected {{"column": value, ...}}'
             )
     return rows
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON, which may not say one thing twice."""
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else 0
+    require(not twice, f"twice: {shown(twice or ())}")
+    return dict(pairs)
 
 
 def _read_csv(path: Path, separator: str = ",") -> list[dict]:
@@ -161,20 +175,24 @@ def _read_csv(path: Path, separator: str = ",") -> list[dict]:
     return rows
 
 
+def _read_saved(folder: str, split: str, columns: Collection[str] | None) -> list[dict]:
+    import datasets
+
+    saved = datasets.load_from_disk(folder)
+    saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    rows = {
+        name: _from_arrow(part.with_format("arrow")[:], columns) if name in split else []
+        for name, part in saved.items()
+    }
+    return _part(rows, split)
+
+
 def _read_folder(
     dataset: str, split: str, subset: str, columns: Collection[str] | None
 ) -> list[dict]:
-    """Rows of a folder, or of the hub."""
+    """Rows of a folder of files, or of the hub."""
     import datasets  # here: seconds to import, and not everywhere installed
 
-    if any(os.path.exists(f"{dataset}/{name}") for name in ("state.json", "dataset_dict.json")):
-        saved = datasets.load_from_disk(dataset)
-        saved = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-        rows = {
-            name: _from_arrow(part.with_format("arrow")[:], columns) if name in split else []
-            for name, part in saved.items()
-        }
-        return _part(rows, split)
     options, is_here = {}, os.path.isdir(dataset)
     dataset = os.path.realpath(dataset) if is_here else dataset
     with tempfile.TemporaryDirectory() as copy:
@@ -237,23 +255,17 @@ def shown(names: Collection[str]) -> str:
 def report(
     source: str, what: str, found: Sequence[tuple[str, str]], total: int | None = None
 ) -> None:
-    """Print how many there are of each kind, with the place of the first.
+    """Print how many are `found`, (kind, place), of each kind, with the place of the first.
 
-    Args:
-        source: what goes before each line.
-        what: they are, as "rows dropped".
-        found: (kind, place) of each.
-        total: of how many, where it is an error that `found` is more than half.
     Raises:
-        UserError: it is.
+        UserError: they are more than half of `total`.
 
     >>> report("a.csv: ", "rows dropped", [("no answer", "row 3"), ("no answer", "row 8")], 40)
     a.csv: 2 rows dropped: no answer (first: row 3)
     """
-    counts, first = Counter(kind for kind, _ in found), dict(reversed(found))
-    lines = [f"{n} {what}: {kind} (first: {first[kind]})" for kind, n in counts.most_common(8)]
-    rest = sum(counts.values()) - sum(n for _, n in counts.most_common(8))
-    lines += [f"{rest} {what}: other kinds"] * bool(rest)
+    counts, first = Counter(kind for kind, _ in found).most_common(), dict(reversed(found))
+    lines = [f"{n} {what}: {kind} (first: {first[kind]})" for kind, n in counts[:8]]
+    lines += [f"{sum(n for _, n in counts[8:])} {what}: other kinds"] * (len(counts) > 8)
     require(
         total is None or 2 * len(found) <= total,
         f"{source.lstrip()}{len(found)} of {total} are of no use: {'; '.join(lines[:3])}",
@@ -263,11 +275,7 @@ def report(
 
 
 def text_cell(row: dict, column: str, may_be_empty: bool = False) -> str:
-    """row[column] if it is a text.
-
-    Raises:
-        UserError: it is not, or it is empty. Its row is named by the caller.
-    """
+    """row[column] if it is a text, else a UserError. Its row is named by the caller."""
     value = row.get(column)
     if not isinstance(value, str) or not (may_be_empty or value.strip()):
         got = "an empty text" if isinstance(value, str) else type(value).__name__
@@ -277,21 +285,13 @@ def text_cell(row: dict, column: str, may_be_empty: bool = False) -> str:
 
 
 def require_characters(text: str, column: str) -> None:
-    r"""Check that a text has no half character, as "\ud83d" alone is in JSON: tokenizers refuse it.
-
-    Raises:
-        UserError: it has one.
-    """
+    r"""UserError where a text has half a character, as "\ud83d" alone is in JSON."""
     half = HALF_CHARACTER.search(text)
     require(not half, f"column {column!r}: has half a character (a lone surrogate)")
 
 
 def number_cell(row: dict, column: str, may_be_none: bool = False) -> float | None:
-    """row[column] if it is a finite number, or a text that is one.
-
-    Raises:
-        UserError: it is not, and may not be. Its row is named by the caller.
-    """
+    """row[column] if it is a finite number, or a text that is one, else None or a UserError."""
     value, number = row.get(column), math.nan
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = math.nan if isinstance(value, bool) else float(value)

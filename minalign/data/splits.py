@@ -9,16 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
-from .chat import first_turn
-from .columns import (
-    KNOWN,
-    PROMPT_COLUMNS,
-    Note,
-    by_our_names,
-    parse_columns,
-    read_items,
-    read_prompt,
-)
+from .columns import KNOWN, PROMPT_COLUMNS, by_our_names, parse_columns, read_items, read_prompt
+from .messages import Note, first_turn
 from .rows import read_rows
 
 if typing.TYPE_CHECKING:
@@ -101,7 +93,7 @@ def divide(
     evaluation = [item for item in parts[1] if item is not None]
     held = {key(item) for item in evaluation}
     # A row that is no pair has a prompt that a policy is judged on all the same.
-    held |= {asked_in(row) for row, item in zip(rows[1], parts[1]) if item is None}
+    held |= {_asked_in(row) for row, item in zip(rows[1], parts[1]) if item is None}
     kept = [item for item in train if key(item) not in held]
     if len(kept) < len(train):
         print(f"{data.dataset}: {len(train) - len(kept)} rows dropped: in the held-out split, too")
@@ -113,8 +105,7 @@ def divide(
     return kept, evaluation
 
 
-def asked_in(row: dict) -> str:
-    """What a row is split by, also where it is of no use; "" where nothing can be read."""
+def _asked_in(row: dict) -> str:
     for column in PROMPT_COLUMNS:
         with contextlib.suppress(UserError):
             return first_turn(read_prompt(row, "", lambda _: None, column, False))

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
 
-from ..data.chat import render, require_templates
+from ..data.templates import render, require_templates
 from ..running.errors import UserError, is_out_of_memory, require
 from .folders import atomic_folder, first_line, model_folder
 from .lora import dense_state, load_adapter_, save_adapter

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from ..data.chat import Prompt, note_special_tokens
+from ..data.chat import note_special_tokens
 from ..data.columns import (
-    Note,
-    as_asked,
     by_our_names,
     name_unread,
     parse_columns,
@@ -24,6 +22,7 @@ from ..data.columns import (
     read_items,
     read_pair,
 )
+from ..data.messages import SERIALISED, Note, Prompt, as_asked, without_prompt
 from ..data.rows import read_rows, shown, text_cell
 from ..models.precision import autocast
 from ..reward import RewardModel
@@ -61,11 +60,16 @@ def texts_of(row: dict, where: str, note: Note, chat: bool) -> dict[str, tuple[P
         return {name: (pair.prompt, completion) for name, completion in sides.items()}
     if "completion" not in row:
         return {"reward": ("", text_cell(row, "text"))}
-    if isinstance(row["completion"], list):
-        prompt, completion = read_dialogue(row, "completion", note)
-    else:  # what a policy wrote is taken as it is
+    completion = row["completion"]
+    if isinstance(completion, str) and not SERIALISED.match(completion):
+        # What a policy wrote is taken as it is.
         prompt, completion = prompt_cell(row, note), text_cell(row, "completion", True)
-    return {"reward": (as_asked(prompt, where, isinstance(prompt, list)), completion)}
+        require(bool(prompt or completion.strip()), "neither a prompt nor a completion")
+        said = "completions begin with their prompt, and are scored as they are"
+        without_prompt(prompt, [completion], lambda _: note(said))
+    else:
+        prompt, completion = read_dialogue(row, "completion", note)
+    return {"reward": (as_asked(prompt, where, chat or isinstance(prompt, list)), completion)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,19 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     chat = bool(reward_model.tokenizer.chat_template)
     rows, names = read_rows(config.data, config.split), parse_columns(config.columns)
     named, columns = by_our_names(rows, names, config.data)
+    forms = ({"chosen", "rejected", "prompt"}, {"completion", "prompt"}, {"text"})
+    read_columns = next((f for f in forms if named[0].keys() >= f - {"prompt"}), set())
     require(
-        any(named[0].keys() >= form for form in ({"chosen", "rejected"}, {"completion"}, {"text"})),
+        bool(read_columns),
         f"{config.data}: has columns {shown(columns)}: expected prompt and completion, text, or "
         "chosen and rejected (--columns gives other names)",
     )
-    name_unread(config.data, columns, named[0], names)
+    name_unread(config.data, columns, read_columns, names)
 
     said = []
 
     def read(row: dict, where: str, note: Note) -> dict[str, list[int]]:
         """The new column's name -> token ids."""
         texts = texts_of(row, where, note, chat)
-        said.extend(texts.values())
+        said.extend((str(prompt), completion) for prompt, completion in texts.values())
         return {name: reward_model.encode(*text) for name, text in texts.items()}
 
     texts = [item or {} for item in read_items(named, read, config.data)]

@@ -96,8 +96,8 @@ def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], st
     Raises:
         UserError: there is no such run, or two had other data: `flag_name` has to be given.
     """
-    from ..data.chat import Prompt, first_turn
-    from ..data.columns import Note, parse_columns, prompt_column, read_prompt
+    from ..data.columns import parse_columns, prompt_column, read_prompt
+    from ..data.messages import Note, Prompt, first_turn
     from ..data.splits import Split, both_splits, divide
 
     runs = settings_of(models)

@@ -15,11 +15,9 @@ from minalign.data.chat import (
     encode,
     encode_prompt,
     encode_whole,
-    first_turn,
-    to_messages,
-    to_text,
     wants_chat,
 )
+from minalign.data.messages import first_turn, to_messages, to_text
 from minalign.reward import RewardModel, same_ids
 from minalign.running.errors import UserError
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from messages import assistant, system, user
 
-from minalign.data.chat import first_turn, to_text
 from minalign.data.columns import Pair
+from minalign.data.messages import first_turn, to_text
 from minalign.data.pairs import RatedPairs, load_pairs
 from minalign.data.prompts import load_prompts
 from minalign.data.splits import Split, held_out
@@ -349,7 +349,7 @@ TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistan
         ),
         (
             [{"text": f"film {n}", "label": 1} for n in range(50)],
-            "column 'label' is always 1: expected several",
+            "column 'label' lies in 1 to 1, and no two differ",
         ),
         ([PAIR, '{"prompt": "p", '], "row 2: not JSON"),
         (
@@ -370,8 +370,8 @@ TALKS = {"chosen": [user("p"), assistant("a")], "rejected": [user("p"), assistan
             "column 'chosen': expected messages, .*first: row 2",
         ),
         (
-            [TALKS, {**TALKS, "chosen": [user("p"), assistant([{"type": "text"}])]}],
-            "column 'chosen': expected messages, .*first: row 2",
+            [TALKS, {**TALKS, "chosen": [user("p"), assistant([{"type": "image"}])]}],
+            "column 'chosen': a part 'image' of a content: only text is read.*first: row 2",
         ),
         (
             [TALKS, {**TALKS, "rejected": ["p", "b"]}],

@@ -19,6 +19,8 @@ import tiny
 import torch
 from messages import assistant, system, user
 
+import train_policy
+import train_rm
 from minalign.data.chat import encode_whole
 from minalign.data.columns import Pair
 from minalign.data.pairs import encode_pairs, load_pairs
@@ -167,6 +169,14 @@ def test_columns_is_parsed_from_commas_and_several_values():
         with pytest.raises(UserError, match="--columns") as error:
             Split.from_flags(parse_flags(Config, "", ["--dataset", "d", "--columns", wrong]))
         one_line(error)
+
+
+@pytest.mark.parametrize("program", [train_rm, train_policy])
+def test_columns_is_checked_before_models_are_loaded(program):
+    """A-F1"""
+    flags = ["--model", "no-model", "--dataset", write([PAIR]), "--columns", "question=q"]
+    with pytest.raises(UserError, match="--columns question=q: expected each of prompt"):
+        program.main([*flags, "--device", "cpu", *["--rm", "no-model"] * (program is train_policy)])
 
 
 @pytest.mark.parametrize("load", [load_pairs, load_prompts])
@@ -379,6 +389,67 @@ def test_a_f5_a_h7_messages_in_other_forms_are_messages(form):
         assert sorted(map(json.dumps, prompts)) == sorted(
             json.dumps([user(f"Why {n}?")]) for n in range(1, COUNT + 1)
         )
+
+
+PARTS = [{"type": "text", "text": "q{n}"}]
+LISTS = {"role": ["user", "assistant"], "content": ["q{n}", "a"]}
+SAME_DIALOGUE = {
+    "parts": [user(PARTS), assistant([{"type": "text", "text": "a"}])],
+    "two parts": [user([PARTS[0] | {"text": "q"}, PARTS[0] | {"text": "{n}"}]), assistant("a")],
+    "parts with gaps, as parquet has them": [user([PARTS[0] | {"image": None}]), assistant("a")],
+    "a struct of lists": LISTS,
+    "a struct of lists of ShareGPT": {"from": ["human", "gpt"], "value": LISTS["content"]},
+    "json that begins with another key": json.dumps([{"id": 1} | user("q{n}"), assistant("a")]),
+}
+
+
+@pytest.mark.parametrize("name", SAME_DIALOGUE)
+def test_messages_in_parts_and_structs_are_the_dialogue_that_they_hold(name, capsys):
+    """A-F5"""
+    given = SAME_DIALOGUE[name]
+    other = json.loads(json.dumps(given).replace('"a"', '"b"').replace('\\"a\\"', '\\"b\\"'))
+    pairs = pairs_of({"chosen": given, "rejected": other})
+    assert len(pairs) == COUNT
+    assert all(pair.prompt[0]["content"][0] == "q" for pair in pairs)
+    assert {(len(p.prompt), p.chosen, p.rejected) for p in pairs} == {(1, "a", "b")}
+    assert len(prompts_of({"messages": given})) == COUNT
+    assert f"{COUNT} rows: column 'messages' ends with an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt", ["", None, []])
+def test_a_gap_in_the_prompt_beside_whole_dialogues_is_none(prompt):
+    """A-F2"""
+    talk = {"prompt": prompt} | {k: [user("q{n}"), assistant(k)] for k in ANSWERS}
+    assert len(pairs_of(talk)) == COUNT
+
+
+@pytest.mark.parametrize("place", [1, 12])
+def test_a_pair_without_a_prompt_among_others_is_dropped(place, capsys):
+    """A-F1: first or not, it would be read without the chat template, or take it from all."""
+    rows = rows_of(PAIR, {"prompt": "", "chosen": "x", "rejected": "y"}, place)
+    pairs = [p for part in load_pairs(Split(write(rows)), chat=True) for p in part]
+    assert len(pairs) == COUNT - 1 and all(pair.prompt for pair in pairs)
+    said = "1 rows dropped: no prompt, where others have one (first: 'x')"
+    assert said in capsys.readouterr().out
+    assert len([p for part in load_pairs(Split("d.jsonl"), chat=False) for p in part]) == COUNT
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("row", ['{"text": "a", "text": "b"}', '{"m": [{"role": 1, "role": 2}]}'])
+def test_json_that_says_a_thing_twice_is_refused(row, array):
+    """A-F4"""
+    with open("d.json", "w") as file:
+        file.write(f"[{row}]" if array else row)
+    with pytest.raises(UserError, match=r"twice: \['(text|role)'\]"):
+        read_rows("d.json")
+
+
+def test_a_subset_of_what_has_none_is_refused():
+    """A-F4"""
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk("saved")
+    for name in (write([{"text": "a"}]), "saved"):
+        with pytest.raises(UserError, match="--subset other: .* has none"):
+            read_rows(name, subset="other")
 
 
 def test_a_h7_the_data_set_of_llama_factory_is_read(capsys):
@@ -628,7 +699,11 @@ BAD_ROWS = {
     "no prompt": {"prompt": None},
     "a list": {"prompt": ["a"]},
     "no messages": {"prompt": []},
-    "content of parts": {"prompt": [user([{"type": "text", "text": "q"}])]},
+    "a picture": {"prompt": [user([{"type": "image", "url": "a.png"}, *PARTS])]},
+    "a part with a picture": {"prompt": [user([PARTS[0] | {"image": "a.png"}])]},
+    "a part with a number": {"prompt": [user([PARTS[0] | {"text": 5}])]},
+    "parts of words": {"prompt": [user(["a"])]},
+    "nothing asked": {"prompt": [user("q"), assistant("a"), user(" ")]},
     "content null": {"prompt": [user(None)]},
     "an open dialogue": {name: [user("q")] for name in ANSWERS},
     "different prompts": {"prompt": None}
@@ -749,7 +824,7 @@ def test_a_f16_ties_are_counted_apart(names, capsys):
 # --- A-F11, A-H4: the tools read as training does
 
 WRONG_PROMPTS = {
-    "parts": [user([{"type": "text", "text": "q"}])],
+    "picture": [user([{"type": "image", "url": "a.png"}])],
     "null": [user(None)],
     "other keys": [{"speaker": "user", "text": "q"}],
     "a number": 7,
@@ -791,6 +866,52 @@ def test_a_f11_score_reads_sharegpt_and_other_columns(models):
     ]
     for row in scores(models, "rm-chatml", forms, "--columns", "prompt=question,completion=answer"):
         assert row["reward"] == pytest.approx(expected, abs=1e-4) and "question" in row
+
+
+PARTS_OF_ANSWER = [{"type": "text", "text": "a"}]
+SCORED = {
+    "messages in parts": {"completion": [assistant(PARTS_OF_ANSWER)]},
+    "messages as json": {"completion": json.dumps([assistant("a")])},
+    "one message": {"completion": assistant("a")},
+    "text": {"completion": " a "},
+}
+
+
+def test_a_f5_score_reads_one_answer_in_any_form_alike(models):
+    rows = [{"prompt": "q"} | row for row in SCORED.values()]
+    rows += [{"prompt": [user("q")]} | row for row in SCORED.values()]
+    found = {round(row["reward"], 5) for row in scores(models, "rm-chatml", rows)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "row, unread",
+    [
+        ({"text": "a", "prompt": "q"}, "prompt"),
+        ({"text": "a", "messages": [user("q"), assistant("a")]}, "messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "completion": "c"}, "completion"),
+        ({"prompt": "q", "completion": "c", "chosen": "a"}, "chosen"),
+    ],
+)
+def test_a_f1_score_names_what_it_does_not_read(row, unread, models, capsys):
+    scores(models, "rm-chatml", [row])
+    assert f"columns not read: ['{unread}']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt", ["<|im_start|>q", [user("<|im_start|>q")]])
+def test_a_f7_score_names_special_tokens_and_no_flag_that_it_lacks(prompt, models, capsys):
+    scores(models, "rm-chatml", [{"prompt": prompt, "completion": "a"}])
+    out = capsys.readouterr().out
+    assert "1 of 1 texts hold special tokens such as <|im_start|>" in out
+    assert "--format" not in out
+
+
+def test_a_f3_score_says_that_completions_repeat_their_prompt(models, capsys):
+    rows = [{"prompt": "What?", "completion": f"What?{end}"} for end in (" Yes", " No", "")]
+    scores(models, "rm-plain", [*rows, {"prompt": "", "completion": ""}])
+    out = capsys.readouterr().out
+    assert "2 rows: completions begin with their prompt" in out
+    assert "1 rows dropped: neither a prompt nor a completion (first: row 4)" in out
 
 
 def test_a_h4_tools_name_the_columns_that_are_there(models, capsys):
@@ -844,7 +965,7 @@ def test_a_g13_generate_leaves_out_what_the_template_refuses(models, capsys):
 
 def test_a_h3_the_gap_of_ratings_is_named_where_it_leaves_no_pairs():
     rows = [{"text": f"film {n}", "rating": n / COUNT} for n in range(COUNT)]
-    with pytest.raises(UserError, match="lies in 0 to .*--min-rating-gap 1: lower it"):
+    with pytest.raises(UserError, match="lies in 0 to .*--min-rating-gap 1"):
         load_pairs(Split(write(rows)))
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 import train_policy
 import train_rm
-from minalign.data import chat
+from minalign.data import templates
 from minalign.data.chat import TokenizedPrompt, decode_parts, encode_prompt, wants_chat
 from minalign.data.columns import read_pair
 from minalign.data.pairs import encode_pairs
@@ -327,7 +327,7 @@ def test_a_refusal_is_the_templates_own():
 @pytest.mark.parametrize("role", ["user", "assistant"])
 def test_a_template_that_never_ends_is_stopped(monkeypatch, in_main_thread, role):
     """S19: in any thread, once, and no thread goes on working."""
-    monkeypatch.setattr(chat, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 0.2)
     tokenizer = tiny.tokenizer(tiny.each(tiny.only(f"m.role == '{role}'", NEVER) + tiny.TURN))
     errors, before = [], threading.active_count()
 
@@ -394,6 +394,31 @@ def test_special_tokens_in_pairs_are_counted_in_one_line(capsys):
     encode_pairs(pairs, reward.encode, **drawing)
     out = capsys.readouterr().out
     assert "2 of 5 pairs hold special tokens such as <|im_end|>" in out and "--format plain" in out
+
+
+@pytest.mark.parametrize("mark", ["[INST] q [/INST]", "<start_of_turn>user\nq", "### Response:\n"])
+def test_prompts_that_another_template_rendered_are_counted(mark, capsys):
+    """A-F7"""
+    tokenize_prompts(tiny.tokenizer("chatml"), [[U(mark)], [U("q")]], 500, None, "odd")
+    out = capsys.readouterr().out
+    assert "1 of 2 odd prompts hold marks of a template" in out and "--format plain" in out
+    tokenize_prompts(tiny.tokenizer("plain"), [mark, "q"], 500, None, "odd")
+    assert "marks" not in capsys.readouterr().out
+
+
+def test_many_roles_are_refused_as_fast_as_few():
+    """A-F9"""
+    talk = [{"role": f"speaker {i}", "content": "Hi."} for i in range(40)]
+    with pytest.raises(UserError, match="leaves out turns of 'speaker 0'"):
+        encode_prompt(tiny.tokenizer("known"), talk)
+
+
+@pytest.mark.parametrize("change", ["lower", "upper", "reverse"])
+def test_a_template_that_changes_the_words_is_refused(change):
+    """A-F9"""
+    template = tiny.TEMPLATES["chatml"].replace("m.content", f"m.content|{change}")
+    with pytest.raises(UserError, match="leaves out turns of 'user'"):
+        encode_prompt(tiny.tokenizer(template), [U("Why?")])
 
 
 def test_generate_counts_special_tokens(here, capsys):
