@@ -29,7 +29,7 @@ import train_policy
 from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require
 from minalign.running.flags import flag, parse_flags
-from minalign.running.logs import read_json, read_rows, to_json, write_atomic
+from minalign.running.logs import read_json, read_json_lines, to_json, write_atomic
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -243,7 +243,7 @@ def measure(
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
     """The held-out metrics along a run, with their steps."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_json_lines(folder / "metrics.jsonl", "step")
     held_out = [
         {
             key.removeprefix("eval_"): row[key]

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -204,6 +206,8 @@ def resolve_data(config: DataFlags) -> None:
     for name in ("subset", "eval_split", "columns"):
         given = bool(getattr(config, name))
         require(bool(config.dataset) or not given, f"{dashed(name)} needs --dataset")
+    one_file = bool(config.subset) and os.path.isfile(config.dataset)
+    require(not one_file, f"--subset: {config.dataset} is one file, not several: leave it out")
     require(
         bool(config.dataset) or config.format != "chat",
         "--format chat needs --dataset: the toy world is plain text",
@@ -308,6 +312,7 @@ def parse_flags(
         prog=prog, description=description, allow_abbrev=False, formatter_class=formatter
     )
     parser.add_argument("--version", action="version", version=f"minalign {__version__}")
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own knows no -1e-05
     kinds = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     # A group of --help for each class, the script's own flags first.
@@ -371,4 +376,5 @@ def _add_flag(
         metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
         options |= {"type": kind, "default": field.default, "choices": choices, "metavar": metavar}
     positional = field.metadata["positional"]
+    options |= {"metavar": field.name.upper()} if positional else {}
     group.add_argument(field.name if positional else dashed(field.name), **options)

@@ -76,11 +76,11 @@ def read_json(path: Path, *keys: str) -> dict:
     return found
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a log, a file of JSON lines.
+def read_json_lines(path: Path, *keys: str) -> list[dict]:
+    """The rows of a file of JSON lines.
 
     Raises:
-        UserError: it is not there, or a line is broken.
+        UserError: it is not there, or a line is broken, or lacks one of `keys`.
     """
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -90,8 +90,9 @@ def read_rows(path: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        whole = len(rows) == number and isinstance(rows[-1], dict) and "step" in rows[-1]
-        require(whole, f"{path}: line {number}: no JSON object with a step: fix or remove it")
+        whole = len(rows) == number and isinstance(rows[-1], dict) and rows[-1].keys() >= set(keys)
+        wanted = f"no JSON object with {', '.join(keys)}: fix or remove it"
+        require(whole, f"{path}: line {number}: {wanted}")
     return rows
 
 
@@ -147,7 +148,8 @@ class MetricsLog:
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
         self.lines = JsonLines(folder / "metrics.jsonl", last_step)
-        self.start = time.monotonic() - (self.lines.last["seconds"] if self.lines.last else 0)
+        before = (self.lines.last or {}).get("seconds")
+        self.start = time.monotonic() - (before if isinstance(before, (int, float)) else 0)
         self.printed = 0
 
     def write(

@@ -36,7 +36,9 @@ WHY_NOT = {  # (kind of run, flag) -> why it may not change, where one may think
 
 
 @contextlib.contextmanager
-def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+def claimed_folder(
+    config: typing.Any, kind: str, free: Collection[str] = FREE_TO_CHANGE
+) -> Iterator[tuple[Path, Callable[[], None]]]:
     """The folder of a run, which no other process can claim meanwhile.
 
     It is there at once, before anything is loaded. One in which nothing ran is removed again. With
@@ -44,15 +46,17 @@ def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callab
     before its first step: it starts anew.
 
     Args:
-        config: a dataclass with RunFlags and `out`.
+        config: a dataclass with `out`, and `resume` where there is such a flag.
         kind: of run, for the folder's name.
+        free: flags that may have another value with --resume.
     Returns:
         (folder, a function that raises UserError where it was deleted, or is another run's by now).
     Raises:
         UserError: it is another run's, ran with other flags, another process runs there, or it
             cannot be used.
     """
-    require(bool(config.out) or not config.resume, "--resume needs --out: the folder of the run")
+    resume = getattr(config, "resume", False)
+    require(bool(config.out) or not resume, "--resume needs --out: the folder of the run")
     made = not os.path.exists(config.out)
     folder = _make(config.out, kind)
     lock, file = _lock(folder), folder / "lock"
@@ -62,10 +66,10 @@ def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callab
         require(_is_at(lock, file), gone)
 
     try:
-        if config.resume and (folder / "config.json").is_file():
-            require_same_flags(folder / "config.json", config, kind)
+        if resume and (folder / "config.json").is_file():
+            require_same_flags(folder / "config.json", config, kind, free)
         else:
-            if config.resume:
+            if resume:
                 print(f"--resume: no run in {folder} yet: starting it")
             _require_free(folder)
         yield folder, require_in_place
@@ -76,17 +80,6 @@ def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callab
                 if made and not any(folder.iterdir()):
                     folder.rmdir()
         os.close(lock)
-
-
-def new_run(out: str, kind: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/<kind>-<number>.
-
-    Raises:
-        UserError: it holds another run, or cannot be made.
-    """
-    folder = _make(out, kind)
-    _require_free(folder)
-    return folder
 
 
 def _lock(folder: Path) -> int:
@@ -153,9 +146,7 @@ def _require_free(folder: Path) -> None:
     require(not occupied, f"--out {folder}: holds another run: {fix}")
 
 
-def require_same_flags(
-    path: Path, config: typing.Any, kind: str, free: Collection[str] = FREE_TO_CHANGE
-) -> None:
+def require_same_flags(path: Path, config: typing.Any, kind: str, free: Collection[str]) -> None:
     """Compare the flags of an earlier run with those of this one.
 
     A policy run may grow, and be measured on other held-out prompts.
@@ -197,8 +188,8 @@ def require_same_fingerprints(path: Path, config: typing.Any, found: dict[str, s
     if not path.exists():
         return
     ran = read_json(path)
-    began = ran.get("fingerprints") or {}
-    if not began:
+    began = ran.get("fingerprints")
+    if not isinstance(began, dict):
         print(f"--resume: {path} has no fingerprints: whether data or models changed is unknown")
         return
     changed = {name for name in began | found if began.get(name) != found.get(name)}

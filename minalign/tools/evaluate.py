@@ -28,7 +28,7 @@ from ..running.errors import require
 from ..running.flags import SEEDS, DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
 from ..running.logs import JsonLines, to_json, write_atomic
 from ..running.run import describe, show_config
-from ..running.run_folder import new_run
+from ..running.run_folder import claimed_folder
 from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -224,7 +224,8 @@ def toy_rewards() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load, measure, compare, print and save."""
-    take = {name: name for name in (*SAMPLING, *DATA, *REWARD)} | {"start": "model"}
+    take = {name: name for name in (*SAMPLING, *DATA, *REWARD, "eval_prompts")}
+    take["start"] = "model"
     config = parse_flags(Config, __doc__, argv, "minalign evaluate")
     argv = with_flags_of_runs(argv, config, config.model or [], take)
     config = resolve(parse_flags(Config, __doc__, argv, "minalign evaluate"))
@@ -237,30 +238,30 @@ def main(argv: list[str] | None = None) -> None:
 
     rewards = config.rm or toy_rewards()
     check_functions(rewards)
-    out = new_run(config.out, "evaluation")
-    show_config(config, device, reason, dtype)
-    task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
-    what = describe(config, device, dtype)
-    write_atomic(out / "config.json", to_json(what, indent=2) + "\n")
+    with claimed_folder(config, "evaluation") as (out, _):
+        show_config(config, device, reason, dtype)
+        task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
+        what = describe(config, device, dtype)
+        write_atomic(out / "config.json", to_json(what, indent=2) + "\n")
 
-    with autocast(device, dtype):
-        measured = {"start": measure(task.start, task, config, config.seed)}
-        control = measure(task.start, task, config, config.seed + 1)
-        for name, policy in load_policies(config, task, device):
-            measured[name] = measure(policy, task, config, config.seed)
-            del policy  # one at a time in memory, beside the start policy
-    results = results_of(config, measured, control)
-    print("\n" + measures_table(measured, len(task.eval_prompts)))
-    print("\n" + comparisons_table(results))
-    print("\ncollapse")
-    for name, one in results["models"].items():
-        print(f"  {short(name):17}  {one['verdict']}")
-    write_atomic(out / "results.json", to_json(results, indent=2) + "\n")
-    lines = JsonLines(out / "samples.jsonl")
-    for name, one in measured.items():
-        for sample in one.samples:
-            lines.append({"model": name} | sample._asdict())
-    print(f"\nsaved {out}/results.json, {out}/samples.jsonl")
+        with autocast(device, dtype):
+            measured = {"start": measure(task.start, task, config, config.seed)}
+            control = measure(task.start, task, config, config.seed + 1)
+            for name, policy in load_policies(config, task, device):
+                measured[name] = measure(policy, task, config, config.seed)
+                del policy  # one at a time in memory, beside the start policy
+        results = results_of(config, measured, control)
+        print("\n" + measures_table(measured, len(task.eval_prompts)))
+        print("\n" + comparisons_table(results))
+        print("\ncollapse")
+        for name, one in results["models"].items():
+            print(f"  {short(name):17}  {one['verdict']}")
+        write_atomic(out / "results.json", to_json(results, indent=2) + "\n")
+        lines = JsonLines(out / "samples.jsonl")
+        for name, one in measured.items():
+            for sample in one.samples:
+                lines.append({"model": name} | sample._asdict())
+        print(f"\nsaved {out}/results.json, {out}/samples.jsonl")
 
 
 def results_of(config: Config, measured: dict[str, Measured], control: Measured) -> dict:

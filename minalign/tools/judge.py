@@ -20,7 +20,6 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,8 @@ from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import UserError, require
 from ..running.flags import SEEDS, TEMPERATURES, ColumnFlags, DeviceFlags, dashed, flag, parse_flags
-from ..running.logs import to_json, write_atomic
-from ..running.run_folder import new_run, require_same_flags
+from ..running.logs import read_json_lines, to_json, write_atomic
+from ..running.run_folder import claimed_folder
 from .asking import EndpointJudge, LocalJudge, Reply
 from .files import whole_file
 from .settings import SAMPLING, agreed, held_out_rows, settings_of, with_flags_of_runs
@@ -281,17 +280,12 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self.path, self.replies = folder / "answers.jsonl", {}
         # What follows the last line end is left out: half a line of a run that was killed.
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                key = row.pop("pair"), row.pop("order")
-                self.replies[key] = Reply(**row)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{self.path}: line {number}: no answer: remove it, and it is asked again"
-                ) from error
-        write_atomic(self.path, "".join(f"{line}\n" for line in lines))
+        whole = self.path.read_text().rpartition("\n") if self.path.exists() else ("", "", "")
+        write_atomic(self.path, "".join(whole[:2]))
+        for row in read_json_lines(self.path, "pair", "order", *Reply._fields):
+            reply = Reply(str(row["text"]), bool(row["cut"]), str(row["error"]))
+            pair = row["pair"] if isinstance(row["pair"], int) else 0  # 0: of no question
+            self.replies[pair, str(row["order"])] = reply
         self.file = open(self.path, "ab", buffering=0)
 
     def add(self, pair: int, order: str, reply: Reply) -> None:
@@ -363,28 +357,22 @@ def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
                 writer.writerow([number, order, *texts])
 
 
-def check_resumed(config: Config) -> Path:
-    """The folder of the run to resume.
-
-    Raises:
-        UserError: there is none, or it ran with other flags.
-    """
-    path = Path(config.out) / "config.json"
-    require(
-        bool(config.out) and path.is_file(),
-        f"--resume: no run at --out {config.out!r} (no config.json there)",
-    )
-    require_same_flags(path, config, "judge", FREE_ON_RESUME)
-    return path.parent
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, ask, report."""
     config = parse_flags(Config, __doc__, argv, "minalign judge")
     policies = [side for side in (config.a, config.b) if not is_file(side)]
     argv = with_flags_of_runs(argv, config, policies, dict(zip(SAMPLING, SAMPLING)))
     config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
-    folder = check_resumed(config) if config.resume else new_run(config.out, "judge")
+    with claimed_folder(config, "judge", FREE_ON_RESUME) as (folder, _):
+        compare(config, folder)
+
+
+def compare(config: Config, folder: Path) -> None:
+    """Ask about every pair that has no answer in the folder yet, and report.
+
+    Raises:
+        UserError: the judge seems to be gone, or no pair was scored.
+    """
     if is_endpoint(config.judge):
         limits = config.judge_tokens, config.batch_size, config.timeout, config.retries
         judge = EndpointJudge(config.judge, config.judge_model, *limits)
@@ -392,9 +380,9 @@ def main(argv: list[str] | None = None) -> None:
         judge = LocalJudge(
             config.judge, config.device, config.dtype, config.judge_tokens, config.batch_size
         )
-    if config.resume:
-        lines = (folder / "pairs.jsonl").read_text().splitlines()
-        pairs = [Pair(**json.loads(line)) for line in lines]
+    if (folder / "config.json").exists():
+        rows = read_json_lines(folder / "pairs.jsonl", *Pair._fields)
+        pairs = [Pair(*(str(row[name]) for name in Pair._fields)) for row in rows]
     else:
         pairs = load_pairs(config)
         lines = [to_json(pair._asdict()) + "\n" for pair in pairs]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..running.errors import require
 from ..running.flags import dashed
-from .logged import read_object
+from ..running.logs import read_json
 
 SAMPLING = ("format", "max_new_tokens", "temperature")
 # Groups whose others go with the first: those of another data set would be nonsense.
@@ -37,7 +37,7 @@ def settings_of(paths: Sequence[str]) -> dict[str, dict]:
 def _config_of(folder: Path) -> dict:
     """What config.json says, if it is that of a policy run and not that of a model."""
     path = folder / "config.json"
-    settings = read_object(path) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     return settings if "max_new_tokens" in settings and "model_type" not in settings else {}
 
 
@@ -115,7 +115,7 @@ def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], st
         return read_prompt(row, where, note, column, False), row
 
     items = divide(data, rows, read, lambda item: first_turn(item[0]))[1]
-    count = next(iter(runs.values()))["eval_prompts"]
+    count = agreed(runs, "eval_prompts", flag_name)
     held_out = list({json.dumps(prompt): row for prompt, row in items}.values())[:count]
     print(f"prompts: {len(held_out)} that {', '.join(runs)} held out of {data.dataset}")
     return held_out, data.dataset, column

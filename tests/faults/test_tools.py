@@ -16,6 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pyarrow
@@ -25,10 +26,11 @@ import tiny
 
 from minalign.measuring.policies import before_after_table
 from minalign.running.errors import UserError, one_line_errors
+from minalign.running.run_folder import claimed_folder
 from minalign.tools import asking, evaluate, generate, judge, plot, score
 from minalign.tools.verdicts import parse_verdict
 
-CPU = ["--device", "cpu"]
+CPU, OUT = ["--device", "cpu"], ["--out", "o"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,39 @@ def refusal(main, argv, capsys):
     said = capsys.readouterr().err.splitlines()
     assert error.value.code == 2 and len(said) == 1, said
     return said[0]
+
+
+@pytest.mark.parametrize("tool", ["judge", "evaluate"])
+def test_a_second_process_in_the_folder_of_a_tool_is_refused(here, models, tool, capsys):
+    tiny.rows("c.jsonl", {"prompt": "q", "completion": "a"}, 2)
+    argv = {
+        "judge": ["--a", "c.jsonl", "--b", "c.jsonl", "--judge", models["lm"]],
+        "evaluate": ["--model", a_run(here / "run", models["lm"], dataset="c.jsonl")],
+    }[tool]
+    argv += ["--rm", models["rm"]] if tool == "evaluate" else []
+    with claimed_folder(SimpleNamespace(out="o"), tool):
+        said = refusal({"judge": judge, "evaluate": evaluate}[tool].main, [*argv, *OUT], capsys)
+    assert "is running there" in said and not Path("o").exists()
+
+
+BROKEN = {
+    "pairs gone": ("pairs.jsonl", None),
+    "pairs cut": ("pairs.jsonl", '{"prompt": "x"'),
+    "pairs without b": ("pairs.jsonl", '{"prompt": "x", "a": "y"}\n'),
+    "pairs too deep": ("pairs.jsonl", "[" * 5000),
+    "answers too deep": ("answers.jsonl", "[" * 5000 + "\n"),
+    "answers of numbers": ("answers.jsonl", "1\n"),
+    "config too deep": ("config.json", '{"a":' * 5000),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_damaged_folder_of_a_judge_is_one_line(endpoint, damage, capsys):
+    endpoint(lambda body: "Verdict: 1")
+    url, (name, content) = json.loads(Path("out/config.json").read_text())["judge"], BROKEN[damage]
+    Path("out", name).unlink() if content is None else Path("out", name).write_text(content)
+    flags = ["--a", "a.jsonl", "--b", "b.jsonl", "--judge", url, "--judge-model", "j"]
+    assert name in refusal(judge.main, [*flags, "--out", "out", "--resume"], capsys)
 
 
 # ---- a run's own flags ----
@@ -141,16 +176,16 @@ def test_evaluate_takes_data_start_length_and_temperature_of_its_runs(
 ):
     settings = dict(dataset=prompts, eval_share=0.4, split_seed=7, temperature=0.5)
     runs = [a_run(here / f"run-{i}", models["lm"], seed=i, **settings) for i in (1, 2)]
-    flags = ["--rm", models["rm"], "--eval-prompts", "4", *CPU]
+    flags = ["--rm", models["rm"], *CPU]
     evaluate.main(["--model", *runs, *flags, "--out", "e"])
     config = json.loads(Path("e/config.json").read_text())
     assert config["dataset"] == prompts and config["start"] == models["lm"]
-    assert (config["eval_share"], config["split_seed"]) == (0.4, 7)
+    assert (config["eval_share"], config["split_seed"], config["eval_prompts"]) == (0.4, 7, 4)
     assert {(c["temperature"], c["max_new_tokens"]) for c in sampled} == {(0.5, 5)}
     assert f"as {runs[0]}, {runs[1]} ran: " in capsys.readouterr().out
     # typed by hand, it is the same
     by_hand = f"--dataset {prompts} --start {models['lm']} --eval-share 0.4 --split-seed 7"
-    by_hand += " --temperature 0.5 --max-new-tokens 5 --out f"
+    by_hand += " --temperature 0.5 --max-new-tokens 5 --eval-prompts 4 --out f"
     evaluate.main(["--model", *runs, *flags, *by_hand.split()])
     results = [json.loads(Path(f"{name}/results.json").read_text()) for name in "ef"]
     assert results[0] == results[1]
@@ -868,6 +903,10 @@ DAMAGED = {
     "front too deep": ("front.json", "[" * 5000),
     "front of texts": ("front.json", '{"front": ["x"], "runs": [], "merges": []}'),
     "front empty": ("front.json", '{"front": [], "runs": [], "merges": []}'),
+    "front all null": (
+        "front.json",
+        '{"front": [{"eta": 0, "kl_sft": 0, "reward": null}], "runs": [], "merges": []}',
+    ),
     "front without KL": ("front.json", '{"front": [{"eta": 0}], "runs": [], "merges": []}'),
     "runs of numbers": ("front.json", f'{{"front": [{POINT}], "runs": [3], "merges": []}}'),
     "merges null": ("front.json", f'{{"front": [{POINT}], "runs": [], "merges": null}}'),
@@ -887,6 +926,12 @@ def test_a_damaged_folder_is_one_line(here, damage, capsys):
     folder = write_log(here / "s", 5, eval_reward=lambda s: 1.0, eval_kl_sft=lambda s: 0.1)
     (here / "s" / name).write_text(content)
     assert f"s/{name}" in refusal(plot.main, [folder, "--out", "f.png"], capsys)
+
+
+@pytest.mark.parametrize("huge", [1e308, -1e200])
+def test_a_value_beyond_every_axis_costs_one_point(here, drawn, huge):
+    folder = write_log(here / "s", 9, reward=lambda s: 1.0 if s % 2 else huge * (-1) ** (s // 2))
+    assert set(points(drawn(folder, "--out", "f.png")["reward, training batch"])[1]) == {1.0}
 
 
 @pytest.mark.parametrize("before", [{"reward": 1.0}, {"reward": None, "kl_sft": 0.0}])
