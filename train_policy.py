@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require, visible
+from minalign.running.files import write_json
 from minalign.running.flags import (
     LoraFlags,
     MachineFlags,
@@ -40,7 +41,6 @@ from minalign.running.flags import (
     resolve_task,
     resolve_training,
 )
-from minalign.running.logs import to_json, write_atomic
 from minalign.running.ranks import processes
 from minalign.running.run import Run, open_run
 
@@ -466,8 +466,7 @@ def main(argv: list[str] | None = None) -> None:
         after, samples, _ = evaluate(run, task, policy)
         show_samples("after", samples)
         print("\n" + before_after_table(before, after))
-        results = {"before": before, "after": after}
-        write_atomic(run.folder / "results.json", to_json(results, indent=2) + "\n")
+        write_json(run.folder / "results.json", {"before": before, "after": after})
         last = after["reward"] - config.beta * after["kl_sft"]
         best, best_step = (run.counts.get(name) for name in ("best", "best_step"))
         if best_step and not last >= best:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from .errors import UserError, require
+from .files import read_json
 from .flags import dashed
-from .logs import read_json
 
 # Flags that may have another value when a run is resumed.
 FREE_TO_CHANGE = (

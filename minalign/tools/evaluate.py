@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
+from ..running.files import write_json, write_json_lines
 from ..running.flags import SEEDS, DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
-from ..running.logs import JsonLines, to_json, write_atomic
 from ..running.run import describe, show_config
 from ..running.run_folder import claimed_folder
 from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
@@ -241,8 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     with claimed_folder(config, "evaluation") as (out, _):
         show_config(config, device, reason, dtype)
         task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
-        what = describe(config, device, dtype)
-        write_atomic(out / "config.json", to_json(what, indent=2) + "\n")
+        write_json(out / "config.json", describe(config, device, dtype))
 
         with autocast(device, dtype):
             measured = {"start": measure(task.start, task, config, config.seed)}
@@ -256,11 +255,9 @@ def main(argv: list[str] | None = None) -> None:
         print("\ncollapse")
         for name, one in results["models"].items():
             print(f"  {short(name):17}  {one['verdict']}")
-        write_atomic(out / "results.json", to_json(results, indent=2) + "\n")
-        lines = JsonLines(out / "samples.jsonl")
-        for name, one in measured.items():
-            for sample in one.samples:
-                lines.append({"model": name} | sample._asdict())
+        write_json(out / "results.json", results)
+        rows = [{"model": name} | s._asdict() for name in measured for s in measured[name].samples]
+        write_json_lines(out / "samples.jsonl", rows)
         print(f"\nsaved {out}/results.json, {out}/samples.jsonl")
 
 

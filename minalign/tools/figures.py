@@ -10,7 +10,7 @@ import matplotlib.ticker
 import numpy
 
 from ..running.errors import require
-from .files import whole_file
+from ..running.files import whole_file
 from .logged import Group, LoggedRun, at_equal_kl, curve, smooth, thin
 
 matplotlib.use("Agg")  # files only: works without a screen

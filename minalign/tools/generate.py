@@ -29,6 +29,7 @@ from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require, visible
+from ..running.files import require_writable, to_json, whole_file
 from ..running.flags import (
     SEEDS,
     TEMPERATURES,
@@ -38,8 +39,6 @@ from ..running.flags import (
     flag,
     parse_flags,
 )
-from ..running.logs import to_json
-from .files import require_writable, whole_file
 from .settings import SAMPLING, held_out_rows, with_flags_of_runs
 
 

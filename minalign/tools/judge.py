@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
-from ..running.errors import UserError, require
+from ..running.errors import require
+from ..running.files import read_json_lines, whole_file, write_json, write_json_lines
 from ..running.flags import SEEDS, TEMPERATURES, ColumnFlags, DeviceFlags, dashed, flag, parse_flags
-from ..running.logs import read_json_lines, to_json, write_atomic
+from ..running.logs import JsonLines
 from ..running.run_folder import claimed_folder
 from .asking import EndpointJudge, LocalJudge, Reply
-from .files import whole_file
 from .settings import SAMPLING, agreed, held_out_rows, settings_of, with_flags_of_runs
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 
@@ -278,25 +278,22 @@ class Answers:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.replies = folder / "answers.jsonl", {}
-        # What follows the last line end is left out: half a line of a run that was killed.
-        whole = self.path.read_text().rpartition("\n") if self.path.exists() else ("", "", "")
-        write_atomic(self.path, "".join(whole[:2]))
-        for row in read_json_lines(self.path, "pair", "order", *Reply._fields):
+        self.path, self.replies, rows = folder / "answers.jsonl", {}, []
+        if self.path.exists():
+            text = self.path.read_text()
+            if not text.endswith("\n"):  # half a line of a run that was killed
+                self.path.write_text(text[: text.rfind("\n") + 1])
+            rows = read_json_lines(self.path, "pair", "order", *Reply._fields)
+        for row in rows:
             reply = Reply(str(row["text"]), bool(row["cut"]), str(row["error"]))
             pair = row["pair"] if isinstance(row["pair"], int) else 0  # 0: of no question
             self.replies[pair, str(row["order"])] = reply
-        self.file = open(self.path, "ab", buffering=0)
+        self.lines = JsonLines(self.path, rows)
 
     def add(self, pair: int, order: str, reply: Reply) -> None:
         """Keep a reply, on disk at once."""
         self.replies[pair, order] = reply
-        line = to_json({"pair": pair, "order": order} | reply._asdict()) + "\n"
-        try:
-            self.file.write(line.encode())
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}): make room there, and --resume"
-            raise UserError(f"{self.path}: {reason}") from error
+        self.lines.append({"pair": pair, "order": order} | reply._asdict())
 
 
 def ask_all(
@@ -385,11 +382,9 @@ def compare(config: Config, folder: Path) -> None:
         pairs = [Pair(*(str(row[name]) for name in Pair._fields)) for row in rows]
     else:
         pairs = load_pairs(config)
-        lines = [to_json(pair._asdict()) + "\n" for pair in pairs]
-        write_atomic(folder / "pairs.jsonl", "".join(lines))
+        write_json_lines(folder / "pairs.jsonl", [pair._asdict() for pair in pairs])
         # Last: a folder with a config can be resumed.
-        content = to_json(dataclasses.asdict(config), indent=2) + "\n"
-        write_atomic(folder / "config.json", content)
+        write_json(folder / "config.json", dataclasses.asdict(config))
     answers = Answers(folder)
     ask_all(judge, pairs, answers, config.criterion)
 
@@ -399,7 +394,7 @@ def compare(config: Config, folder: Path) -> None:
     ]
     results = summarise(verdicts, config.seed)
     write_csv(folder / "answers.csv", pairs, answers)
-    write_atomic(folder / "results.json", to_json(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     print(f"a: {config.a}, b: {config.b}, judge: {config.judge_model or config.judge}")
     print(table(results))
     for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:

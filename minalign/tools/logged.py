@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy
 
 from ..running.errors import UserError, require
-from ..running.logs import read_json
+from ..running.files import read_json
 from ..running.run_folder import FREE_TO_CHANGE
 
 # Entries of config.json. Runs that differ in nothing else are one group.

@@ -29,9 +29,8 @@ from ..models.precision import autocast
 from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
+from ..running.files import require_writable, to_json, whole_file
 from ..running.flags import ColumnFlags, DeviceFlags, flag, parse_flags
-from ..running.logs import to_json
-from .files import require_writable, whole_file
 
 
 @dataclass

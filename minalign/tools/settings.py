@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..running.errors import require
+from ..running.files import read_json
 from ..running.flags import dashed
-from ..running.logs import read_json
 
 SAMPLING = ("format", "max_new_tokens", "temperature")
 # Groups whose others go with the first: those of another data set would be nonsense.

@@ -23,8 +23,8 @@ import train_rm
 import warp
 from minalign.measuring.policies import Sample, before_after_table, show_samples
 from minalign.running.errors import UserError, one_line_errors, visible
+from minalign.running.files import to_json
 from minalign.running.flags import SEEDS, _kind, dashed
-from minalign.running.logs import to_json
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {

@@ -271,7 +271,7 @@ def test_any_column_type_goes_through(here, models, answers, tool):
 
 
 def test_values_of_any_type_become_json():
-    from minalign.running.logs import to_json
+    from minalign.running.files import to_json
 
     cases = [
         (numpy.float32(1.5), 1.5),
