@@ -29,18 +29,16 @@ from tqdm import tqdm
 from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require, visible
 from minalign.running.files import write_json
-from minalign.running.flags import (
+from minalign.running.flag_groups import (
     LoraFlags,
     MachineFlags,
     OptimizerFlags,
     RunFlags,
     TaskFlags,
-    fill_in,
-    flag,
-    parse_flags,
     resolve_task,
     resolve_training,
 )
+from minalign.running.flags import fill_in, flag, parse_flags
 from minalign.running.ranks import processes
 from minalign.running.run import Run, open_run
 

@@ -21,19 +21,15 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from minalign.running.errors import one_line_errors, require
-from minalign.running.flags import (
-    SEEDS,
+from minalign.running.flag_groups import (
     DataFlags,
     LoraFlags,
     MachineFlags,
     OptimizerFlags,
     RunFlags,
-    dashed,
-    fill_in,
-    flag,
-    parse_flags,
     resolve_training,
 )
+from minalign.running.flags import SEEDS, dashed, fill_in, flag, parse_flags
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once

@@ -22,7 +22,7 @@ from .columns import (
 from .rows import read_rows
 
 if typing.TYPE_CHECKING:
-    from ..running.flags import DataFlags
+    from ..running.flag_groups import DataFlags
 
 Item = typing.TypeVar("Item")
 

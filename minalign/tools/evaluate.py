@@ -26,7 +26,8 @@ from tqdm import tqdm
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.files import write_json, write_json_lines
-from ..running.flags import SEEDS, DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
+from ..running.flag_groups import DeviceFlags, TaskFlags, resolve_task
+from ..running.flags import SEEDS, flag, parse_flags
 from ..running.run import describe, show_config
 from ..running.run_folder import claimed_folder
 from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs

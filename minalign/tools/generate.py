@@ -30,15 +30,8 @@ from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require, visible
 from ..running.files import require_writable, to_json, whole_file
-from ..running.flags import (
-    SEEDS,
-    TEMPERATURES,
-    ColumnFlags,
-    DeviceFlags,
-    FormatFlags,
-    flag,
-    parse_flags,
-)
+from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags
+from ..running.flags import SEEDS, TEMPERATURES, flag, parse_flags
 from .settings import SAMPLING, held_out_rows, with_flags_of_runs
 
 

@@ -31,7 +31,8 @@ from ..data.rows import read_rows, text_cell
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.files import read_json_lines, whole_file, write_json, write_json_lines
-from ..running.flags import SEEDS, TEMPERATURES, ColumnFlags, DeviceFlags, dashed, flag, parse_flags
+from ..running.flag_groups import ColumnFlags, DeviceFlags
+from ..running.flags import SEEDS, TEMPERATURES, dashed, flag, parse_flags
 from ..running.logs import JsonLines
 from ..running.run_folder import claimed_folder
 from .asking import EndpointJudge, LocalJudge, Reply

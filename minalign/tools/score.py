@@ -30,7 +30,8 @@ from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.files import require_writable, to_json, whole_file
-from ..running.flags import ColumnFlags, DeviceFlags, flag, parse_flags
+from ..running.flag_groups import ColumnFlags, DeviceFlags
+from ..running.flags import flag, parse_flags
 
 
 @dataclass
