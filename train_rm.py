@@ -162,9 +162,8 @@ def ordinal(config: Config) -> Objective:
             return 0.0
         low, high = config.rating_range
         ratings = torch.tensor([example.ratings for example in examples], device=logits.device)
-        scores = 1 + (ratings - low) / (high - low) * (
-            config.num_scores - 1
-        )  # (B, K), on 1..num_scores
+        # (B, 2), on 1..num_scores
+        scores = 1 + (ratings - low) / (high - low) * (config.num_scores - 1)
         return config.rating_coef * sum(map(ordinal_rating_loss, logits, scores.T))
 
     constant = 0.5 if config.ties == "half" else (1 - 1 / config.num_scores) / 2
@@ -189,7 +188,7 @@ def train(
 
     from minalign.data.batches import length_grouped_batches
     from minalign.reward import RewardModel
-    from minalign.running.optimizer import Optimizer
+    from minalign.running.optimizer import Optimizer, warmup_and_decay
 
     config, model, objective = run.config, reward_model.model, objective_of(run.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -245,27 +244,14 @@ def pair_losses(
     return objective.order_losses(logits, examples) + objective.penalties(logits, examples)
 
 
-def warmup_and_decay(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate at `step` (from 1).
-
-    It rises over a share `warmup` of the steps, then falls to 0.
-    """
-    from minalign.running.optimizer import warmup_factor
-
-    rise, fall = warmup_factor(step, round(warmup * steps)), (steps - step + 1) / steps
-    return min(rise, fall / (1 - warmup) if warmup < 1 else 1)
-
-
 def dropout_generators(device: torch.device) -> dict[str, torch.Generator]:
     """Of --lora-dropout: the only chance but the order of the pairs."""
     import torch
 
-    cuda = (
-        {"dropout_cuda": torch.cuda.default_generators[device.index or 0]}
-        if device.type == "cuda"
-        else {}
-    )
-    return {"dropout": torch.default_generator} | cuda
+    generators = {"dropout": torch.default_generator}
+    if device.type == "cuda":
+        generators["dropout_cuda"] = torch.cuda.default_generators[device.index or 0]
+    return generators
 
 
 def write_logs(
@@ -390,13 +376,8 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
 
     if config.lora_rank:
         torch.manual_seed(config.seed)
-        add_lora_(
-            model,
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout or 0.0,
-            config.lora_targets,
-        )
+        dropout = config.lora_dropout or 0.0
+        add_lora_(model, config.lora_rank, config.lora_alpha, dropout, config.lora_targets)
     if config.gradient_checkpointing:
         checkpoint_activations_(model)
     return reward_model, examples, held_out

@@ -244,15 +244,12 @@ def measure(
 def curve_of(folder: Path) -> list[dict[str, float]]:
     """The held-out metrics along a run, with their steps."""
     rows = read_json_lines(folder / "metrics.jsonl", "step")
-    held_out = [
-        {
-            key.removeprefix("eval_"): row[key]
-            for key in row
-            if key == "step" or key.startswith("eval_")
-        }
-        for row in rows
+    held_out = [{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows]
+    return [
+        {"step": row["step"]} | {name.removeprefix("eval_"): point[name] for name in point}
+        for row, point in zip(rows, held_out)
+        if "eval_kl_sft" in point
     ]
-    return [point for point in held_out if "kl_sft" in point]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,7 +71,9 @@ def claimed_folder(
         else:
             if resume:
                 print(f"--resume: no run in {folder} yet: starting it")
-            _require_free(folder)
+            occupied = any((folder / name).exists() for name in WRITTEN)
+            fix = "choose another folder or remove that one"
+            require(not occupied, f"--out {folder}: holds another run: {fix}")
         yield folder, require_in_place
     finally:
         with contextlib.suppress(OSError):  # what stays is a file without a lock
@@ -138,12 +140,6 @@ def _make(out: str, kind: str) -> Path:
                 return folder / f"{kind}-{number}"
     except OSError as error:
         raise _unusable(folder, error) from error
-
-
-def _require_free(folder: Path) -> None:
-    occupied = any((folder / name).exists() for name in WRITTEN)
-    fix = "choose another folder or remove that one"
-    require(not occupied, f"--out {folder}: holds another run: {fix}")
 
 
 def require_same_flags(path: Path, config: typing.Any, kind: str, free: Collection[str]) -> None:

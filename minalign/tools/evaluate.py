@@ -27,10 +27,10 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.files import write_json, write_json_lines
 from ..running.flag_groups import DeviceFlags, TaskFlags, resolve_task
-from ..running.flags import SEEDS, flag, parse_flags
+from ..running.flags import SEEDS, flag
 from ..running.run import describe, show_config
 from ..running.run_folder import claimed_folder
-from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
+from .settings import DATA, REWARD, SAMPLING, parse_flags_of_runs
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
@@ -225,11 +225,10 @@ def toy_rewards() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load, measure, compare, print and save."""
-    take = {name: name for name in (*SAMPLING, *DATA, *REWARD, "eval_prompts")}
-    take["start"] = "model"
-    config = parse_flags(Config, __doc__, argv, "minalign evaluate")
-    argv = with_flags_of_runs(argv, config, config.model or [], take)
-    config = resolve(parse_flags(Config, __doc__, argv, "minalign evaluate"))
+    take = SAMPLING | {name: name for name in (*DATA, *REWARD, "eval_prompts")}
+    take["start"], prog = "model", "minalign evaluate"
+    config = parse_flags_of_runs(Config, __doc__, argv, prog, lambda c: c.model or [], take)
+    resolve(config)
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
 

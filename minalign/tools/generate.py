@@ -31,8 +31,8 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import require, visible
 from ..running.files import require_writable, to_json, whole_file
 from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags
-from ..running.flags import SEEDS, TEMPERATURES, flag, parse_flags
-from .settings import SAMPLING, held_out_rows, with_flags_of_runs
+from ..running.flags import SEEDS, TEMPERATURES, flag
+from .settings import SAMPLING, held_out_rows, parse_flags_of_runs
 
 
 @dataclass
@@ -101,9 +101,8 @@ def rows_to_answer(config: Config) -> tuple[list[dict], list[dict], str, str]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, sample, show or save."""
-    config = parse_flags(Config, __doc__, argv, "minalign generate")
-    argv = with_flags_of_runs(argv, config, [config.model], dict(zip(SAMPLING, SAMPLING)))
-    config = parse_flags(Config, __doc__, argv, "minalign generate")
+    prog = "minalign generate"
+    config = parse_flags_of_runs(Config, __doc__, argv, prog, lambda c: [c.model], SAMPLING)
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
     require(bool(config.data) or not config.columns, "--columns needs --data")

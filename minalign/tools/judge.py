@@ -32,11 +32,11 @@ from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from ..running.files import read_json_lines, whole_file, write_json, write_json_lines
 from ..running.flag_groups import ColumnFlags, DeviceFlags
-from ..running.flags import SEEDS, TEMPERATURES, dashed, flag, parse_flags
+from ..running.flags import SEEDS, TEMPERATURES, dashed, flag
 from ..running.logs import JsonLines
 from ..running.run_folder import claimed_folder
 from .asking import EndpointJudge, LocalJudge, Reply
-from .settings import SAMPLING, agreed, held_out_rows, settings_of, with_flags_of_runs
+from .settings import SAMPLING, agreed, held_out_rows, parse_flags_of_runs, settings_of
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 
 FAILURES_IN_A_ROW = 20  # then the judge is taken to be gone
@@ -357,10 +357,12 @@ def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, ask, report."""
-    config = parse_flags(Config, __doc__, argv, "minalign judge")
-    policies = [side for side in (config.a, config.b) if not is_file(side)]
-    argv = with_flags_of_runs(argv, config, policies, dict(zip(SAMPLING, SAMPLING)))
-    config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
+
+    def policies(config: Config) -> list[str]:
+        return [side for side in (config.a, config.b) if not is_file(side)]
+
+    config = parse_flags_of_runs(Config, __doc__, argv, "minalign judge", policies, SAMPLING)
+    config = resolve(config)
     with claimed_folder(config, "judge", FREE_ON_RESUME) as (folder, _):
         compare(config, folder)
 

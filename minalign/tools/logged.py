@@ -98,10 +98,7 @@ def read_log(path: Path) -> dict[str, tuple[array, array]]:
         UserError: another line is broken.
     """
     columns = collections.defaultdict(lambda: (array("d"), array("d")))
-    broken, odd = (
-        0,
-        {},
-    )  # the last line where it is broken; name -> first line where it is no number
+    broken, odd = 0, {}  # last line, if broken; name -> first line where it is no number
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
