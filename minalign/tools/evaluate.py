@@ -6,8 +6,9 @@
     python -m minalign evaluate --model runs/my-policy --start path-or-id --rm runs/my-rm \\
         --dataset prompts.jsonl
 
-Of runs, the flags of the data, the start policy, the rewards, --temperature, --max-new-tokens and
---format are those that the runs had, where none are given: the held-out prompts then are the same.
+Of runs, the flags of the data, --eval-prompts, the start policy, the rewards, --temperature,
+--max-new-tokens and --format are those that the runs had, where none are given: the held-out
+prompts then are the same.
 Every policy is set against the start policy, and against the first of --model. As a control, the
 start policy is set against itself with other random numbers: differences no larger than that are
 noise. The folder gets results.json and samples.jsonl.

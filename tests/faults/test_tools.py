@@ -430,6 +430,10 @@ CLEAR = {
             "Verdict \u2014 1",
             "Final verdict: 1",
             "Verdict: Answer 1",
+            "Verdict: 1 (clearly)",
+            "**Verdict:** 1 (slightly better).",
+            "<answer>Verdict: 1</answer>",
+            "Verdict: 1<|im_end|>",
             "\u2705 Verdict: 1",
             "Here is my verdict:\n\n1. It is short.\n2. It is clear.\n\nVerdict: 1",
             "<think>Verdict: 2? Or Verdict: tie</think>\nVerdict: 1",
@@ -445,6 +449,9 @@ CLEAR = {
 }
 UNCLEAR = [
     "**Verdict:** 1 or 2",
+    "Verdict: 1 (perhaps)",
+    "Verdict: 1 (clearly not 2)",
+    "<s>Verdict: 1</s>",
     "**Verdict:** 1, perhaps",
     "**Verdict:** 1?",
     "**Verdict:** 1/2",
@@ -483,6 +490,10 @@ def test_a_clear_verdict_counts_whatever_markdown_is_around_it(answer):
 @pytest.mark.parametrize("answer", UNCLEAR)
 def test_an_unclear_verdict_or_two_of_them_count_for_nothing(answer):
     assert parse_verdict(answer) is None
+
+
+def test_an_endpoint_may_be_spelled_in_capitals():
+    assert judge.is_endpoint("HTTP://host/v1") and not judge.is_endpoint("http-judge")
 
 
 def test_long_answers_are_read_in_linear_time():
