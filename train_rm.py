@@ -116,9 +116,9 @@ def resolve(config: Config) -> Config:
     else:
         fill_in(config, margin=0.0, center_coef=0.01)
     fill_in(config, lr=1e-5 if config.dataset else 2e-3, micro_batch_size=config.batch_size)
-    require(
-        bool(config.dataset) or not config.model, f"--model {config.model}: needs --dataset, too"
-    )
+    dataset, model = config.dataset, config.model
+    require(bool(dataset) or not model, f"--model {model}: needs --dataset, too")
+    require(bool(model) or not dataset, f"--dataset {dataset}: needs --model, too: where it starts")
     resolve_training(config)
     return config
 
@@ -327,10 +327,6 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     from minalign.models.lora import add_lora_
     from minalign.reward import RewardModel
 
-    require(
-        bool(config.model) or not config.dataset,
-        f"--dataset {config.dataset}: needs --model, too: the model to start from",
-    )
     base = config.model or toy.start_policy_folder()
     torch.manual_seed(0)  # one head for all seeds: others could not be averaged
     reward_model = RewardModel.from_base(base, num_labels=config.num_scores or 1)

@@ -27,7 +27,7 @@ def require_writable(out: str | Path, overwrite: bool = False) -> None:
         else:
             part.touch()
             part.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({_reason(error)})") from error
 
 

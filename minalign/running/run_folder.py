@@ -58,8 +58,12 @@ def claimed_folder(
     resume = getattr(config, "resume", False)
     require(bool(config.out) or not resume, "--resume needs --out: the folder of the run")
     made = not os.path.exists(config.out)
-    folder = _make(config.out, kind)
-    lock, file = _lock(folder), folder / "lock"
+    try:
+        folder = _make(config.out, kind)
+        lock, file = _lock(folder), folder / "lock"
+    except OSError as error:
+        reason = f"cannot be used ({error.strerror}): choose another folder"
+        raise UserError(f"--out {config.out or 'runs'}: {reason}") from error
 
     def require_in_place() -> None:
         gone = f"{folder}: was deleted or replaced during the run: start it again"
@@ -92,10 +96,7 @@ def _lock(folder: Path) -> int:
     """
     path = folder / "lock"
     while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise _unusable(folder, error) from error
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,26 +121,19 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _unusable(folder: Path, error: OSError) -> UserError:
-    reason = f"cannot be used ({error.strerror}): choose another folder"
-    return UserError(f"--out {folder}: {reason}")
-
-
 def _make(out: str, kind: str) -> Path:
+    """The folder `out`, or the next free runs/<kind>-<number>."""
     folder = Path(out or "runs")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if out:
-            return folder
-        numbers = [path.name.rpartition("-")[2] for path in folder.glob(f"{kind}-*")]
-        number = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        while True:  # another process may make the same one at this moment
-            number += 1
-            with contextlib.suppress(FileExistsError):
-                (folder / f"{kind}-{number}").mkdir()
-                return folder / f"{kind}-{number}"
-    except OSError as error:
-        raise _unusable(folder, error) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if out:
+        return folder
+    numbers = [path.name.rpartition("-")[2] for path in folder.glob(f"{kind}-*")]
+    number = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    while True:  # another process may make the same one at this moment
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            (folder / f"{kind}-{number}").mkdir()
+            return folder / f"{kind}-{number}"
 
 
 def require_same_flags(path: Path, config: typing.Any, kind: str, free: Collection[str]) -> None:

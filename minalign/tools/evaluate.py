@@ -19,7 +19,7 @@ from __future__ import annotations
 import gc
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -151,13 +151,18 @@ def load_policies(
         gc.collect()
 
 
-def short(name: str) -> str:
-    """A path as a column's heading: its end, where it is long.
+def headings(names: Iterable[str]) -> dict[str, str]:
+    """Name -> heading of its column: the end of a long path; numbered, where two are alike.
 
-    >>> short("runs/policy-1"), short("experiments/2026-11/fixed-0.3-seed-4")
-    ('runs/policy-1', '...xed-0.3-seed-4')
+    >>> list(headings(["runs/policy-1", "experiments/2026-11/fixed-0.3-seed-4"]).values())
+    ['runs/policy-1', '...xed-0.3-seed-4']
+    >>> list(headings(["start", "a/experiments/policy-1", "b/experiments/policy-1"]).values())
+    ['0 start', '1 ments/policy-1', '2 ments/policy-1']
     """
-    return name if len(name) <= 17 else f"...{name[-14:]}"
+    found = {name: name if len(name) <= 17 else f"...{name[-14:]}" for name in names}
+    if len(set(found.values())) == len(found):
+        return found
+    return {name: f"{number} {head[-14:]}" for number, (name, head) in enumerate(found.items())}
 
 
 def measures_table(measured: dict[str, Measured], count: int) -> str:
@@ -171,7 +176,7 @@ def measures_table(measured: dict[str, Measured], count: int) -> str:
     label = TABLE | {name: name for name in metrics if name not in TABLE}
     width = 2 + max(map(len, label.values()))
     title = f"{count} held-out prompts"
-    lines = [f"{title:{width}}" + "".join(f"{short(name):>19}" for name in columns)]
+    lines = [f"{title:{width}}" + "".join(f"{head:>19}" for head in headings(columns).values())]
     for name, text in label.items():
         values = "".join(f"{measured[column].metrics[name]:z19.3f}" for column in columns)
         lines.append(f"{text:{width}}{values}")
@@ -242,6 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     with claimed_folder(config, "evaluation") as (out, _):
         show_config(config, device, reason, dtype)
         task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
+        count = len(task.eval_prompts)
+        require(count > 1, f"{count} held-out prompt: expected two or more, for an interval")
         write_json(out / "config.json", describe(config, device, dtype))
 
         with autocast(device, dtype):
@@ -254,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + measures_table(measured, len(task.eval_prompts)))
         print("\n" + comparisons_table(results))
         print("\ncollapse")
-        for name, one in results["models"].items():
-            print(f"  {short(name):17}  {one['verdict']}")
+        for name, heading in headings(measured).items():
+            print(f"  {heading:17}  {results['models'][name]['verdict']}")
         write_json(out / "results.json", results)
         rows = [{"model": name} | s._asdict() for name in measured for s in measured[name].samples]
         write_json_lines(out / "samples.jsonl", rows)
@@ -293,10 +300,8 @@ def results_of(config: Config, measured: dict[str, Measured], control: Measured)
 
 def comparisons_table(results: dict) -> str:
     """A table with one line per comparison, and one for the control."""
-    rows = {
-        f"{short(one['model'])} minus {short(one['against'])}": one
-        for one in results["comparisons"]
-    }
+    heads = headings(results["models"])
+    rows = {f"{heads[c['model']]} minus {heads[c['against']]}": c for c in results["comparisons"]}
     rows["control: start minus start"] = control = results["control"]
     title = "paired by prompt, 95% intervals"
     width = max(map(len, [title, *rows]))

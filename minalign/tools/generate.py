@@ -117,27 +117,34 @@ def main(argv: list[str] | None = None) -> None:
     chat = wants_chat(tokenizer, config.format)
     seed = config.seed
 
+    def room_for(prompt: list[int]) -> int:
+        """Tokens that a completion may have. UserError where there is no room for one."""
+        context = context_of(policy.config) or 10**9
+        full = f"the prompt fills the context of {config.model}, {context} tokens: shorten it"
+        require(len(prompt) < context, full)
+        return context - len(prompt)
+
     def complete(prompts: list[Prompt]) -> list[dict]:
         """Rows of prompt, completion and reward, --samples per prompt."""
         nonlocal seed
         asked = [p for p in prompts for _ in range(config.samples)]
         rows = [tokenize(tokenizer, prompt) for prompt in asked]
-        longest = max(len(row.ids) for row in rows)
-        room = (context_of(policy.config) or 10**9) - longest
-        require(
-            room > 0,
-            f"a prompt of {longest} tokens: fills the context of {config.model}: shorten it",
-        )
+        limits = [min(config.max_new_tokens, room_for(row.ids)) for row in rows]
+        found = {}  # number of a row -> (its completion, whether it ended by itself)
         with autocast(device, dtype):
-            _, completions, ended = sample_completions(
-                policy,
-                [row.ids for row in rows],
-                temperature=config.temperature,
-                max_new_tokens=min(config.max_new_tokens, room),
-                eos_token_ids=eos_token_ids,
-                seed=seed,
-                batch_size=config.batch_size,
-            )
+            for limit in set(limits):  # a long prompt cuts no other's completion
+                part = [i for i, one in enumerate(limits) if one == limit]
+                _, completions, ended = sample_completions(
+                    policy,
+                    [rows[i].ids for i in part],
+                    temperature=config.temperature,
+                    max_new_tokens=limit,
+                    eos_token_ids=eos_token_ids,
+                    seed=seed,
+                    batch_size=config.batch_size,
+                )
+                found |= dict(zip(part, zip(completions, ended)))
+            completions, ended = zip(*(found[i] for i in range(len(rows))))
             if reward:
                 scores = reward.score_rollout(tokenizer, rows, completions, config.batch_size)
         seed += 1
@@ -166,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     def read(row: dict, where: str, note: Note) -> Prompt:
         """The prompt in a row, if the model can be asked it."""
         prompt = read_prompt(row, where, note, column, chat)
-        tokenize(tokenizer, prompt)
+        room_for(tokenize(tokenizer, prompt).ids)
         return prompt
 
     asked = read_items(named, read, source)

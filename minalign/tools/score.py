@@ -91,8 +91,12 @@ def main(argv: list[str] | None = None) -> None:
     def read(row: dict, where: str, note: Note) -> dict[str, list[int]]:
         """The new column's name -> token ids."""
         texts = texts_of(row, where, note, chat)
+        rows = {name: reward_model.encode(*text) for name, text in texts.items()}
+        longest = max(map(len, rows.values()))
+        limit = f"the reward model's context of {reward_model.context}"
+        require(longest <= reward_model.context, f"longer than {limit} tokens")
         said.extend(texts.values())
-        return {name: reward_model.encode(*text) for name, text in texts.items()}
+        return rows
 
     texts = [item or {} for item in read_items(named, read, config.data)]
     note_special_tokens(reward_model.tokenizer, said, "texts")

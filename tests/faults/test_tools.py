@@ -7,6 +7,7 @@ import decimal
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -191,6 +192,21 @@ def test_evaluate_takes_data_start_length_and_temperature_of_its_runs(
     assert results[0] == results[1]
 
 
+def test_policies_whose_paths_end_alike_are_told_apart(here, models, prompts, capsys):
+    """None of their comparisons is lost."""
+    names = [here / name / "a-long-name-of-a-run" for name in "ab"]
+    runs = [a_run(name, models["lm"], dataset=prompts, eval_share=0.4) for name in names]
+    evaluate.main(["--model", *runs, "--rm", models["rm"], *CPU, *OUT])
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\d) [^ ]+ minus (\d)", said, re.M) == [("1", "0"), ("2", "0"), ("2", "1")]
+
+
+def test_one_held_out_prompt_has_no_interval(here, models, prompts, capsys):
+    run = a_run(here / "run", models["lm"], dataset=prompts, max_prompt_tokens=None)
+    argv = ["--model", run, "--rm", models["rm"], "--eval-split", "train[:1]", *CPU, *OUT]
+    assert "1 held-out prompt" in refusal(evaluate.main, argv, capsys)
+
+
 def test_a_flag_wins_and_of_other_data_no_split_is_taken(here, models, prompts):
     path = a_run(here / "run", models["lm"], dataset=prompts, split_seed=7, eval_share=0.4)
     other = tiny.rows(here / "q.jsonl", {"prompt": "other {n}"})
@@ -351,6 +367,35 @@ def test_a_full_disk_is_one_line(here, models, tool, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert out in line and "File too large" in line and not Path(out).exists()
+
+
+def test_one_row_beyond_the_context_does_not_end_a_tool(here, models, capsys):
+    """It is dropped and counted, and does not shorten the completions beside it."""
+    texts = ["a", "b", "long " * 160 + "x", "c" * 2000, "d"]
+    with open("d.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": t, "completion": "good"}) + "\n" for t in texts)
+    data = ["--data", "d.jsonl", *CPU]
+    score.main(["--rm", models["rm"], *data, "--out", "s.jsonl"])
+    assert ["reward" in row for row in lines("s.jsonl")] == [True, True, True, False, True]
+    assert "context of 1024" in capsys.readouterr().out
+    argv = ["--model", models["lm"], *data, "--max-new-tokens", "300"]
+    generate.main([*argv, "--out", "g.jsonl"])
+    assert "fills the context" in capsys.readouterr().out
+    with open("d.jsonl", "w") as file:  # without the long ones
+        file.writelines(json.dumps({"prompt": t}) + "\n" for t in ("a", "b", "d"))
+    generate.main([*argv, "--out", "h.jsonl"])
+    long, short = lines("g.jsonl"), lines("h.jsonl")
+    assert [row["completion"] for row in long[:2]] == [row["completion"] for row in short[:2]]
+
+
+@pytest.mark.parametrize("tool", ["score", "generate"])
+def test_an_out_that_is_a_folder_is_said_once(here, models, tool, capsys):
+    argv = {
+        "score": ["--rm", models["rm"], "--data", "d.jsonl"],
+        "generate": ["--model", models["lm"], "--prompt", "x"],
+    }[tool]
+    said = refusal({"score": score, "generate": generate}[tool].main, [*argv, "--out", "."], capsys)
+    assert said == "error: --out .: is a folder: give a file in it"
 
 
 def test_a_second_scoring_says_that_it_replaces_the_first(here, models, capsys):
