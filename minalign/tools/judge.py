@@ -148,9 +148,9 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self.path, self.replies, rows = folder / "answers.jsonl", {}, []
         if self.path.exists():
-            text = self.path.read_text()
-            if not text.endswith("\n"):  # half a line of a run that was killed
-                self.path.write_text(text[: text.rfind("\n") + 1])
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):  # half a line of a run that was killed
+                self.path.write_bytes(content[: content.rfind(b"\n") + 1])
             rows = read_json_lines(self.path, "pair", "order", *Reply._fields)
         for row in rows:
             reply = Reply(str(row["text"]), bool(row["cut"]), str(row["error"]))

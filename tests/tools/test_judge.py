@@ -50,7 +50,7 @@ CASES = {
     "Verdict: 3": None,
     "Verdict: 12": None,
     "Verdict: 1 or 2": None,
-    "Verdict: 1 (clearly)": None,
+    "Verdict: 1 (clearly)": "1",
     "Verdict: 1!": "1",
     "Verdict: 1.5": None,
     "Verdict: Answer 1": "1",
