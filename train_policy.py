@@ -27,20 +27,18 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from minalign.models.functions import check_functions
-from minalign.running.errors import one_line_errors, require, visible
-from minalign.running.flags import (
+from minalign.running.errors import one_line_errors, require
+from minalign.running.files import write_json
+from minalign.running.flag_groups import (
     LoraFlags,
     MachineFlags,
     OptimizerFlags,
     RunFlags,
     TaskFlags,
-    fill_in,
-    flag,
-    parse_flags,
     resolve_task,
     resolve_training,
 )
-from minalign.running.logs import to_json, write_atomic
+from minalign.running.flags import fill_in, flag, parse_flags
 from minalign.running.ranks import processes
 from minalign.running.run import Run, open_run
 
@@ -48,9 +46,7 @@ if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong
     import torch
 
     from minalign.measuring.policies import Measured
-    from minalign.models.sampler import Samples
     from minalign.reinforce import MovingAverageBaseline
-    from minalign.reward import Scores
     from minalign.task import Task
 
 
@@ -154,6 +150,7 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
 
     from minalign import merge, rollout
     from minalign.data.prompts import prompt_batches
+    from minalign.measuring.batches import finite_mean, measures
     from minalign.models.anchors import trained_and_anchor
     from minalign.models.precision import autocast
     from minalign.models.sampler import Sampler
@@ -246,70 +243,6 @@ def advantage_estimator(
         "rloo": functools.partial(leave_one_out_advantages, group_size=config.group_size),
         "none": lambda rewards: rewards,
     }[config.baseline]
-
-
-def measures(
-    run: Run,
-    task: Task,
-    samples: Samples,
-    scores: Scores,
-    start_logprobs: torch.Tensor,
-    anchor_logprobs: torch.Tensor,
-) -> tuple[dict[str, float], dict]:
-    """What metrics.jsonl has of the batch, each a mean over all processes' samples; and one sample.
-
-    kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
-    tokens. Numbers that are not finite are left out of the means, and their samples are counted:
-    not_finite. The sample is the first, or the first of those.
-    """
-    import torch
-
-    from minalign.data.chat import decode_parts
-    from minalign.logprobs import kl_k1
-
-    def over_tokens(values: torch.Tensor) -> torch.Tensor:
-        return values.masked_fill(~samples.mask, 0.0).sum(1)  # (b,)
-
-    rows = {
-        "reward": scores.rewards,
-        "kl_sft": over_tokens(kl_k1(samples.logprobs, start_logprobs)),
-        "kl_anchor": over_tokens(kl_k1(samples.logprobs, anchor_logprobs)),
-        "entropy": over_tokens(-samples.logprobs),
-        "length": samples.mask.sum(1),
-        "ended": samples.ended,
-    } | {f"reward {name}": values for name, values in scores.parts.items()}
-    if run.dtype != torch.float32:
-        rows["importance"] = samples.importance
-    table = torch.stack([row.float() for row in rows.values()], 1)
-    broken = ~table.isfinite().all(1)  # (b,)
-    means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))
-    metrics = dict(zip([*rows, "not_finite"], means.tolist()))  # numbers leave the device once
-    shown = int(broken.int().argmax()) if metrics["not_finite"] else 0
-    pairs = list(zip(samples.prompts, samples.completions))
-    texts = [hash((*prompt.ids, -1, *completion)) for prompt, completion in pairs]
-    different = run.ranks.gather(torch.tensor(texts, device=run.device)).unique()
-    metrics |= {
-        "entropy": metrics["entropy"] / metrics["length"],
-        "not_finite": round(metrics["not_finite"] * run.config.batch_size),
-        "repeated": 1 - len(different) / run.config.batch_size,
-        "tokens_per_second": metrics["length"] * run.config.batch_size / run.seconds,
-        "advantage_std": 0.0,  # these two of a step that is left out
-        "grad_norm": 0.0,
-    }
-    prompt, completion = decode_parts(task.tokenizer, pairs[shown][0].ids, pairs[shown][1])
-    sample = {"prompt": prompt, "completion": completion}
-    reward, kl = table[shown, :2].tolist()
-    if broken[shown]:
-        count = f"{metrics['not_finite']} of {run.config.batch_size} completions"
-        which = visible(f"reward {reward:g}, KL {kl:g} of {completion!r:.80}")
-        tqdm.write(f"step {run.step}: not finite in {count}, first: {which}")
-    return metrics, sample | {"reward": reward, "kl": kl}
-
-
-def finite_mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over the rows that are finite: one that is not does not take the others with it."""
-    finite = values.isfinite()
-    return values.where(finite, 0.0).sum(0) / finite.sum(0)
 
 
 COLUMNS = {  # of the printed table: metric -> heading
@@ -466,8 +399,7 @@ def main(argv: list[str] | None = None) -> None:
         after, samples, _ = evaluate(run, task, policy)
         show_samples("after", samples)
         print("\n" + before_after_table(before, after))
-        results = {"before": before, "after": after}
-        write_atomic(run.folder / "results.json", to_json(results, indent=2) + "\n")
+        write_json(run.folder / "results.json", {"before": before, "after": after})
         last = after["reward"] - config.beta * after["kl_sft"]
         best, best_step = (run.counts.get(name) for name in ("best", "best_step"))
         if best_step and not last >= best:

@@ -21,19 +21,15 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from minalign.running.errors import one_line_errors, require
-from minalign.running.flags import (
-    SEEDS,
+from minalign.running.flag_groups import (
     DataFlags,
     LoraFlags,
     MachineFlags,
     OptimizerFlags,
     RunFlags,
-    dashed,
-    fill_in,
-    flag,
-    parse_flags,
     resolve_training,
 )
+from minalign.running.flags import SEEDS, dashed, fill_in, flag, parse_flags
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -120,9 +116,9 @@ def resolve(config: Config) -> Config:
     else:
         fill_in(config, margin=0.0, center_coef=0.01)
     fill_in(config, lr=1e-5 if config.dataset else 2e-3, micro_batch_size=config.batch_size)
-    require(
-        bool(config.dataset) or not config.model, f"--model {config.model}: needs --dataset, too"
-    )
+    dataset, model = config.dataset, config.model
+    require(bool(dataset) or not model, f"--model {model}: needs --dataset, too")
+    require(bool(model) or not dataset, f"--dataset {dataset}: needs --model, too: where it starts")
     resolve_training(config)
     return config
 
@@ -166,9 +162,8 @@ def ordinal(config: Config) -> Objective:
             return 0.0
         low, high = config.rating_range
         ratings = torch.tensor([example.ratings for example in examples], device=logits.device)
-        scores = 1 + (ratings - low) / (high - low) * (
-            config.num_scores - 1
-        )  # (B, K), on 1..num_scores
+        # (B, 2), on 1..num_scores
+        scores = 1 + (ratings - low) / (high - low) * (config.num_scores - 1)
         return config.rating_coef * sum(map(ordinal_rating_loss, logits, scores.T))
 
     constant = 0.5 if config.ties == "half" else (1 - 1 / config.num_scores) / 2
@@ -193,7 +188,7 @@ def train(
 
     from minalign.data.batches import length_grouped_batches
     from minalign.reward import RewardModel
-    from minalign.running.optimizer import Optimizer
+    from minalign.running.optimizer import Optimizer, warmup_and_decay
 
     config, model, objective = run.config, reward_model.model, objective_of(run.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -249,27 +244,14 @@ def pair_losses(
     return objective.order_losses(logits, examples) + objective.penalties(logits, examples)
 
 
-def warmup_and_decay(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate at `step` (from 1).
-
-    It rises over a share `warmup` of the steps, then falls to 0.
-    """
-    from minalign.running.optimizer import warmup_factor
-
-    rise, fall = warmup_factor(step, round(warmup * steps)), (steps - step + 1) / steps
-    return min(rise, fall / (1 - warmup) if warmup < 1 else 1)
-
-
 def dropout_generators(device: torch.device) -> dict[str, torch.Generator]:
     """Of --lora-dropout: the only chance but the order of the pairs."""
     import torch
 
-    cuda = (
-        {"dropout_cuda": torch.cuda.default_generators[device.index or 0]}
-        if device.type == "cuda"
-        else {}
-    )
-    return {"dropout": torch.default_generator} | cuda
+    generators = {"dropout": torch.default_generator}
+    if device.type == "cuda":
+        generators["dropout_cuda"] = torch.cuda.default_generators[device.index or 0]
+    return generators
 
 
 def write_logs(
@@ -345,10 +327,6 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     from minalign.models.lora import add_lora_
     from minalign.reward import RewardModel
 
-    require(
-        bool(config.model) or not config.dataset,
-        f"--dataset {config.dataset}: needs --model, too: the model to start from",
-    )
     data = Split.from_flags(config)
     base = config.model or toy.start_policy_folder()
     torch.manual_seed(0)  # one head for all seeds: others could not be averaged
@@ -395,13 +373,8 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
 
     if config.lora_rank:
         torch.manual_seed(config.seed)
-        add_lora_(
-            model,
-            config.lora_rank,
-            config.lora_alpha,
-            config.lora_dropout or 0.0,
-            config.lora_targets,
-        )
+        dropout = config.lora_dropout or 0.0
+        add_lora_(model, config.lora_rank, config.lora_alpha, dropout, config.lora_targets)
     if config.gradient_checkpointing:
         checkpoint_activations_(model)
     return reward_model, examples, held_out

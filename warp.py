@@ -28,8 +28,8 @@ from pathlib import Path
 import train_policy
 from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require
+from minalign.running.files import read_json, read_json_lines, write_json
 from minalign.running.flags import flag, parse_flags
-from minalign.running.logs import read_json, read_rows, to_json, write_atomic
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -163,7 +163,7 @@ def run_warp(run: Run, task: Task) -> dict:
         set_weights_(policy, theta_merged)
         folder = iteration / "merged"
         if run.first:
-            write_atomic(iteration / "angles.json", to_json(report, indent=1) + "\n")
+            write_json(iteration / "angles.json", report)
             print(f"  {angle_summary(report)}")
             if not (folder / "model").exists():
                 save_policy(policy, task.tokenizer, folder / "model")
@@ -183,7 +183,7 @@ def run_warp(run: Run, task: Task) -> dict:
         results["front"].append({"eta": eta} | measure(run, task, policy, f"eta {eta:g}"))
         if eta in keep_etas:
             save_policy(policy, task.tokenizer, run.folder / "front" / f"eta-{eta:g}" / "model")
-    write_atomic(run.folder / "front.json", to_json(results, indent=1) + "\n")
+    write_json(run.folder / "front.json", results)
     return results
 
 
@@ -235,7 +235,7 @@ def measure(
     else:
         metrics = train_policy.evaluate(run, task, policy)[0]
         if cached:
-            write_atomic(cached, to_json(metrics) + "\n")
+            write_json(cached, metrics)
     shown = "".join(f"  {key} {metrics[key]:z7.3f}" for key in metrics if key != "distinct_2")
     print(f"  {name:<22}{shown}")
     return metrics
@@ -243,16 +243,13 @@ def measure(
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
     """The held-out metrics along a run, with their steps."""
-    rows = read_rows(folder / "metrics.jsonl")
-    held_out = [
-        {
-            key.removeprefix("eval_"): row[key]
-            for key in row
-            if key == "step" or key.startswith("eval_")
-        }
-        for row in rows
+    rows = read_json_lines(folder / "metrics.jsonl", "step")
+    held_out = [{k: v for k, v in row.items() if k.startswith("eval_")} for row in rows]
+    return [
+        {"step": row["step"]} | {name.removeprefix("eval_"): point[name] for name in point}
+        for row, point in zip(rows, held_out)
+        if "eval_kl_sft" in point
     ]
-    return [point for point in held_out if "kl_sft" in point]
 
 
 def main(argv: list[str] | None = None) -> None:

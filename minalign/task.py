@@ -22,7 +22,7 @@ from .reward import RewardModel
 from .running.errors import require
 
 if typing.TYPE_CHECKING:
-    from .running.flags import TaskFlags
+    from .running.flag_groups import TaskFlags
 
 
 class Task(NamedTuple):

@@ -13,6 +13,7 @@ import pytest
 import train_policy
 import train_rm
 import warp
+from minalign.running.flags import parse_flags
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
@@ -131,7 +132,7 @@ def test_commands_have_flags_that_exist_and_go_together(page, monkeypatch):
             words = ["python", *words[script:]]
         if words[:3] == ["python", "-m", "minalign"]:
             tool = importlib.import_module(f"minalign.tools.{words[3]}")
-            config = tool.parse_flags(tool.Config, "", words[4:])
+            config = parse_flags(tool.Config, "", words[4:])
             if hasattr(tool, "resolve") and words[3] != "judge":
                 tool.resolve(config)  # judge's looks for files
         elif words[0] == "python" and words[1] in SCRIPTS:

@@ -14,7 +14,7 @@ from .messages import Note, first_turn
 from .rows import read_rows
 
 if typing.TYPE_CHECKING:
-    from ..running.flags import DataFlags
+    from ..running.flag_groups import DataFlags
 
 Item = typing.TypeVar("Item")
 

@@ -18,7 +18,7 @@ from ..running.errors import require
 from .functions import call, is_function, load_function
 
 if typing.TYPE_CHECKING:
-    from ..running.flags import TaskFlags
+    from ..running.flag_groups import TaskFlags
     from ..task import Task
 
 

@@ -186,3 +186,12 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     [0.25, 0.5, 1.0, 1.0]
     """
     return min(1.0, step / max(1, warmup_steps))
+
+
+def warmup_and_decay(step: int, steps: int, warmup: float) -> float:
+    """Share of the learning rate at `step` (from 1).
+
+    It rises over a share `warmup` of the steps, then falls to 0.
+    """
+    rise, fall = warmup_factor(step, round(warmup * steps)), (steps - step + 1) / steps
+    return min(rise, fall / (1 - warmup) if warmup < 1 else 1)

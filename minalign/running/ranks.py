@@ -84,9 +84,7 @@ class Ranks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on some rank."""
-        import torch
-
-        return bool(self.gather(torch.tensor([flag], device=device)).any())
+        return bool(self.most(flag, device))
 
     def most(self, number: int, device: torch.device) -> int:
         """The largest of the ranks' numbers."""

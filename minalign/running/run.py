@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from .device import pick_device, pick_dtype
 from .errors import UserError, one_line, require
+from .files import write_json
 from .fingerprints import fingerprints
 from .flags import dashed
-from .logs import JsonLines, MetricsLog, to_json, write_atomic
+from .logs import JsonLines, MetricsLog, rows_until
 from .ranks import Ranks, launcher_is_gone, process_group
 from .run_folder import claimed_folder, require_same_fingerprints
 
@@ -103,7 +104,7 @@ class Run:
         """Write what runs to <folder>/config.json. That of a resumed run tells how it goes on."""
         if self.first:
             what = describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
-            write_atomic(self.folder / "config.json", to_json(what, indent=2) + "\n")
+            write_json(self.folder / "config.json", what)
 
     def require_shared_folder(self) -> None:
         """UserError where processes on other machines do not see the run's folder."""
@@ -179,7 +180,8 @@ class Run:
         """Write a row of <folder>/<name>.jsonl."""
         if self.first:
             if name not in self.logs:
-                self.logs[name] = JsonLines(self.folder / f"{name}.jsonl", self.done)
+                path = self.folder / f"{name}.jsonl"
+                self.logs[name] = JsonLines(path, rows_until(path, self.done))
             self.logs[name].append({"step": self.step} | row)
 
     def skip(self, problem: str, kept: str = "") -> None:

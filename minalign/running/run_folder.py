@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from .errors import UserError, require
+from .files import read_json
 from .flags import dashed
-from .logs import read_json
 
 # Flags that may have another value when a run is resumed.
 FREE_TO_CHANGE = (
@@ -36,7 +36,9 @@ WHY_NOT = {  # (kind of run, flag) -> why it may not change, where one may think
 
 
 @contextlib.contextmanager
-def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+def claimed_folder(
+    config: typing.Any, kind: str, free: Collection[str] = FREE_TO_CHANGE
+) -> Iterator[tuple[Path, Callable[[], None]]]:
     """The folder of a run, which no other process can claim meanwhile.
 
     It is there at once, before anything is loaded. One in which nothing ran is removed again. With
@@ -44,30 +46,38 @@ def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callab
     before its first step: it starts anew.
 
     Args:
-        config: a dataclass with RunFlags and `out`.
+        config: a dataclass with `out`, and `resume` where there is such a flag.
         kind: of run, for the folder's name.
+        free: flags that may have another value with --resume.
     Returns:
         (folder, a function that raises UserError where it was deleted, or is another run's by now).
     Raises:
         UserError: it is another run's, ran with other flags, another process runs there, or it
             cannot be used.
     """
-    require(bool(config.out) or not config.resume, "--resume needs --out: the folder of the run")
+    resume = getattr(config, "resume", False)
+    require(bool(config.out) or not resume, "--resume needs --out: the folder of the run")
     made = not os.path.exists(config.out)
-    folder = _make(config.out, kind)
-    lock, file = _lock(folder), folder / "lock"
+    try:
+        folder = _make(config.out, kind)
+        lock, file = _lock(folder), folder / "lock"
+    except OSError as error:
+        reason = f"cannot be used ({error.strerror}): choose another folder"
+        raise UserError(f"--out {config.out or 'runs'}: {reason}") from error
 
     def require_in_place() -> None:
         gone = f"{folder}: was deleted or replaced during the run: start it again"
         require(_is_at(lock, file), gone)
 
     try:
-        if config.resume and (folder / "config.json").is_file():
-            require_same_flags(folder / "config.json", config, kind)
+        if resume and (folder / "config.json").is_file():
+            require_same_flags(folder / "config.json", config, kind, free)
         else:
-            if config.resume:
+            if resume:
                 print(f"--resume: no run in {folder} yet: starting it")
-            _require_free(folder)
+            occupied = any((folder / name).exists() for name in WRITTEN)
+            fix = "choose another folder or remove that one"
+            require(not occupied, f"--out {folder}: holds another run: {fix}")
         yield folder, require_in_place
     finally:
         with contextlib.suppress(OSError):  # what stays is a file without a lock
@@ -78,17 +88,6 @@ def claimed_folder(config: typing.Any, kind: str) -> Iterator[tuple[Path, Callab
         os.close(lock)
 
 
-def new_run(out: str, kind: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/<kind>-<number>.
-
-    Raises:
-        UserError: it holds another run, or cannot be made.
-    """
-    folder = _make(out, kind)
-    _require_free(folder)
-    return folder
-
-
 def _lock(folder: Path) -> int:
     """The open file <folder>/lock, locked by this process.
 
@@ -97,10 +96,7 @@ def _lock(folder: Path) -> int:
     """
     path = folder / "lock"
     while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise _unusable(folder, error) from error
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,37 +121,22 @@ def _is_at(file: int, path: Path) -> bool:
         return False
 
 
-def _unusable(folder: Path, error: OSError) -> UserError:
-    reason = f"cannot be used ({error.strerror}): choose another folder"
-    return UserError(f"--out {folder}: {reason}")
-
-
 def _make(out: str, kind: str) -> Path:
+    """The folder `out`, or the next free runs/<kind>-<number>."""
     folder = Path(out or "runs")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if out:
-            return folder
-        numbers = [path.name.rpartition("-")[2] for path in folder.glob(f"{kind}-*")]
-        number = max((int(number) for number in numbers if number.isdecimal()), default=0)
-        while True:  # another process may make the same one at this moment
-            number += 1
-            with contextlib.suppress(FileExistsError):
-                (folder / f"{kind}-{number}").mkdir()
-                return folder / f"{kind}-{number}"
-    except OSError as error:
-        raise _unusable(folder, error) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    if out:
+        return folder
+    numbers = [path.name.rpartition("-")[2] for path in folder.glob(f"{kind}-*")]
+    number = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    while True:  # another process may make the same one at this moment
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            (folder / f"{kind}-{number}").mkdir()
+            return folder / f"{kind}-{number}"
 
 
-def _require_free(folder: Path) -> None:
-    occupied = any((folder / name).exists() for name in WRITTEN)
-    fix = "choose another folder or remove that one"
-    require(not occupied, f"--out {folder}: holds another run: {fix}")
-
-
-def require_same_flags(
-    path: Path, config: typing.Any, kind: str, free: Collection[str] = FREE_TO_CHANGE
-) -> None:
+def require_same_flags(path: Path, config: typing.Any, kind: str, free: Collection[str]) -> None:
     """Compare the flags of an earlier run with those of this one.
 
     A policy run may grow, and be measured on other held-out prompts.
@@ -197,8 +178,8 @@ def require_same_fingerprints(path: Path, config: typing.Any, found: dict[str, s
     if not path.exists():
         return
     ran = read_json(path)
-    began = ran.get("fingerprints") or {}
-    if not began:
+    began = ran.get("fingerprints")
+    if not isinstance(began, dict):
         print(f"--resume: {path} has no fingerprints: whether data or models changed is unknown")
         return
     changed = {name for name in began | found if began.get(name) != found.get(name)}

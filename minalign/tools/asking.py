@@ -198,9 +198,8 @@ class EndpointJudge:
                 if status == 200:
                     if parameters != self.parameters and refused:
                         self.parameters = parameters
-                        told = (
-                            f"{', '.join(refused)}; asked with {', '.join(parameters) or 'neither'}"
-                        )
+                        instead = ", ".join(parameters) or "neither"
+                        told = f"{', '.join(refused)}; asked with {instead}"
                         print(f"--judge: {self.url} refuses {told}")
                     text, cut, problem = _read_reply(body)
                     return Reply(self._without_key(text), cut, self._without_key(problem))

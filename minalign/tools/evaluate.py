@@ -6,8 +6,9 @@
     python -m minalign evaluate --model runs/my-policy --start path-or-id --rm runs/my-rm \\
         --dataset prompts.jsonl
 
-Of runs, the flags of the data, the start policy, the rewards, --temperature, --max-new-tokens and
---format are those that the runs had, where none are given: the held-out prompts then are the same.
+Of runs, the flags of the data, --eval-prompts, the start policy, the rewards, --temperature,
+--max-new-tokens and --format are those that the runs had, where none are given: the held-out
+prompts then are the same.
 Every policy is set against the start policy, and against the first of --model. As a control, the
 start policy is set against itself with other random numbers: differences no larger than that are
 noise. The folder gets results.json and samples.jsonl.
@@ -18,18 +19,19 @@ from __future__ import annotations
 import gc
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
-from ..running.flags import SEEDS, DeviceFlags, TaskFlags, flag, parse_flags, resolve_task
-from ..running.logs import JsonLines, to_json, write_atomic
+from ..running.files import write_json, write_json_lines
+from ..running.flag_groups import DeviceFlags, TaskFlags, resolve_task
+from ..running.flags import SEEDS, flag
 from ..running.run import describe, show_config
-from ..running.run_folder import new_run
-from .settings import DATA, REWARD, SAMPLING, with_flags_of_runs
+from ..running.run_folder import claimed_folder
+from .settings import DATA, REWARD, SAMPLING, parse_flags_of_runs
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
@@ -149,13 +151,18 @@ def load_policies(
         gc.collect()
 
 
-def short(name: str) -> str:
-    """A path as a column's heading: its end, where it is long.
+def headings(names: Iterable[str]) -> dict[str, str]:
+    """Name -> heading of its column: the end of a long path; numbered, where two are alike.
 
-    >>> short("runs/policy-1"), short("experiments/2026-11/fixed-0.3-seed-4")
-    ('runs/policy-1', '...xed-0.3-seed-4')
+    >>> list(headings(["runs/policy-1", "experiments/2026-11/fixed-0.3-seed-4"]).values())
+    ['runs/policy-1', '...xed-0.3-seed-4']
+    >>> list(headings(["start", "a/experiments/policy-1", "b/experiments/policy-1"]).values())
+    ['0 start', '1 ments/policy-1', '2 ments/policy-1']
     """
-    return name if len(name) <= 17 else f"...{name[-14:]}"
+    found = {name: name if len(name) <= 17 else f"...{name[-14:]}" for name in names}
+    if len(set(found.values())) == len(found):
+        return found
+    return {name: f"{number} {head[-14:]}" for number, (name, head) in enumerate(found.items())}
 
 
 def measures_table(measured: dict[str, Measured], count: int) -> str:
@@ -169,7 +176,7 @@ def measures_table(measured: dict[str, Measured], count: int) -> str:
     label = TABLE | {name: name for name in metrics if name not in TABLE}
     width = 2 + max(map(len, label.values()))
     title = f"{count} held-out prompts"
-    lines = [f"{title:{width}}" + "".join(f"{short(name):>19}" for name in columns)]
+    lines = [f"{title:{width}}" + "".join(f"{head:>19}" for head in headings(columns).values())]
     for name, text in label.items():
         values = "".join(f"{measured[column].metrics[name]:z19.3f}" for column in columns)
         lines.append(f"{text:{width}}{values}")
@@ -224,10 +231,10 @@ def toy_rewards() -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, load, measure, compare, print and save."""
-    take = {name: name for name in (*SAMPLING, *DATA, *REWARD)} | {"start": "model"}
-    config = parse_flags(Config, __doc__, argv, "minalign evaluate")
-    argv = with_flags_of_runs(argv, config, config.model or [], take)
-    config = resolve(parse_flags(Config, __doc__, argv, "minalign evaluate"))
+    take = SAMPLING | {name: name for name in (*DATA, *REWARD, "eval_prompts")}
+    take["start"], prog = "model", "minalign evaluate"
+    config = parse_flags_of_runs(Config, __doc__, argv, prog, lambda c: c.model or [], take)
+    resolve(config)
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
 
@@ -237,30 +244,29 @@ def main(argv: list[str] | None = None) -> None:
 
     rewards = config.rm or toy_rewards()
     check_functions(rewards)
-    out = new_run(config.out, "evaluation")
-    show_config(config, device, reason, dtype)
-    task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
-    what = describe(config, device, dtype)
-    write_atomic(out / "config.json", to_json(what, indent=2) + "\n")
+    with claimed_folder(config, "evaluation") as (out, _):
+        show_config(config, device, reason, dtype)
+        task = load_task(config, config.start, rewards, device, dtype, config.batch_size)
+        count = len(task.eval_prompts)
+        require(count > 1, f"{count} held-out prompt: expected two or more, for an interval")
+        write_json(out / "config.json", describe(config, device, dtype))
 
-    with autocast(device, dtype):
-        measured = {"start": measure(task.start, task, config, config.seed)}
-        control = measure(task.start, task, config, config.seed + 1)
-        for name, policy in load_policies(config, task, device):
-            measured[name] = measure(policy, task, config, config.seed)
-            del policy  # one at a time in memory, beside the start policy
-    results = results_of(config, measured, control)
-    print("\n" + measures_table(measured, len(task.eval_prompts)))
-    print("\n" + comparisons_table(results))
-    print("\ncollapse")
-    for name, one in results["models"].items():
-        print(f"  {short(name):17}  {one['verdict']}")
-    write_atomic(out / "results.json", to_json(results, indent=2) + "\n")
-    lines = JsonLines(out / "samples.jsonl")
-    for name, one in measured.items():
-        for sample in one.samples:
-            lines.append({"model": name} | sample._asdict())
-    print(f"\nsaved {out}/results.json, {out}/samples.jsonl")
+        with autocast(device, dtype):
+            measured = {"start": measure(task.start, task, config, config.seed)}
+            control = measure(task.start, task, config, config.seed + 1)
+            for name, policy in load_policies(config, task, device):
+                measured[name] = measure(policy, task, config, config.seed)
+                del policy  # one at a time in memory, beside the start policy
+        results = results_of(config, measured, control)
+        print("\n" + measures_table(measured, len(task.eval_prompts)))
+        print("\n" + comparisons_table(results))
+        print("\ncollapse")
+        for name, heading in headings(measured).items():
+            print(f"  {heading:17}  {results['models'][name]['verdict']}")
+        write_json(out / "results.json", results)
+        rows = [{"model": name} | s._asdict() for name in measured for s in measured[name].samples]
+        write_json_lines(out / "samples.jsonl", rows)
+        print(f"\nsaved {out}/results.json, {out}/samples.jsonl")
 
 
 def results_of(config: Config, measured: dict[str, Measured], control: Measured) -> dict:
@@ -294,10 +300,8 @@ def results_of(config: Config, measured: dict[str, Measured], control: Measured)
 
 def comparisons_table(results: dict) -> str:
     """A table with one line per comparison, and one for the control."""
-    rows = {
-        f"{short(one['model'])} minus {short(one['against'])}": one
-        for one in results["comparisons"]
-    }
+    heads = headings(results["models"])
+    rows = {f"{heads[c['model']]} minus {heads[c['against']]}": c for c in results["comparisons"]}
     rows["control: start minus start"] = control = results["control"]
     title = "paired by prompt, 95% intervals"
     width = max(map(len, [title, *rows]))

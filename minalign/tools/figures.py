@@ -10,7 +10,7 @@ import matplotlib.ticker
 import numpy
 
 from ..running.errors import require
-from .files import whole_file
+from ..running.files import whole_file
 from .logged import Group, LoggedRun, at_equal_kl, curve, smooth, thin
 
 matplotlib.use("Agg")  # files only: works without a screen
@@ -26,6 +26,8 @@ LINES = [("-", "o"), ("--", "s"), (":", "^")]
 DIRECT_LABELS = 5  # lines; with more, a legend under the figure
 
 SMALL = 8  # points
+
+LARGEST = 1e100  # what is drawn: an axis of larger numbers overflows
 
 POLICY_PANELS = [  # metric, what the axis says, its scale
     ("reward", "reward, training batch", "linear"),
@@ -54,9 +56,8 @@ def plot_front(results: dict, path: Path) -> None:
         results: what front.json holds.
         path: of the figure.
     """
-    panels = [("reward", "reward model's score")]
-    if "gold" in results["front"][0]:
-        panels.append(("gold", "gold reward (the truth)"))
+    panels = [("reward", "reward model's score"), ("gold", "gold reward (the truth)")]
+    panels = [one for one in panels if _columns(results["front"], one[0])[0]] or panels[:1]
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False, layout="constrained"
     )
@@ -105,7 +106,7 @@ def _save(figure: plt.Figure, path: Path, dpi: int) -> None:
 def _columns(points: Sequence[dict], key: str) -> tuple[list[float], list[float]]:
     """KLs, and values of `key`, of the points that have both."""
     pairs = [(point.get("kl_sft", math.nan), point.get(key, math.nan)) for point in points]
-    pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+    pairs = [pair for pair in pairs if all(abs(value) < LARGEST for value in pair)]
     return [kl for kl, _ in pairs], [value for _, value in pairs]
 
 
@@ -177,7 +178,7 @@ def _curve(group: Group, metric: str, scale: str) -> tuple[numpy.ndarray, numpy.
     """Steps (N,), and the runs' values there (runs, N), with nan for what a scale cannot show."""
     steps, values = curve(group, metric)
     values = numpy.array(values)
-    shown = numpy.isfinite(values) & (values > (0 if scale == "log" else -math.inf))
+    shown = (abs(values) < LARGEST) & (values > (0 if scale == "log" else -LARGEST))
     return steps, numpy.where(shown, values, math.nan)
 
 

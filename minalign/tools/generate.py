@@ -29,18 +29,10 @@ from ..models.rewards import load_rewards
 from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require, visible
-from ..running.flags import (
-    SEEDS,
-    TEMPERATURES,
-    ColumnFlags,
-    DeviceFlags,
-    FormatFlags,
-    flag,
-    parse_flags,
-)
-from ..running.logs import to_json
-from .files import require_writable, whole_file
-from .settings import SAMPLING, held_out_rows, with_flags_of_runs
+from ..running.files import require_writable, to_json, whole_file
+from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags
+from ..running.flags import SEEDS, TEMPERATURES, flag
+from .settings import SAMPLING, held_out_rows, parse_flags_of_runs
 
 
 @dataclass
@@ -109,9 +101,8 @@ def rows_to_answer(config: Config) -> tuple[list[dict], list[dict], str, str]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, sample, show or save."""
-    config = parse_flags(Config, __doc__, argv, "minalign generate")
-    argv = with_flags_of_runs(argv, config, [config.model], dict(zip(SAMPLING, SAMPLING)))
-    config = parse_flags(Config, __doc__, argv, "minalign generate")
+    prog = "minalign generate"
+    config = parse_flags_of_runs(Config, __doc__, argv, prog, lambda c: [c.model], SAMPLING)
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
     require(bool(config.data) or not config.columns, "--columns needs --data")
@@ -126,27 +117,34 @@ def main(argv: list[str] | None = None) -> None:
     chat = wants_chat(tokenizer, config.format)
     seed = config.seed
 
+    def room_for(prompt: list[int]) -> int:
+        """Tokens that a completion may have. UserError where there is no room for one."""
+        context = context_of(policy.config) or 10**9
+        full = f"the prompt fills the context of {config.model}, {context} tokens: shorten it"
+        require(len(prompt) < context, full)
+        return context - len(prompt)
+
     def complete(prompts: list[Prompt]) -> list[dict]:
         """Rows of prompt, completion and reward, --samples per prompt."""
         nonlocal seed
         asked = [p for p in prompts for _ in range(config.samples)]
         rows = [tokenize(tokenizer, prompt) for prompt in asked]
-        longest = max(len(row.ids) for row in rows)
-        room = (context_of(policy.config) or 10**9) - longest
-        require(
-            room > 0,
-            f"a prompt of {longest} tokens: fills the context of {config.model}: shorten it",
-        )
+        limits = [min(config.max_new_tokens, room_for(row.ids)) for row in rows]
+        found = {}  # number of a row -> (its completion, whether it ended by itself)
         with autocast(device, dtype):
-            _, completions, ended = sample_completions(
-                policy,
-                [row.ids for row in rows],
-                temperature=config.temperature,
-                max_new_tokens=min(config.max_new_tokens, room),
-                eos_token_ids=eos_token_ids,
-                seed=seed,
-                batch_size=config.batch_size,
-            )
+            for limit in set(limits):  # a long prompt cuts no other's completion
+                part = [i for i, one in enumerate(limits) if one == limit]
+                _, completions, ended = sample_completions(
+                    policy,
+                    [rows[i].ids for i in part],
+                    temperature=config.temperature,
+                    max_new_tokens=limit,
+                    eos_token_ids=eos_token_ids,
+                    seed=seed,
+                    batch_size=config.batch_size,
+                )
+                found |= dict(zip(part, zip(completions, ended)))
+            completions, ended = zip(*(found[i] for i in range(len(rows))))
             if reward:
                 scores = reward.score_rollout(tokenizer, rows, completions, config.batch_size)
         seed += 1
@@ -175,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     def read(row: dict, where: str, note: Note) -> Prompt:
         """The prompt in a row, if the model can be asked it."""
         prompt = read_prompt(row, where, note, column, chat)
-        tokenize(tokenizer, prompt)
+        room_for(tokenize(tokenizer, prompt).ids)
         return prompt
 
     asked = read_items(named, read, source)

@@ -19,31 +19,26 @@ and not scored. Where none is scored, the exit status is not 0.
 import contextlib
 import csv
 import dataclasses
-import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..data.rows import read_rows, text_cell
-from ..running.device import pick_device, pick_dtype
-from ..running.errors import UserError, require
-from ..running.flags import SEEDS, TEMPERATURES, ColumnFlags, DeviceFlags, dashed, flag, parse_flags
-from ..running.logs import to_json, write_atomic
-from ..running.run_folder import new_run, require_same_flags
+from ..running.errors import require
+from ..running.files import read_json_lines, whole_file, write_json, write_json_lines
+from ..running.flag_groups import ColumnFlags, DeviceFlags
+from ..running.flags import SEEDS, TEMPERATURES, dashed, flag
+from ..running.logs import JsonLines
+from ..running.run_folder import claimed_folder
 from .asking import EndpointJudge, LocalJudge, Reply
-from .files import whole_file
-from .settings import SAMPLING, agreed, held_out_rows, settings_of, with_flags_of_runs
+from .settings import SAMPLING, agreed, parse_flags_of_runs, settings_of
+from .sides import Pair, is_file, load_pairs
 from .verdicts import ORDERS, make_question, parse_verdict, summarise, table, winner
 
 FAILURES_IN_A_ROW = 20  # then the judge is taken to be gone
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # what a formula begins with in a spreadsheet
-
-SAMPLED_TOGETHER = 64  # prompts between two steps of the progress bar
 
 # Flags that may have another value on --resume: when and where it runs, not what is asked.
 FREE_ON_RESUME = ("out", "resume", "device", "dtype", "batch_size", "timeout", "retries")
@@ -101,22 +96,9 @@ class Config(ColumnFlags, DeviceFlags):
     )
 
 
-class Pair(NamedTuple):
-    """A prompt as text, and the completions of both sides."""
-
-    prompt: str
-    a: str
-    b: str
-
-
-def is_file(path: str) -> bool:
-    """Whether a side is a file of completions, not a policy."""
-    return path.endswith((".jsonl", ".jsonl.gz"))
-
-
 def is_endpoint(judge: str) -> bool:
     """Whether the judge is asked over HTTP."""
-    return judge.startswith(("http://", "https://"))
+    return judge.lower().startswith(("http://", "https://"))
 
 
 def resolve(config: Config) -> Config:
@@ -157,121 +139,6 @@ def resolve(config: Config) -> Config:
     return Config(**(sampling | endpoint | given))
 
 
-def load_pairs(config: Config) -> list[Pair]:
-    """The prompts and both sides' completions, read or sampled.
-
-    Raises:
-        UserError: a file has other prompts than the first.
-    """
-    from ..data.columns import parse_columns, prompt_rows, read_items
-
-    names, files = parse_columns(config.columns), [s for s in (config.a, config.b) if is_file(s)]
-    given = files or [config.prompts] * bool(config.prompts)
-    rows = {file: prompt_rows(read_rows(file), names, file) for file in given}
-    if rows:
-        source = given[0]
-        asked, column = rows[source]
-    else:
-        asked, source, column = held_out_rows([config.a, config.b], "prompts")
-    prompts = read_prompts(asked, source, column, False)
-    if not files:  # a row of no use is asked of neither policy
-        asked = [row for row, prompt in zip(asked, prompts) if prompt is not None]
-        prompts = [prompt for prompt in prompts if prompt is not None]
-    sides = []
-    for name, side, seed in (("--a", config.a, config.seed), ("--b", config.b, config.seed + 1)):
-        if not is_file(side):
-            sides.append(sample(side, name, asked, source, column, config, seed))
-            continue
-        same = read_prompts(*rows[side][:1], side, rows[side][1], False)
-        different = (i for i, (x, y) in enumerate(zip(prompts, same), 1) if x != y)
-        difference = next(different, min(len(prompts), len(same)) + 1)
-        require(
-            prompts == same,
-            f"{side}: row {difference}: its prompt is not that of {source}: expected the same, in "
-            "order",
-        )
-        answers = rows[side][0]
-        sides.append(read_items(answers, lambda row, *_: text_cell(row, "completion", True), side))
-    for number, parts in enumerate(zip(prompts, *sides), 1):
-        require(None not in parts, f"{source}: row {number}: of no use: fix or remove the row")
-    return list(map(Pair, prompts, *sides))
-
-
-def read_prompts(rows: Sequence[dict], source: str, column: str, chat: bool | None) -> list:
-    """The prompts in rows, as messages or as text, see data.prompts.load_prompts.
-
-    None for a row of no use.
-
-    Args:
-        rows: by our names.
-        source: of the rows, for what is printed.
-        column: of the prompts.
-        chat: whether as messages; None: as text, and messages are of no use.
-    """
-    from ..data.columns import read_items, read_prompt
-
-    return read_items(rows, functools.partial(read_prompt, column=column, chat=chat), source)
-
-
-def sample(
-    path: str,
-    flag_name: str,
-    rows: Sequence[dict],
-    source: str,
-    column: str,
-    config: Config,
-    seed: int,
-) -> list[str]:
-    """A policy's completions of the prompts in rows, as texts.
-
-    Args:
-        path: of the policy.
-        flag_name: the flag that names it, for error messages.
-        source: of the rows, for error messages.
-        column: of the prompts.
-        seed: of sampling.
-    Raises:
-        UserError: a prompt and its completion do not fit into the policy's context.
-    """
-    from ..data.chat import decode_parts, encode_prompt, note_special_tokens, wants_chat
-    from ..models.loading import end_token_ids, load_policy
-    from ..models.padding import context_of
-    from ..models.precision import autocast
-    from ..rollout import sample_completions
-
-    device, _ = pick_device(config.device)
-    policy, tokenizer = load_policy(path, flag_name)
-    prompts = read_prompts(rows, source, column, wants_chat(tokenizer, config.format))
-    require(None not in prompts, f"{flag_name} {path}: cannot be asked every prompt of {source}")
-    note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
-    rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, rows_of_ids))
-    context = context_of(policy.config)
-    require(
-        not context or longest + config.max_new_tokens <= context,
-        f"{flag_name} {path}: prompts of up to {longest} tokens and --max-new-tokens "
-        f"{config.max_new_tokens} exceed its context of {context}: shorten one of them",
-    )
-    policy, dtype = policy.to(device), pick_dtype(config.dtype, device)
-    texts = []
-    starts = range(0, len(rows_of_ids), SAMPLED_TOGETHER)
-    for i in tqdm(starts, desc=f"completions of {flag_name}", unit="batch", disable=None):
-        part = rows_of_ids[i : i + SAMPLED_TOGETHER]
-        with autocast(device, dtype):
-            _, completions, _ = sample_completions(
-                policy,
-                part,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                eos_token_ids=end_token_ids(policy, tokenizer),
-                seed=seed + 2 * i,
-                batch_size=config.batch_size,
-            )
-        for ids, completion in zip(part, completions):
-            texts.append(decode_parts(tokenizer, ids, completion)[1])
-    return texts
-
-
 class Answers:
     """<folder>/answers.jsonl, with every reply as it came.
 
@@ -279,30 +146,22 @@ class Answers:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.replies = folder / "answers.jsonl", {}
-        # What follows the last line end is left out: half a line of a run that was killed.
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                key = row.pop("pair"), row.pop("order")
-                self.replies[key] = Reply(**row)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{self.path}: line {number}: no answer: remove it, and it is asked again"
-                ) from error
-        write_atomic(self.path, "".join(f"{line}\n" for line in lines))
-        self.file = open(self.path, "ab", buffering=0)
+        self.path, self.replies, rows = folder / "answers.jsonl", {}, []
+        if self.path.exists():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):  # half a line of a run that was killed
+                self.path.write_bytes(content[: content.rfind(b"\n") + 1])
+            rows = read_json_lines(self.path, "pair", "order", *Reply._fields)
+        for row in rows:
+            reply = Reply(str(row["text"]), bool(row["cut"]), str(row["error"]))
+            pair = row["pair"] if isinstance(row["pair"], int) else 0  # 0: of no question
+            self.replies[pair, str(row["order"])] = reply
+        self.lines = JsonLines(self.path, rows)
 
     def add(self, pair: int, order: str, reply: Reply) -> None:
         """Keep a reply, on disk at once."""
         self.replies[pair, order] = reply
-        line = to_json({"pair": pair, "order": order} | reply._asdict()) + "\n"
-        try:
-            self.file.write(line.encode())
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}): make room there, and --resume"
-            raise UserError(f"{self.path}: {reason}") from error
+        self.lines.append({"pair": pair, "order": order} | reply._asdict())
 
 
 def ask_all(
@@ -363,28 +222,24 @@ def write_csv(path: Path, pairs: Sequence[Pair], answers: Answers) -> None:
                 writer.writerow([number, order, *texts])
 
 
-def check_resumed(config: Config) -> Path:
-    """The folder of the run to resume.
-
-    Raises:
-        UserError: there is none, or it ran with other flags.
-    """
-    path = Path(config.out) / "config.json"
-    require(
-        bool(config.out) and path.is_file(),
-        f"--resume: no run at --out {config.out!r} (no config.json there)",
-    )
-    require_same_flags(path, config, "judge", FREE_ON_RESUME)
-    return path.parent
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, ask, report."""
-    config = parse_flags(Config, __doc__, argv, "minalign judge")
-    policies = [side for side in (config.a, config.b) if not is_file(side)]
-    argv = with_flags_of_runs(argv, config, policies, dict(zip(SAMPLING, SAMPLING)))
-    config = resolve(parse_flags(Config, __doc__, argv, "minalign judge"))
-    folder = check_resumed(config) if config.resume else new_run(config.out, "judge")
+
+    def policies(config: Config) -> list[str]:
+        return [side for side in (config.a, config.b) if not is_file(side)]
+
+    config = parse_flags_of_runs(Config, __doc__, argv, "minalign judge", policies, SAMPLING)
+    config = resolve(config)
+    with claimed_folder(config, "judge", FREE_ON_RESUME) as (folder, _):
+        compare(config, folder)
+
+
+def compare(config: Config, folder: Path) -> None:
+    """Ask about every pair that has no answer in the folder yet, and report.
+
+    Raises:
+        UserError: the judge seems to be gone, or no pair was scored.
+    """
     if is_endpoint(config.judge):
         limits = config.judge_tokens, config.batch_size, config.timeout, config.retries
         judge = EndpointJudge(config.judge, config.judge_model, *limits)
@@ -392,16 +247,14 @@ def main(argv: list[str] | None = None) -> None:
         judge = LocalJudge(
             config.judge, config.device, config.dtype, config.judge_tokens, config.batch_size
         )
-    if config.resume:
-        lines = (folder / "pairs.jsonl").read_text().splitlines()
-        pairs = [Pair(**json.loads(line)) for line in lines]
+    if (folder / "config.json").exists():
+        rows = read_json_lines(folder / "pairs.jsonl", *Pair._fields)
+        pairs = [Pair(*(str(row[name]) for name in Pair._fields)) for row in rows]
     else:
         pairs = load_pairs(config)
-        lines = [to_json(pair._asdict()) + "\n" for pair in pairs]
-        write_atomic(folder / "pairs.jsonl", "".join(lines))
+        write_json_lines(folder / "pairs.jsonl", [pair._asdict() for pair in pairs])
         # Last: a folder with a config can be resumed.
-        content = to_json(dataclasses.asdict(config), indent=2) + "\n"
-        write_atomic(folder / "config.json", content)
+        write_json(folder / "config.json", dataclasses.asdict(config))
     answers = Answers(folder)
     ask_all(judge, pairs, answers, config.criterion)
 
@@ -411,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     results = summarise(verdicts, config.seed)
     write_csv(folder / "answers.csv", pairs, answers)
-    write_atomic(folder / "results.json", to_json(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
     print(f"a: {config.a}, b: {config.b}, judge: {config.judge_model or config.judge}")
     print(table(results))
     for reason in sorted({reply.error for reply in answers.replies.values()} - {""})[:3]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy
 
 from ..running.errors import UserError, require
+from ..running.files import read_json
 from ..running.run_folder import FREE_TO_CHANGE
 
 # Entries of config.json. Runs that differ in nothing else are one group.
@@ -46,21 +47,19 @@ def read_run(path: str) -> LoggedRun:
     """
     folder = Path(path)
     require(folder.is_dir(), f"{path}: no such folder: give the folder of a run")
-    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if (folder / "front.json").is_file():
-        front = read_object(folder / "front.json")
+        front = read_json(folder / "front.json")
         try:
             for run in front["runs"]:
                 run |= {"iteration": int(run["iteration"]), "curve": _points(run["curve"])}
             front |= {name: _points(front[name]) for name in ("merges", "front")}
             whole = all({"eta", "kl_sft", "reward"} <= set(point) for point in front["front"])
             whole &= all("iteration" in merge for merge in front["merges"])
+            whole &= any(math.isfinite(p["kl_sft"] + p["reward"]) for p in front["front"])
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             whole = False
-        require(
-            whole and bool(front["front"]),
-            f"{path}/front.json: no front in it: not written by warp.py",
-        )
+        require(whole, f"{path}/front.json: no front in it: not written by warp.py, or all null")
         return LoggedRun(path, "warp", config, {}, front["front"], front)
     require(
         not any(folder.glob("iteration-*")),
@@ -81,7 +80,7 @@ def read_run(path: str) -> LoggedRun:
         )
         return LoggedRun(path, "rm", config, columns, [], {})
     results = folder / "results.json"
-    start = read_object(results).get("before") if results.is_file() else None
+    start = read_json(results).get("before") if results.is_file() else None
     try:
         points = _points([start] if start else []) + _held_out(columns)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -99,10 +98,7 @@ def read_log(path: Path) -> dict[str, tuple[array, array]]:
         UserError: another line is broken.
     """
     columns = collections.defaultdict(lambda: (array("d"), array("d")))
-    broken, odd = (
-        0,
-        {},
-    )  # the last line where it is broken; name -> first line where it is no number
+    broken, odd = 0, {}  # last line, if broken; name -> first line where it is no number
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -126,20 +122,6 @@ def read_log(path: Path) -> dict[str, tuple[array, array]]:
     for name in odd.keys() & columns.keys():
         raise UserError(f"{path}: line {odd[name]}: {name!r:.40} is no number: fix or remove it")
     return columns
-
-
-def read_object(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {str(error):.200}") from error
-    require(isinstance(content, dict), f"{path}: got {content!r:.40}, expected an object")
-    return content
 
 
 def _points(rows: Sequence[dict]) -> list[dict[str, float]]:

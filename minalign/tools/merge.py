@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from ..merge import liti, merge_policies
 from ..models.folders import atomic_folder, first_line, model_folder
 from ..running.errors import UserError, require
+from ..running.files import to_json
 from ..running.flags import flag, parse_flags
-from ..running.logs import to_json
 
 if typing.TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..running.errors import UserError, require
+from ..running.files import require_writable
 from ..running.flags import flag, parse_flags
-from .files import require_writable
 from .logged import group_runs, read_run
 
 

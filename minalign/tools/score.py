@@ -28,9 +28,9 @@ from ..models.precision import autocast
 from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
-from ..running.flags import ColumnFlags, DeviceFlags, flag, parse_flags
-from ..running.logs import to_json
-from .files import require_writable, whole_file
+from ..running.files import require_writable, to_json, whole_file
+from ..running.flag_groups import ColumnFlags, DeviceFlags
+from ..running.flags import flag, parse_flags
 
 
 @dataclass
@@ -97,8 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     def read(row: dict, where: str, note: Note) -> dict[str, list[int]]:
         """The new column's name -> token ids."""
         texts = texts_of(row, where, note, chat)
+        rows = {name: reward_model.encode(*text) for name, text in texts.items()}
+        longest = max(map(len, rows.values()))
+        limit = f"the reward model's context of {reward_model.context}"
+        require(longest <= reward_model.context, f"longer than {limit} tokens")
         said.extend((str(prompt), completion) for prompt, completion in texts.values())
-        return {name: reward_model.encode(*text) for name, text in texts.items()}
+        return rows
 
     texts = [item or {} for item in read_items(named, read, config.data)]
     note_special_tokens(reward_model.tokenizer, said, "texts")

@@ -5,14 +5,15 @@ import os.path
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..running.errors import require
-from ..running.flags import dashed
-from .logged import read_object
+from ..running.files import read_json
+from ..running.flags import dashed, parse_flags
 
-SAMPLING = ("format", "max_new_tokens", "temperature")
+# Flag -> the setting of a run that it takes.
+SAMPLING = {name: name for name in ("format", "max_new_tokens", "temperature")}
 # Groups whose others go with the first: those of another data set would be nonsense.
 DATA = "dataset subset split eval_split eval_share split_seed columns prompt_tokens"
 DATA = (*DATA.split(), "max_prompt_tokens")
@@ -37,7 +38,7 @@ def settings_of(paths: Sequence[str]) -> dict[str, dict]:
 def _config_of(folder: Path) -> dict:
     """What config.json says, if it is that of a policy run and not that of a model."""
     path = folder / "config.json"
-    settings = read_object(path) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     return settings if "max_new_tokens" in settings and "model_type" not in settings else {}
 
 
@@ -59,20 +60,25 @@ def agreed(runs: dict[str, dict], name: str, flag_name: str) -> typing.Any:
     return None if empty else value
 
 
-def with_flags_of_runs(
-    argv: list[str] | None, config: typing.Any, models: Sequence[str], take: dict[str, str]
-) -> list[str]:
-    """The command line, with those flags in front that it lacks and the models' runs had (printed).
+def parse_flags_of_runs(
+    config_class: type,
+    description: str,
+    argv: list[str] | None,
+    prog: str,
+    models: Callable[[typing.Any], Sequence[str]],
+    take: dict[str, str],
+) -> typing.Any:
+    """As flags.parse_flags, with the settings of the models' runs for flags not given (printed).
 
     Args:
-        config: what parse_flags makes of `argv`.
-        models: those of no run are left out.
+        models: the config's models; those of no run are left out.
         take: flag -> the setting of a run that it takes.
     Raises:
         UserError: two runs had different ones.
     """
+    config = parse_flags(config_class, description, argv, prog)
     argv = sys.argv[1:] if argv is None else argv
-    runs, taken = settings_of(models), []
+    runs, taken = settings_of(models(config)), []
     given = {word.partition("=")[0] for word in argv}
     for name, key in take.items() if runs else ():
         head = next((group[0] for group in (DATA, REWARD) if key in group[1:]), "")
@@ -85,9 +91,10 @@ def with_flags_of_runs(
             taken += [dashed(name), *map(str, value)]
         elif value is not None:
             taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]
-    if taken:
-        print(f"as {', '.join(runs)} ran: {' '.join(taken)}")
-    return [*taken, *argv]
+    if not taken:
+        return config
+    print(f"as {', '.join(runs)} ran: {' '.join(taken)}")
+    return parse_flags(config_class, description, [*taken, *argv], prog)
 
 
 def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], str, str]:
@@ -115,7 +122,7 @@ def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], st
         return read_prompt(row, where, note, column, False), row
 
     items = divide(data, rows, read, lambda item: first_turn(item[0]))[1]
-    count = next(iter(runs.values()))["eval_prompts"]
+    count = agreed(runs, "eval_prompts", flag_name)
     held_out = list({json.dumps(prompt): row for prompt, row in items}.values())[:count]
     print(f"prompts: {len(held_out)} that {', '.join(runs)} held out of {data.dataset}")
     return held_out, data.dataset, column

@@ -39,7 +39,10 @@ MENTION = re.compile(rf"{SAYS}\b", FLAGS)  # anywhere
 # The last line. A bullet, a number or words such as "Final" may stand before it.
 VERDICT = re.compile(rf"^[^a-z\n]*(?:(?:my|the|final|overall) )*{SAYS}[\s.!-]*\Z", FLAGS)
 HEADING = re.compile(r"(verdict:?)[ \t]*\n\s*(?=(?:1|2|tie)[.!]?[ \t]*$)", FLAGS)  # "## Verdict\n1"
-MARKS = re.compile(r"[*_`#\"'“”‘’\[\](){}$]|\\(boxed|text|textbf)\b|</?(b|i|u|em|strong|p|code)>")
+MARKS = re.compile(
+    r"\((clearly|definitely|certainly|slightly)( better)?\)|[*_`#\"'“”‘’\[\](){}$]"
+    r"|\\(boxed|text|textbf)\b|</?(b|i|u|em|strong|p|code|answer)>|<\|\w+\|>"
+)
 THOUGHT = re.compile(r"^.*(</think(ing)?>|</thought>|</reasoning>|\[/THINK\])", re.DOTALL)
 
 
@@ -62,9 +65,9 @@ def parse_verdict(answer: str) -> str | None:
     """The verdict in a judge's answer: 1, 2 or tie; None where there is none.
 
     The last line that is not empty must say it, and nothing before it may say otherwise. That line
-    is `Verdict: 1`, in any case, with whatever Markdown, quotes or bullet around its parts, and
-    nothing more: what hedges ("1, perhaps") is none. What was thought before </think> does not
-    count.
+    is `Verdict: 1`, in any case, with whatever Markdown, quotes or bullet around its parts, or
+    "(clearly)" behind it, and nothing more: what hedges ("1, perhaps") is none. What was thought
+    before </think> does not count.
 
     >>> answers = "Fine.\\n\\n**Verdict:** tie", "### Verdict: 2.\\n", "Verdict: 1, perhaps"
     >>> list(map(parse_verdict, answers))

@@ -23,8 +23,8 @@ import train_rm
 import warp
 from minalign.measuring.policies import Sample, before_after_table, show_samples
 from minalign.running.errors import UserError, one_line_errors, visible
+from minalign.running.files import to_json
 from minalign.running.flags import SEEDS, _kind, dashed
-from minalign.running.logs import to_json
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {
@@ -242,6 +242,8 @@ REFUSED = [  # program, flags, what the line must say
     ("train_policy", "--no-such-flag=" + 5000 * "x", "unrecognized arguments"),
     ("train_policy", "--batch-size " + 5000 * "x", "invalid int value"),
     ("train_policy", "stray\x1b]0;x\x07", "stray\\x1b]0;x\\x07"),
+    ("train_policy", "--lr -1e-05", "--lr -1e-05: expected a number in (0, inf)"),
+    ("train_policy", "--subset x", "is one file"),
 ]
 
 
@@ -285,6 +287,7 @@ GOOD = [
     ("train_policy", "--lora-rank 32 --lora-alpha 1e-30"),
     ("train_policy", "--micro-batch-size 2147483647 --max-grad-norm 1e30 --reward-clip 1e30"),
     ("train_policy", "--rm rules:short rules:const --rm-weights -1 0"),
+    ("train_policy", "--rm rules:short rules:const --rm-weights -1e-05 -.5"),
     ("train_rm", "--loss ordinal --num-scores 1000"),
     ("train_rm", "--crop-words 1-2147483647 --max-pairs 2147483647 --max-tokens 2147483647"),
     ("generate", "--prompt ü\n\t " + 300 * "long"),

@@ -7,6 +7,7 @@ import decimal
 import json
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -16,6 +17,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pyarrow
@@ -25,10 +27,11 @@ import tiny
 
 from minalign.measuring.policies import before_after_table
 from minalign.running.errors import UserError, one_line_errors
+from minalign.running.run_folder import claimed_folder
 from minalign.tools import asking, evaluate, generate, judge, plot, score
 from minalign.tools.verdicts import parse_verdict
 
-CPU = ["--device", "cpu"]
+CPU, OUT = ["--device", "cpu"], ["--out", "o"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,39 @@ def refusal(main, argv, capsys):
     said = capsys.readouterr().err.splitlines()
     assert error.value.code == 2 and len(said) == 1, said
     return said[0]
+
+
+@pytest.mark.parametrize("tool", ["judge", "evaluate"])
+def test_a_second_process_in_the_folder_of_a_tool_is_refused(here, models, tool, capsys):
+    tiny.rows("c.jsonl", {"prompt": "q", "completion": "a"}, 2)
+    argv = {
+        "judge": ["--a", "c.jsonl", "--b", "c.jsonl", "--judge", models["lm"]],
+        "evaluate": ["--model", a_run(here / "run", models["lm"], dataset="c.jsonl")],
+    }[tool]
+    argv += ["--rm", models["rm"]] if tool == "evaluate" else []
+    with claimed_folder(SimpleNamespace(out="o"), tool):
+        said = refusal({"judge": judge, "evaluate": evaluate}[tool].main, [*argv, *OUT], capsys)
+    assert "is running there" in said and not Path("o").exists()
+
+
+BROKEN = {
+    "pairs gone": ("pairs.jsonl", None),
+    "pairs cut": ("pairs.jsonl", '{"prompt": "x"'),
+    "pairs without b": ("pairs.jsonl", '{"prompt": "x", "a": "y"}\n'),
+    "pairs too deep": ("pairs.jsonl", "[" * 5000),
+    "answers too deep": ("answers.jsonl", "[" * 5000 + "\n"),
+    "answers of numbers": ("answers.jsonl", "1\n"),
+    "config too deep": ("config.json", '{"a":' * 5000),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_damaged_folder_of_a_judge_is_one_line(endpoint, damage, capsys):
+    endpoint(lambda body: "Verdict: 1")
+    url, (name, content) = json.loads(Path("out/config.json").read_text())["judge"], BROKEN[damage]
+    Path("out", name).unlink() if content is None else Path("out", name).write_text(content)
+    flags = ["--a", "a.jsonl", "--b", "b.jsonl", "--judge", url, "--judge-model", "j"]
+    assert name in refusal(judge.main, [*flags, "--out", "out", "--resume"], capsys)
 
 
 # ---- a run's own flags ----
@@ -141,19 +177,34 @@ def test_evaluate_takes_data_start_length_and_temperature_of_its_runs(
 ):
     settings = dict(dataset=prompts, eval_share=0.4, split_seed=7, temperature=0.5)
     runs = [a_run(here / f"run-{i}", models["lm"], seed=i, **settings) for i in (1, 2)]
-    flags = ["--rm", models["rm"], "--eval-prompts", "4", *CPU]
+    flags = ["--rm", models["rm"], *CPU]
     evaluate.main(["--model", *runs, *flags, "--out", "e"])
     config = json.loads(Path("e/config.json").read_text())
     assert config["dataset"] == prompts and config["start"] == models["lm"]
-    assert (config["eval_share"], config["split_seed"]) == (0.4, 7)
+    assert (config["eval_share"], config["split_seed"], config["eval_prompts"]) == (0.4, 7, 4)
     assert {(c["temperature"], c["max_new_tokens"]) for c in sampled} == {(0.5, 5)}
     assert f"as {runs[0]}, {runs[1]} ran: " in capsys.readouterr().out
     # typed by hand, it is the same
     by_hand = f"--dataset {prompts} --start {models['lm']} --eval-share 0.4 --split-seed 7"
-    by_hand += " --temperature 0.5 --max-new-tokens 5 --out f"
+    by_hand += " --temperature 0.5 --max-new-tokens 5 --eval-prompts 4 --out f"
     evaluate.main(["--model", *runs, *flags, *by_hand.split()])
     results = [json.loads(Path(f"{name}/results.json").read_text()) for name in "ef"]
     assert results[0] == results[1]
+
+
+def test_policies_whose_paths_end_alike_are_told_apart(here, models, prompts, capsys):
+    """None of their comparisons is lost."""
+    names = [here / name / "a-long-name-of-a-run" for name in "ab"]
+    runs = [a_run(name, models["lm"], dataset=prompts, eval_share=0.4) for name in names]
+    evaluate.main(["--model", *runs, "--rm", models["rm"], *CPU, *OUT])
+    said = capsys.readouterr().out
+    assert re.findall(r"^(\d) [^ ]+ minus (\d)", said, re.M) == [("1", "0"), ("2", "0"), ("2", "1")]
+
+
+def test_one_held_out_prompt_has_no_interval(here, models, prompts, capsys):
+    run = a_run(here / "run", models["lm"], dataset=prompts, max_prompt_tokens=None)
+    argv = ["--model", run, "--rm", models["rm"], "--eval-split", "train[:1]", *CPU, *OUT]
+    assert "1 held-out prompt" in refusal(evaluate.main, argv, capsys)
 
 
 def test_a_flag_wins_and_of_other_data_no_split_is_taken(here, models, prompts):
@@ -236,7 +287,7 @@ def test_any_column_type_goes_through(here, models, answers, tool):
 
 
 def test_values_of_any_type_become_json():
-    from minalign.running.logs import to_json
+    from minalign.running.files import to_json
 
     cases = [
         (numpy.float32(1.5), 1.5),
@@ -318,6 +369,35 @@ def test_a_full_disk_is_one_line(here, models, tool, capsys):
     assert out in line and "File too large" in line and not Path(out).exists()
 
 
+def test_one_row_beyond_the_context_does_not_end_a_tool(here, models, capsys):
+    """It is dropped and counted, and does not shorten the completions beside it."""
+    texts = ["a", "b", "long " * 160 + "x", "c" * 2000, "d"]
+    with open("d.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": t, "completion": "good"}) + "\n" for t in texts)
+    data = ["--data", "d.jsonl", *CPU]
+    score.main(["--rm", models["rm"], *data, "--out", "s.jsonl"])
+    assert ["reward" in row for row in lines("s.jsonl")] == [True, True, True, False, True]
+    assert "context of 1024" in capsys.readouterr().out
+    argv = ["--model", models["lm"], *data, "--max-new-tokens", "300"]
+    generate.main([*argv, "--out", "g.jsonl"])
+    assert "fills the context" in capsys.readouterr().out
+    with open("d.jsonl", "w") as file:  # without the long ones
+        file.writelines(json.dumps({"prompt": t}) + "\n" for t in ("a", "b", "d"))
+    generate.main([*argv, "--out", "h.jsonl"])
+    long, short = lines("g.jsonl"), lines("h.jsonl")
+    assert [row["completion"] for row in long[:2]] == [row["completion"] for row in short[:2]]
+
+
+@pytest.mark.parametrize("tool", ["score", "generate"])
+def test_an_out_that_is_a_folder_is_said_once(here, models, tool, capsys):
+    argv = {
+        "score": ["--rm", models["rm"], "--data", "d.jsonl"],
+        "generate": ["--model", models["lm"], "--prompt", "x"],
+    }[tool]
+    said = refusal({"score": score, "generate": generate}[tool].main, [*argv, "--out", "."], capsys)
+    assert said == "error: --out .: is a folder: give a file in it"
+
+
 def test_a_second_scoring_says_that_it_replaces_the_first(here, models, capsys):
     data = tiny.rows(here / "a.jsonl", {"prompt": "q", "completion": "yes", "reward": 99.0}, 3)
     score.main(["--rm", models["rm"], "--data", data, "--out", "o.jsonl", *CPU])
@@ -395,6 +475,10 @@ CLEAR = {
             "Verdict \u2014 1",
             "Final verdict: 1",
             "Verdict: Answer 1",
+            "Verdict: 1 (clearly)",
+            "**Verdict:** 1 (slightly better).",
+            "<answer>Verdict: 1</answer>",
+            "Verdict: 1<|im_end|>",
             "\u2705 Verdict: 1",
             "Here is my verdict:\n\n1. It is short.\n2. It is clear.\n\nVerdict: 1",
             "<think>Verdict: 2? Or Verdict: tie</think>\nVerdict: 1",
@@ -410,6 +494,9 @@ CLEAR = {
 }
 UNCLEAR = [
     "**Verdict:** 1 or 2",
+    "Verdict: 1 (perhaps)",
+    "Verdict: 1 (clearly not 2)",
+    "<s>Verdict: 1</s>",
     "**Verdict:** 1, perhaps",
     "**Verdict:** 1?",
     "**Verdict:** 1/2",
@@ -448,6 +535,10 @@ def test_a_clear_verdict_counts_whatever_markdown_is_around_it(answer):
 @pytest.mark.parametrize("answer", UNCLEAR)
 def test_an_unclear_verdict_or_two_of_them_count_for_nothing(answer):
     assert parse_verdict(answer) is None
+
+
+def test_an_endpoint_may_be_spelled_in_capitals():
+    assert judge.is_endpoint("HTTP://host/v1") and not judge.is_endpoint("http-judge")
 
 
 def test_long_answers_are_read_in_linear_time():
@@ -868,6 +959,10 @@ DAMAGED = {
     "front too deep": ("front.json", "[" * 5000),
     "front of texts": ("front.json", '{"front": ["x"], "runs": [], "merges": []}'),
     "front empty": ("front.json", '{"front": [], "runs": [], "merges": []}'),
+    "front all null": (
+        "front.json",
+        '{"front": [{"eta": 0, "kl_sft": 0, "reward": null}], "runs": [], "merges": []}',
+    ),
     "front without KL": ("front.json", '{"front": [{"eta": 0}], "runs": [], "merges": []}'),
     "runs of numbers": ("front.json", f'{{"front": [{POINT}], "runs": [3], "merges": []}}'),
     "merges null": ("front.json", f'{{"front": [{POINT}], "runs": [], "merges": null}}'),
@@ -887,6 +982,12 @@ def test_a_damaged_folder_is_one_line(here, damage, capsys):
     folder = write_log(here / "s", 5, eval_reward=lambda s: 1.0, eval_kl_sft=lambda s: 0.1)
     (here / "s" / name).write_text(content)
     assert f"s/{name}" in refusal(plot.main, [folder, "--out", "f.png"], capsys)
+
+
+@pytest.mark.parametrize("huge", [1e308, -1e200])
+def test_a_value_beyond_every_axis_costs_one_point(here, drawn, huge):
+    folder = write_log(here / "s", 9, reward=lambda s: 1.0 if s % 2 else huge * (-1) ** (s // 2))
+    assert set(points(drawn(folder, "--out", "f.png")["reward, training batch"])[1]) == {1.0}
 
 
 @pytest.mark.parametrize("before", [{"reward": 1.0}, {"reward": None, "kl_sft": 0.0}])

@@ -6,14 +6,8 @@ import pytest
 
 from minalign.data.prompts import parse_span
 from minalign.running.errors import UserError
-from minalign.running.flags import (
-    DataFlags,
-    LoraFlags,
-    MachineFlags,
-    flag,
-    parse_flags,
-    resolve_training,
-)
+from minalign.running.flag_groups import DataFlags, LoraFlags, MachineFlags, resolve_training
+from minalign.running.flags import flag, parse_flags
 
 
 @dataclass

@@ -33,7 +33,7 @@ from minalign.models.folders import atomic_folder
 from minalign.reward import RewardModel
 from minalign.running.checkpoints import load_checkpoint, save_checkpoint
 from minalign.running.errors import UserError
-from minalign.running.logs import JsonLines
+from minalign.running.logs import JsonLines, rows_until
 from minalign.running.optimizer import Optimizer
 from minalign.running.ranks import Ranks
 from minalign.running.run import stop_after_step
@@ -422,7 +422,7 @@ TAILS = [
 def test_a_torn_last_line_is_left_out(tmp_path, tail):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1, "seconds": 1.0}\n{"step": 2, "seconds": 2.0}\n' + tail)
-    log = JsonLines(path, 2)
+    log = JsonLines(path, rows_until(path, 2))
     assert log.last == {"step": 2, "seconds": 2.0}
     log.append({"step": 3, "seconds": math.inf})
     assert lines(path) == [

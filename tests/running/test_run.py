@@ -20,7 +20,7 @@ from minalign.running.errors import UserError, one_line_errors, require
 from minalign.running.logs import MetricsLog
 from minalign.running.optimizer import warmup_factor
 from minalign.running.run import Run, open_run
-from minalign.running.run_folder import claimed_folder, new_run
+from minalign.running.run_folder import claimed_folder
 
 
 @dataclass
@@ -79,6 +79,13 @@ def test_any_other_error_keeps_its_traceback():
 
 
 # --- runs
+
+
+def new_run(out, kind):
+    """The folder of a run that began, and was killed."""
+    with claimed_folder(Config(out=out), kind) as (folder, _):
+        (folder / "begun").touch()
+    return folder
 
 
 def test_runs_are_numbered_by_kind(tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""What the log has of a training batch of completions."""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+from tqdm import tqdm
+
+from ..data.chat import decode_parts
+from ..logprobs import kl_k1
+from ..running.errors import visible
+
+if typing.TYPE_CHECKING:
+    from ..models.sampler import Samples
+    from ..reward import Scores
+    from ..running.run import Run
+    from ..task import Task
+
+
+def measures(
+    run: Run,
+    task: Task,
+    samples: Samples,
+    scores: Scores,
+    start_logprobs: torch.Tensor,
+    anchor_logprobs: torch.Tensor,
+) -> tuple[dict[str, float], dict]:
+    """What metrics.jsonl has of the batch, each a mean over all processes' samples; and one sample.
+
+    kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
+    tokens. Numbers that are not finite are left out of the means, and their samples are counted:
+    not_finite. The sample is the first, or the first of those.
+    """
+
+    def over_tokens(values: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill(~samples.mask, 0.0).sum(1)  # (b,)
+
+    rows = {
+        "reward": scores.rewards,
+        "kl_sft": over_tokens(kl_k1(samples.logprobs, start_logprobs)),
+        "kl_anchor": over_tokens(kl_k1(samples.logprobs, anchor_logprobs)),
+        "entropy": over_tokens(-samples.logprobs),
+        "length": samples.mask.sum(1),
+        "ended": samples.ended,
+    } | {f"reward {name}": values for name, values in scores.parts.items()}
+    if run.dtype != torch.float32:
+        rows["importance"] = samples.importance
+    table = torch.stack([row.float() for row in rows.values()], 1)
+    broken = ~table.isfinite().all(1)  # (b,)
+    means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))
+    metrics = dict(zip([*rows, "not_finite"], means.tolist()))  # numbers leave the device once
+    shown = int(broken.int().argmax()) if metrics["not_finite"] else 0
+    pairs = list(zip(samples.prompts, samples.completions))
+    texts = [hash((*prompt.ids, -1, *completion)) for prompt, completion in pairs]
+    different = run.ranks.gather(torch.tensor(texts, device=run.device)).unique()
+    metrics |= {
+        "entropy": metrics["entropy"] / metrics["length"],
+        "not_finite": round(metrics["not_finite"] * run.config.batch_size),
+        "repeated": 1 - len(different) / run.config.batch_size,
+        "tokens_per_second": metrics["length"] * run.config.batch_size / run.seconds,
+        "advantage_std": 0.0,  # these two of a step that is left out
+        "grad_norm": 0.0,
+    }
+    prompt, completion = decode_parts(task.tokenizer, pairs[shown][0].ids, pairs[shown][1])
+    sample = {"prompt": prompt, "completion": completion}
+    reward, kl = table[shown, :2].tolist()
+    if broken[shown]:
+        count = f"{metrics['not_finite']} of {run.config.batch_size} completions"
+        which = visible(f"reward {reward:g}, KL {kl:g} of {completion!r:.80}")
+        tqdm.write(f"step {run.step}: not finite in {count}, first: {which}")
+    return metrics, sample | {"reward": reward, "kl": kl}
+
+
+def finite_mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean over the rows that are finite: one that is not does not take the others with it."""
+    finite = values.isfinite()
+    return values.where(finite, 0.0).sum(0) / finite.sum(0)
