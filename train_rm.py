@@ -341,8 +341,8 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     from minalign.data.prompts import parse_span
     from minalign.data.splits import Split
     from minalign.models.activations import checkpoint_activations_
-    from minalign.models.loading import try_save
     from minalign.models.lora import add_lora_
+    from minalign.models.saving import try_save
     from minalign.reward import RewardModel
 
     require(

@@ -29,8 +29,9 @@ from transformers import (
 import train_policy
 import train_rm
 from minalign.models.folders import atomic_folder
-from minalign.models.loading import end_token_ids, load_policy, save_policy
+from minalign.models.loading import end_token_ids, load_policy
 from minalign.models.lora import add_lora_
+from minalign.models.saving import save_policy
 from minalign.reward import RewardModel
 from minalign.running.errors import UserError
 
