@@ -31,7 +31,7 @@ from .models.heads import (
     set_up_labels_,
     try_out,
 )
-from .models.loading import load_model, loading_errors, require_all_used
+from .models.loading import find_model, load_model, loading_errors, require_all_used
 from .models.lora import adapter_labels, lora_layers
 from .models.padding import length_parts, pad, text_config, tokens_per_pass
 from .models.saving import save_files
@@ -121,7 +121,8 @@ class RewardModel:
         Raises:
             UserError: it cannot be loaded, or has no trained head.
         """
-        where, folder = f"--rm {path}", model_folder(path)
+        where = f"--rm {path}"
+        folder = find_model(path, where)
         with loading_errors(where, folder, "its first pass"):
             labels = adapter_labels(folder)
             options = {} if labels is None else {"num_labels": labels, "problem_type": None}

@@ -80,7 +80,8 @@ def first_line(error: BaseException) -> str:
 
     Lines that end in a colon bring the next one along.
     """
-    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
     while first.endswith(":") and others:
-        first += f" {others.pop(0).strip()}"
+        first += f" {others.pop(0)}"
     return first

@@ -1,6 +1,7 @@
 """Language models and tokenizers: loaded in float32, and saved."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.chat import render, require_templates
 from ..running.errors import UserError, is_out_of_memory, require
@@ -68,19 +70,8 @@ def load_model(
             tokenizer has plain tokens that the model does not know. The message begins with `flag`.
     """
     where = f"{flag} {path}"
-    folders = [model_folder(path)]
-    with loading_errors(where, folders[0], "adapter_config.json"):
-        # Adapters may be of a model that is adapters itself.
-        while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
-            named = json.loads(Path(file).read_text())["base_model_name_or_path"]
-            beside = os.path.join(folders[-1], named)
-            is_beside = os.path.isdir(beside) and not os.path.isdir(named)
-            base = model_folder(beside if is_beside else named)
-            if base in folders:
-                raise ValueError(f"{base} is an adapter of itself")
-            folders.append(base)
+    folders, place = adapters_and_base(path, where)
     *adapters, base = folders
-    place = f"{where}: its base model {base}" if adapters else where
     safe = {"trust_remote_code": False, "local_files_only": _is_local(base, place)}
 
     with loading_errors(place, base, "config.json"):
@@ -136,6 +127,10 @@ def load_model(
             bool(weight.sum().isfinite() or weight.isfinite().all()),
             f"{where}: {name} holds NaN or infinity: a broken checkpoint",
         )
+        require(
+            weight.is_floating_point(),
+            f"{where}: {name} is {weight.dtype}: take the model as it was before it was quantised",
+        )
     unknown = {i: token for token, i in vocabulary.items() if i >= known}
     unknown.pop(tokenizer.pad_token_id, None)  # a pad is masked, and never looked up
     plain = [token for token in unknown.values() if token not in added]
@@ -188,9 +183,11 @@ def load_policy(
         f"{where}: the tokenizer has no end token, so no completion could end: set eos_token "
         "(and pad_token) in its tokenizer_config.json",
     )
+    with loading_errors(where, model_folder(path), "generation_config.json"):
+        end_token_ids(model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    check_policy(model, tokenizer, f"{flag} {path}")
+    check_policy(model, tokenizer, where)
     return model, tokenizer
 
 
@@ -202,8 +199,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """
 
     def named(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
-        ends = getattr(config, "eos_token_id", None)
-        return set(ends) if isinstance(ends, list) else {ends}
+        given = getattr(config, "eos_token_id", None)
+        ends = set(given) if isinstance(given, list) else {given}
+        if not all(end is None or type(end) is int for end in ends):
+            raise ValueError(f"got eos_token_id {given!r}, expected ids of tokens")
+        return ends
 
     ends = {tokenizer.eos_token_id, *_end_of_turn(tokenizer), *named(model.generation_config)}
     # A config that names none has its family's default, which may be any word of this vocabulary.
@@ -262,6 +262,8 @@ def _reason(error: BaseException, folder: str, part: str) -> str:
         return broken
     if part == "config.json" and not (Path(folder) / part).is_file():
         return f"no config.json in {folder}"
+    if "backend tokenizer" in text and not (Path(folder) / "tokenizer.json").is_file():
+        part, reason = "the tokenizer", f"no tokenizer.json in {folder}"
     lacking = not (is_sentencepiece_available() and is_protobuf_available())
     for file in Path(folder).glob("*.model") if lacking and part == "the tokenizer" else ():
         if file.read_bytes()[:1] == b"\n":  # a protobuf, where tiktoken's files are text
@@ -288,6 +290,47 @@ def _broken_file(folder: Path) -> str:
     return ""
 
 
+def adapters_and_base(path: str, where: str) -> tuple[list[str], str]:
+    """The folders of adapters, the outermost first, and of their base; and what to call that."""
+    folders, place = [find_model(path, where)], where
+    with loading_errors(where, folders[0], "adapter_config.json"):
+        # Adapters may be of a model that is adapters itself.
+        while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
+            named = str(json.loads(Path(file).read_text())["base_model_name_or_path"])
+            beside = os.path.join(folders[-1], named)
+            is_beside = os.path.isdir(beside) and not os.path.isdir(named)
+            place = f"{where}: its base model {named}"
+            base = find_model(beside if is_beside else named, place)
+            if base in folders:
+                raise ValueError(f"{base} is an adapter of itself")
+            folders.append(base)
+    return folders, place
+
+
+def base_config(path: str, flag: str) -> PreTrainedConfig:
+    """The config of a model, or of the base of adapters."""
+    (*_, base), place = adapters_and_base(path, f"{flag} {path}")
+    with loading_errors(place, base, "config.json"):
+        return AutoConfig.from_pretrained(
+            base, trust_remote_code=False, local_files_only=_is_local(base, place)
+        )
+
+
+def find_model(path: str, where: str) -> str:
+    """The folder of a model; of one on the hub its name, but of adapters there a local copy.
+
+    Raises:
+        UserError: it is not here, and no hub can have it.
+    """
+    name = model_folder(path)
+    safe = {"local_files_only": _is_local(name, where)}
+    if os.path.isdir(name) or not find_adapter_config_file(name, **safe):
+        return name
+    with loading_errors(where, name, "the adapters"):
+        return snapshot_download(name, ignore_patterns="*/*", **safe)
+
+
+@functools.lru_cache
 def _is_local(name: str, where: str) -> bool:
     """Whether a model is to be looked for on this machine alone.
 

@@ -22,17 +22,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..merge import liti, merge_policies
-from ..models.folders import atomic_folder, first_line, model_folder
+from ..models.folders import atomic_folder
 from ..running.errors import UserError, require
 from ..running.flags import flag, parse_flags
 from ..running.logs import to_json
 
 if typing.TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
 SHARD_BYTES = 128 * 2**20
 INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
+# Of a config: what changes no logit.
+NO_SETTINGS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+NO_SETTINGS |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -61,6 +64,7 @@ class SavedModel(NamedTuple):
 
     path: str
     folder: Path
+    config: PreTrainedConfig
     tensors: dict[str, torch.Tensor]
     vocabulary: dict[str, int]
     generation: GenerationConfig | None
@@ -71,9 +75,13 @@ def read_model(path: str, folder: Path) -> SavedModel:
     """A model whose folder has one safetensors file, or several and an index of them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from ..models.loading import end_token_ids
+    from ..models.loading import end_token_ids, loading_errors
 
-    try:
+    with loading_errors(path, str(folder), "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None)
+        require(not quantised, "quantised: merge models as they were before")
+    with loading_errors(path, str(folder), "the weights"):
         names, index, tensors = ["model.safetensors"], {}, {}
         if not (folder / names[0]).exists():  # as transformers: else an index is out of date
             index = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -84,19 +92,27 @@ def read_model(path: str, folder: Path) -> SavedModel:
             tensors |= load_file(folder / name)
         lost = index.keys() - tensors.keys()
         require(tensors and not lost, f"no file holds {min(lost, default='a tensor')}")
-
+        if config.get_text_config().tie_word_embeddings:  # a copy is no weight of its own
+            head = tensors.pop("lm_head.weight", None)
+            alike = (t for t in tensors.values() if head is not None and t.shape == head.shape)
+            if head is not None and not any(tensor.equal(head) for tensor in alike):
+                tensors["lm_head.weight"] = head
+    with loading_errors(path, str(folder), "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with loading_errors(path, str(folder), "generation_config.json"):
         generation = GenerationConfig.from_model_config(config)
         if (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder)
         model = SimpleNamespace(config=config, generation_config=generation)
         ends = end_token_ids(model, tokenizer)
-    except Exception as error:  # whatever is in them
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
-    if "SequenceClassification" in str(config.architectures):
+    if is_classifier(config):
         generation = None
-    return SavedModel(path, folder, tensors, tokenizer.get_vocab(), generation, ends)
+    return SavedModel(path, folder, config, tensors, tokenizer.get_vocab(), generation, ends)
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a config is a reward model's."""
+    return "SequenceClassification" in str(config.architectures)
 
 
 class Shards:
@@ -155,8 +171,7 @@ class Shards:
             for name, tensors in zip(names, self.files):
                 weight_map |= dict.fromkeys(tensors, name)
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            path = self.folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -182,8 +197,8 @@ def merge_folders(config: Config) -> dict[str, dict]:
         UserError: keys, shapes or tokenizers differ, or a weight cannot be merged. The model is
             named.
     """
-    from ..models.loading import save_generation_config
     from ..models.older_readers import write_for_older_readers
+    from ..models.saving import save_generation_config
 
     with atomic_folder(Path(config.out)) as folder:
         inputs = read_models([config.init, *config.models], folder / "inputs")
@@ -220,23 +235,35 @@ def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
     """The models with their tensors by the names that training saves them under.
 
     Files as training saves them are read where they lie. Others (adapters, pickles, hub ids, copies
-    of tied weights, names of before) are loaded as training loads them, and saved into `scratch`.
+    of weights, names of before) are loaded as training loads them, and saved into `scratch`.
     """
-    from ..models.loading import load_policy, save_policy
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from ..models.loading import base_config, find_model, load_model, require_all_used
+    from ..models.saving import save_policy
+
+    flags = ["--init"] + ["--models"] * (len(paths) - 1)
+    config, options = base_config(paths[0], "--init"), {}
+    kind = AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+    if is_classifier(config):
+        options = {"num_labels": config.num_labels}
 
     def saved_again(i: int) -> SavedModel:
-        policy, tokenizer = load_policy(paths[i], "--models" if i else "--init")
+        where = f"{flags[i]} {paths[i]}"
+        model, tokenizer, missing, unused = load_model(kind, paths[i], flags[i], **options)
+        require(not missing, f"{where}: weights missing: {', '.join(sorted(missing)[:3])}")
+        require_all_used(where, model, unused)
         for dtype in (torch.bfloat16, torch.float16):  # it was loaded in float32: narrow again?
-            tensors = [t for t in policy.state_dict().values() if t.is_floating_point()]
+            tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
             if all(torch.equal(t.to(dtype).float(), t) for t in tensors):
-                policy.to(dtype)
+                model.to(dtype)
                 break
-        save_policy(policy, tokenizer, scratch / str(i))
+        save_policy(model, tokenizer, scratch / str(i))
         return read_model(paths[i], scratch / str(i))
 
     models = []
     for i, path in enumerate(paths):
-        folder = Path(model_folder(path))
+        folder = Path(find_model(path, f"{flags[i]} {path}"))
         plain = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
         plain &= not (folder / "adapter_config.json").is_file()
         models.append(read_model(path, folder) if plain else saved_again(i))
@@ -249,7 +276,14 @@ def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
 def require_mergeable(models: list[SavedModel]) -> str:
     """The widest dtype of the weights; UserError where vocabularies or masks are not the init's."""
     init, dtypes = models[0], set()
+    settings = init.config.to_dict()
     for model in models:
+        theirs = model.config.to_dict()
+        names = settings.keys() & theirs.keys() - NO_SETTINGS
+        if other := sorted(name for name in names if theirs[name] != settings[name]):
+            print(
+                f"note: {model.path}: another {', '.join(other)} than {init.path}: taken from that"
+            )
         require(
             model.vocabulary == init.vocabulary,
             f"{model.path}: its tokenizer has another vocabulary than {init.path}'s: merge models "
