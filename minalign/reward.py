@@ -27,12 +27,14 @@ from .models.heads import (
     has_linear_score,
     in_float32,
     label_order,
+    load_body,
+    load_classifier,
     longest_text,
     set_up_labels_,
     try_out,
 )
-from .models.loading import find_model, load_model, loading_errors, require_all_used
-from .models.lora import adapter_labels, lora_layers
+from .models.loading import loading_errors
+from .models.lora import lora_layers
 from .models.padding import length_parts, pad, text_config, tokens_per_pass
 from .models.saving import save_files
 from .running.errors import require
@@ -121,25 +123,8 @@ class RewardModel:
         Raises:
             UserError: it cannot be loaded, or has no trained head.
         """
-        where = f"--rm {path}"
-        folder = find_model(path, where)
-        with loading_errors(where, folder, "its first pass"):
-            labels = adapter_labels(folder)
-            options = {} if labels is None else {"num_labels": labels, "problem_type": None}
-            model, tokenizer, missing, unused = load_model(
-                AutoModelForSequenceClassification, path, "--rm", **options
-            )
-            # transformers would continue with a random head.
-            require(
-                not missing,
-                f"{where}: no trained classification head ({', '.join(sorted(missing)[:3])} "
-                f"missing{', got ' if unused else ''}{', '.join(sorted(unused)[:3])}): make one "
-                "with train_rm.py",
-            )
-            require_all_used(where, model, unused)
-            # Adapters bring no config, and so neither the pad token nor the names of the scores.
-            if labels is not None:
-                set_up_labels_(model, tokenizer, new_head=False)
+        with loading_errors(f"--rm {path}", model_folder(path), "its first pass"):
+            model, tokenizer = load_classifier(path)
             reward_model = cls(model.to(device), tokenizer)
             try_out(reward_model)
         return reward_model
@@ -156,25 +141,8 @@ class RewardModel:
         Raises:
             UserError: it cannot be loaded, or weights of the body are missing or left over.
         """
-        where, options = f"--model {path}", {"num_labels": num_labels, "problem_type": None}
-        with loading_errors(where, model_folder(path), "its first pass"):
-            model, tokenizer, missing, unused = load_model(
-                AutoModelForSequenceClassification, path, "--model", **options
-            )
-            body = f"{model.base_model_prefix}."
-            # A pooler belongs to the head: masked language models have none.
-            lacking = [name for name in missing if name.startswith(body) and "pooler" not in name]
-            require(
-                not lacking,
-                f"{where}: weights missing: {', '.join(sorted(lacking)[:3])}: a broken checkpoint",
-            )
-            old_head = {name for name in unused if missing and not name.startswith(body)}
-            require_all_used(where, model, unused - old_head)
-            if old_head:
-                named = ", ".join(sorted(old_head)[:3])
-                print(f"note: {where}: a new head, so not used: {named}")
-            set_up_labels_(model, tokenizer, new_head=bool(missing))
-            reward_model = cls(model, tokenizer)
+        with loading_errors(f"--model {path}", model_folder(path), "its first pass"):
+            reward_model = cls(*load_body(path, num_labels))
             try_out(reward_model)
         return reward_model
 

@@ -1,4 +1,4 @@
-"""Classifiers' heads: what their labels mean, how a new one starts, and how texts are padded."""
+"""Classifiers: loaded, what their labels mean, how a new head starts, and how texts are padded."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import typing
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..running.errors import require
+from .loading import find_model, load_model, require_all_used
+from .lora import adapter_labels
 from .padding import context_of, text_config
 
 if typing.TYPE_CHECKING:
@@ -22,6 +29,48 @@ NUMBER = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")  # of a label's name
 SIDES = {"very negative": -2, "negative": -1, "neg": -1, "bad": -1, "rejected": -1}
 SIDES |= {"neutral": 0, "neu": 0, "positive": 1, "pos": 1, "good": 1, "chosen": 1}
 SIDES |= {"very positive": 2}
+
+
+def load_classifier(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A classifier with a trained head and its tokenizer, see `loading.load_model`."""
+    where = f"--rm {path}"
+    labels = adapter_labels(find_model(path, where))
+    options = {} if labels is None else {"num_labels": labels, "problem_type": None}
+    model, tokenizer, missing, unused = load_model(
+        AutoModelForSequenceClassification, path, "--rm", **options
+    )
+    # transformers would continue with a random head.
+    require(
+        not missing,
+        f"{where}: no trained classification head ({', '.join(sorted(missing)[:3])} missing"
+        f"{', got ' if unused else ''}{', '.join(sorted(unused)[:3])}): make one with train_rm.py",
+    )
+    require_all_used(where, model, unused)
+    if labels is not None:  # adapters bring neither a pad token nor the names of the scores
+        set_up_labels_(model, tokenizer, new_head=False)
+    return model, tokenizer
+
+
+def load_body(path: str, num_labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A classifier on the body of another model and its tokenizer.
+
+    Its head is new, or that of a classifier with as many labels.
+    """
+    where, options = f"--model {path}", {"num_labels": num_labels, "problem_type": None}
+    model, tokenizer, missing, unused = load_model(
+        AutoModelForSequenceClassification, path, "--model", **options
+    )
+    body = f"{model.base_model_prefix}."
+    # A pooler belongs to the head: masked language models have none.
+    lacking = [name for name in missing if name.startswith(body) and "pooler" not in name]
+    named = ", ".join(sorted(lacking)[:3])
+    require(not lacking, f"{where}: weights missing: {named}: a broken checkpoint")
+    old_head = {name for name in unused if missing and not name.startswith(body)}
+    require_all_used(where, model, unused - old_head)
+    if old_head:
+        print(f"note: {where}: a new head, so not used: {', '.join(sorted(old_head)[:3])}")
+    set_up_labels_(model, tokenizer, new_head=bool(missing))
+    return model, tokenizer
 
 
 def label_order(config: PreTrainedConfig) -> list[int]:
