@@ -40,7 +40,8 @@ if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong
     import torch
 
     from minalign.data.pairs import Example
-    from minalign.reward import Objective, RewardModel
+    from minalign.models.heads import Objective
+    from minalign.reward import RewardModel
 
 
 @dataclass
@@ -137,7 +138,7 @@ def bradley_terry(config: Config) -> Objective:
     import torch
 
     from minalign.losses import bradley_terry_loss, centering_penalty
-    from minalign.reward import Objective
+    from minalign.models.heads import Objective
 
     def margins(examples: Sequence[Example]) -> torch.Tensor:
         return config.margin * torch.tensor([example.gap for example in examples])
@@ -159,7 +160,7 @@ def ordinal(config: Config) -> Objective:
     import torch
 
     from minalign.losses import ordinal_pairwise_loss, ordinal_rating_loss
-    from minalign.reward import Objective
+    from minalign.models.heads import Objective
 
     def rating_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor | float:
         if not config.rating_coef:

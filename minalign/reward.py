@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +38,6 @@ from .models.padding import length_parts, pad, text_config, tokens_per_pass
 from .models.saving import save_files
 from .running.errors import require
 
-if typing.TYPE_CHECKING:
-    from .data.pairs import Example
-
 
 class Scores(NamedTuple):
     """What a reward says of B completions.
@@ -54,25 +50,6 @@ class Scores(NamedTuple):
     rewards: torch.Tensor
     variance: torch.Tensor | None
     parts: dict[str, torch.Tensor]
-
-
-class Objective(NamedTuple):
-    """What a reward model is trained for, over K texts in order, the best first (a pair: K = 2).
-
-    Logits are (K, B, labels). There are B examples, and a loss has one value for each.
-
-    labels: outputs of the head.
-    order_losses: (logits, examples) -> (B,) -log P(this order), nats.
-    penalties: (logits, examples) -> (B,) or a number, what training adds to the order losses.
-    floor: examples -> the mean order loss of a constant model, nats.
-    win_probabilities: logits -> (B,), the probability that the first text beats the second.
-    """
-
-    labels: int
-    order_losses: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor]
-    penalties: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor | float]
-    floor: Callable[[Sequence[Example]], float]
-    win_probabilities: Callable[[torch.Tensor], torch.Tensor]
 
 
 class RewardModel:

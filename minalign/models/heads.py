@@ -6,7 +6,8 @@ import functools
 import itertools
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -22,6 +23,7 @@ from .lora import adapter_labels
 from .padding import context_of, text_config
 
 if typing.TYPE_CHECKING:
+    from ..data.pairs import Example
     from ..reward import RewardModel
 
 NUMBER = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")  # of a label's name
@@ -29,6 +31,25 @@ NUMBER = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")  # of a label's name
 SIDES = {"very negative": -2, "negative": -1, "neg": -1, "bad": -1, "rejected": -1}
 SIDES |= {"neutral": 0, "neu": 0, "positive": 1, "pos": 1, "good": 1, "chosen": 1}
 SIDES |= {"very positive": 2}
+
+
+class Objective(NamedTuple):
+    """What a reward model is trained for, over K texts in order, the best first (a pair: K = 2).
+
+    Logits are (K, B, labels). There are B examples, and a loss has one value for each.
+
+    labels: outputs of the head.
+    order_losses: (logits, examples) -> (B,) -log P(this order), nats.
+    penalties: (logits, examples) -> (B,) or a number, what training adds to the order losses.
+    floor: examples -> the mean order loss of a constant model, nats.
+    win_probabilities: logits -> (B,), the probability that the first text beats the second.
+    """
+
+    labels: int
+    order_losses: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor]
+    penalties: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor | float]
+    floor: Callable[[Sequence[Example]], float]
+    win_probabilities: Callable[[torch.Tensor], torch.Tensor]
 
 
 def load_classifier(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
