@@ -21,6 +21,7 @@ from transformers import (
 from .data.chat import Prompt, TokenizedPrompt, encode, encode_sampled, encode_whole, to_messages
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
+from .models.broken import loading_errors
 from .models.folders import model_folder
 from .models.heads import (
     has_linear_score,
@@ -32,7 +33,6 @@ from .models.heads import (
     set_up_labels_,
     try_out,
 )
-from .models.loading import loading_errors
 from .models.lora import lora_layers
 from .models.padding import length_parts, pad, text_config, tokens_per_pass
 from .models.saving import save_files

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..running.errors import UserError, is_out_of_memory
-
-# What broken checkpoints raise.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError)
-LOADING_ERRORS += (SafetensorError, pickle.UnpicklingError)
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ def read_model(path: str, folder: Path) -> SavedModel:
     """A model whose folder has one safetensors file, or several and an index of them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from ..models.loading import end_token_ids, loading_errors
+    from ..models.broken import loading_errors
+    from ..models.loading import end_token_ids
 
     with loading_errors(path, str(folder), "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -574,7 +574,7 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path):
 def test_a_missing_sentencepiece_is_named(tmp_path, monkeypatch):
     """A-H2: tiktoken was blamed."""
     for name in ("sentencepiece", "protobuf"):
-        monkeypatch.setattr(f"minalign.models.loading.is_{name}_available", lambda: False)
+        monkeypatch.setattr(f"minalign.models.broken.is_{name}_available", lambda: False)
     path = Path(tiny.policy(tmp_path / "m", "plain"))
     (path / "tokenizer.json").unlink()
     edit(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
