@@ -34,7 +34,7 @@ from .models.heads import (
     try_out,
 )
 from .models.lora import lora_layers
-from .models.padding import length_parts, pad, text_config, tokens_per_pass
+from .models.padding import length_parts, pad, tokens_per_pass
 from .models.saving import save_files
 from .running.errors import require
 
@@ -83,7 +83,7 @@ class RewardModel:
         self.order = label_order(model.config)
         self.plain_head = has_linear_score(model)
         self.context = longest_text(model, tokenizer)
-        config = text_config(model.config)
+        config = model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
         # Some heads find the end of a text by this id, so it must be what fills up.

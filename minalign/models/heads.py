@@ -20,7 +20,7 @@ from transformers import (
 from ..running.errors import require
 from .loading import find_model, load_model, require_all_used
 from .lora import adapter_labels
-from .padding import context_of, text_config
+from .padding import context_of
 
 if typing.TYPE_CHECKING:
     from ..data.pairs import Example
@@ -170,8 +170,9 @@ def set_up_labels_(
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if linear or text_config(model.config).pad_token_id is None:
-        for config in (model.config, text_config(model.config)):
+    inner = model.config.get_text_config()
+    if linear or inner.pad_token_id is None:
+        for config in (model.config, inner):
             config.pad_token_id = tokenizer.pad_token_id
     if model.config.num_labels > 2:
         names = {k: str(k + 1) for k in range(model.config.num_labels)}

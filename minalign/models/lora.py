@@ -172,19 +172,10 @@ class AdapterView:
 
     def __init__(self, model: PreTrainedModel, parameters: list[torch.Tensor] | None) -> None:
         self.model, self.weights = model, parameters
-        self.config, self.device = model.config, model.device
 
     def parameters(self) -> list[torch.Tensor]:
         """The view's own adapter weights."""
         return self.weights or []
-
-    def modules(self) -> Iterator[nn.Module]:
-        """The modules of the model that is looked at."""
-        return self.model.modules()
-
-    def eval(self) -> None:
-        """As Module.eval."""
-        self.model.eval()
 
     def __call__(self, **inputs: object) -> ModelOutput:
         """As the model itself."""
@@ -196,9 +187,8 @@ class AdapterView:
         with self._in_place():
             return self.model.base_model(**inputs)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The LM head, which never has an adapter."""
-        return self.model.get_output_embeddings()
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)  # config, device, modules(), eval(), the LM head
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:

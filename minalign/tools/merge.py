@@ -96,7 +96,6 @@ def read_model(path: str, folder: Path) -> SavedModel:
                 tensors["lm_head.weight"] = head
     with loading_errors(path, str(folder), "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with loading_errors(path, str(folder), "generation_config.json"):
         generation = GenerationConfig.from_model_config(config)
         if (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder)

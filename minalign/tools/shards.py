@@ -60,9 +60,9 @@ class Shards:
         self.wait()
         self.thread.shutdown()
         many = len(self.files)
-        names = [f"model-{i:05d}-of-{many:05d}.safetensors" for i in range(1, many + 1)]
-        if many == 1:
-            names = ["model.safetensors"]
+        names = ["model.safetensors"]
+        if many > 1:
+            names = [f"model-{i:05d}-of-{many:05d}.safetensors" for i in range(1, many + 1)]
         for i, name in enumerate(names, 1):
             (self.folder / f"shard-{i}").rename(self.folder / name)
         if many > 1:
@@ -75,11 +75,7 @@ class Shards:
 
 
 def save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Save, and wait for the disk.
-
-    The writing thread does so, and `atomic_folder`, which waits for all of it, has little left to
-    wait for.
-    """
+    """Save, and wait for the disk: `atomic_folder` waits for all of it, and then for little."""
     save_file(tensors, path, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
