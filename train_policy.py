@@ -302,7 +302,7 @@ def load(run: Run) -> Task:
     Without --rm it has the toy world's reward model, which is made on first use.
     """
     from minalign.data import toy
-    from minalign.models.loading import try_save
+    from minalign.models.saving import try_save
     from minalign.task import load_task
     from train_rm import toy_reward_model
 
@@ -350,8 +350,8 @@ def policy_of(config: Config, task: Task) -> tuple[torch.nn.Module, Task]:
 def save(run: Run, task: Task, policy: torch.nn.Module) -> None:
     """<run's folder>/model, the policy as it is, and best/, that of the best step so far."""
     from minalign.data import toy
-    from minalign.models.loading import save_policy
     from minalign.models.lora import adapter_parameters
+    from minalign.models.saving import save_policy
     from minalign.running.checkpoints import checkpoint_folder, read_checkpoint
 
     run.require_in_place()

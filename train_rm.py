@@ -36,7 +36,8 @@ if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong
     import torch
 
     from minalign.data.pairs import Example
-    from minalign.reward import Objective, RewardModel
+    from minalign.models.heads import Objective
+    from minalign.reward import RewardModel
 
 
 @dataclass
@@ -133,7 +134,7 @@ def bradley_terry(config: Config) -> Objective:
     import torch
 
     from minalign.losses import bradley_terry_loss, centering_penalty
-    from minalign.reward import Objective
+    from minalign.models.heads import Objective
 
     def margins(examples: Sequence[Example]) -> torch.Tensor:
         return config.margin * torch.tensor([example.gap for example in examples])
@@ -155,7 +156,7 @@ def ordinal(config: Config) -> Objective:
     import torch
 
     from minalign.losses import ordinal_pairwise_loss, ordinal_rating_loss
-    from minalign.reward import Objective
+    from minalign.models.heads import Objective
 
     def rating_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor | float:
         if not config.rating_coef:
@@ -323,8 +324,8 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
     from minalign.data.prompts import parse_span
     from minalign.data.splits import Split
     from minalign.models.activations import checkpoint_activations_
-    from minalign.models.loading import try_save
     from minalign.models.lora import add_lora_
+    from minalign.models.saving import try_save
     from minalign.reward import RewardModel
 
     data = Split.from_flags(config)

@@ -125,7 +125,8 @@ def run_warp(run: Run, task: Task) -> dict:
     """
     from minalign.merge import liti, merge_policies
     from minalign.models.activations import checkpoint_activations_
-    from minalign.models.loading import load_policy, save_policy
+    from minalign.models.loading import load_policy
+    from minalign.models.saving import save_policy
     from minalign.tools.merge import angle_summary
 
     config, results = run.config, {"runs": [], "merges": [], "front": []}
@@ -202,8 +203,8 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
     """
     import torch
 
-    from minalign.models.loading import save_policy
     from minalign.models.lora import add_lora_, merge_lora_
+    from minalign.models.saving import save_policy
 
     config = run.config
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
-import re
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,20 +22,22 @@ from .data.chat import TokenizedPrompt, encode, encode_sampled, encode_whole
 from .data.messages import Prompt, to_messages
 from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
+from .models.broken import loading_errors
 from .models.folders import model_folder
-from .models.loading import load_model, loading_errors, require_all_used, save_files
-from .models.lora import adapter_labels, lora_layers
-from .models.padding import context_of, length_parts, pad, text_config, tokens_per_pass
+from .models.heads import (
+    has_linear_score,
+    in_float32,
+    label_order,
+    load_body,
+    load_classifier,
+    longest_text,
+    set_up_labels_,
+    try_out,
+)
+from .models.lora import lora_layers
+from .models.padding import length_parts, pad, tokens_per_pass
+from .models.saving import save_files
 from .running.errors import require
-
-if typing.TYPE_CHECKING:
-    from .data.pairs import Example
-
-
-NUMBER = re.compile(r"^[+-]?\d+(\.\d+)?|\d+(\.\d+)?$")  # of a label's name
-
-SIDES = {"very negative": -2, "negative": -1, "neg": -1, "neutral": 0, "neu": 0}
-SIDES |= {"positive": 1, "pos": 1, "very positive": 2}
 
 
 class Scores(NamedTuple):
@@ -55,25 +53,6 @@ class Scores(NamedTuple):
     parts: dict[str, torch.Tensor]
 
 
-class Objective(NamedTuple):
-    """What a reward model is trained for, over K texts in order, the best first (a pair: K = 2).
-
-    Logits are (K, B, labels). There are B examples, and a loss has one value for each.
-
-    labels: outputs of the head.
-    order_losses: (logits, examples) -> (B,) -log P(this order), nats.
-    penalties: (logits, examples) -> (B,) or a number, what training adds to the order losses.
-    floor: examples -> the mean order loss of a constant model, nats.
-    win_probabilities: logits -> (B,), the probability that the first text beats the second.
-    """
-
-    labels: int
-    order_losses: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor]
-    penalties: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor | float]
-    floor: Callable[[Sequence[Example]], float]
-    win_probabilities: Callable[[torch.Tensor], torch.Tensor]
-
-
 class RewardModel:
     """A sequence classifier read as a reward.
 
@@ -81,7 +60,7 @@ class RewardModel:
     2 labels: the positive minus the negative logit (a sentiment classifier).
     K > 2 labels: the expected score over 1..K (ordinal).
 
-    Which label is better is what their names say, see `label_order`.
+    Which label is better is what their names say, see `models.heads.label_order`.
 
     The text is prompt + completion, with the begin and end tokens of `data.chat.encode_whole`.
     Dropout is always off. Scores are float32 whatever the model's dtype.
@@ -103,21 +82,14 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.num_labels = model.config.num_labels
         self.order = label_order(model.config)
-        context = context_of(model.config) or 0
-        positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", 0)
-        if getattr(positions, "padding_idx", None) is not None:
-            context -= positions.padding_idx + 1  # RoBERTa's begin behind that of padding
-        self.context = context if context > 0 else tokenizer.model_max_length  # XLNet's is -1
-        # A decoder's linear head is read at the last token here. Other heads pool by themselves.
-        self.plain_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
-        if not self.plain_head:
-            self.context = min(self.context, tokenizer.model_max_length)
-        config = text_config(model.config)
+        self.plain_head = has_linear_score(model)
+        self.context = longest_text(model, tokenizer)
+        config = model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id
         # Some heads find the end of a text by this id, so it must be what fills up.
         self.pad_token_id = max(0, config.pad_token_id or 0)
-        self.padding_side, self.together = "right", True  # until `try_out` finds otherwise
+        self.padding_side, self.together = "right", True  # unless `try_out` finds otherwise
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -129,27 +101,10 @@ class RewardModel:
         Raises:
             UserError: it cannot be loaded, or has no trained head.
         """
-        where, folder = f"--rm {path}", model_folder(path)
-        with loading_errors(where, folder, "its first pass"):
-            labels = adapter_labels(folder)
-            options = {} if labels is None else {"num_labels": labels, "problem_type": None}
-            model, tokenizer, missing, unused = load_model(
-                AutoModelForSequenceClassification, path, "--rm", **options
-            )
-            # transformers would continue with a random head.
-            require(
-                not missing,
-                f"{where}: no trained classification head ({', '.join(sorted(missing)[:3])} "
-                f"missing{', got ' if unused else ''}{', '.join(sorted(unused)[:3])}): make one "
-                "with train_rm.py",
-            )
-            require_all_used(where, model, unused)
-            # Adapters bring no config, and so neither the pad token nor the names of the scores.
-            if labels is None:
-                reward_model = cls(model.to(device), tokenizer)
-            else:
-                reward_model = cls._with_labels(model.to(device), tokenizer, new_head=False)
-            reward_model.try_out()
+        with loading_errors(f"--rm {path}", model_folder(path), "its first pass"):
+            model, tokenizer = load_classifier(path)
+            reward_model = cls(model.to(device), tokenizer)
+            try_out(reward_model)
         return reward_model
 
     @classmethod
@@ -164,25 +119,9 @@ class RewardModel:
         Raises:
             UserError: it cannot be loaded, or weights of the body are missing or left over.
         """
-        where, options = f"--model {path}", {"num_labels": num_labels, "problem_type": None}
-        with loading_errors(where, model_folder(path), "its first pass"):
-            model, tokenizer, missing, unused = load_model(
-                AutoModelForSequenceClassification, path, "--model", **options
-            )
-            body = f"{model.base_model_prefix}."
-            # A pooler belongs to the head: masked language models have none.
-            lacking = [name for name in missing if name.startswith(body) and "pooler" not in name]
-            require(
-                not lacking,
-                f"{where}: weights missing: {', '.join(sorted(lacking)[:3])}: a broken checkpoint",
-            )
-            old_head = {name for name in unused if missing and not name.startswith(body)}
-            require_all_used(where, model, unused - old_head)
-            if old_head:
-                named = ", ".join(sorted(old_head)[:3])
-                print(f"note: {where}: a new head, so not used: {named}")
-            reward_model = cls._with_labels(model, tokenizer, new_head=bool(missing))
-            reward_model.try_out()
+        with loading_errors(f"--model {path}", model_folder(path), "its first pass"):
+            reward_model = cls(*load_body(path, num_labels))
+            try_out(reward_model)
         return reward_model
 
     @classmethod
@@ -200,37 +139,7 @@ class RewardModel:
         config.num_labels = num_labels
         model = AutoModelForSequenceClassification.from_config(config).float()
         model.base_model.load_state_dict(backbone.base_model.state_dict())
-        return cls._with_labels(model, tokenizer, new_head=True)
-
-    @classmethod
-    def _with_labels(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_head: bool
-    ) -> RewardModel:
-        """Start the head small, name the scores, and see to a pad token.
-
-        Without a pad token of its own, transformers would later pool on the wrong token. Where the
-        tokenizer has none (or it is the begin or end token), the unknown token becomes the pad
-        token, or a new one is added.
-        """
-        # An encoder's head has layers of its own, started as it was designed.
-        plain_head = isinstance(getattr(model, "score", None), torch.nn.Linear)
-        if new_head and plain_head:
-            std = (model.score.in_features + 1) ** -0.5  # Stiennon et al. 2020
-            torch.nn.init.normal_(model.score.weight, std=std)
-        taken = (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
-        if tokenizer.pad_token_id in taken:
-            if tokenizer.unk_token_id not in taken:
-                tokenizer.pad_token = tokenizer.unk_token
-            else:
-                tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        if plain_head or text_config(model.config).pad_token_id is None:
-            for config in (model.config, text_config(model.config)):
-                config.pad_token_id = tokenizer.pad_token_id
-        if model.config.num_labels > 2:
-            model.config.id2label = {k: str(k + 1) for k in range(model.config.num_labels)}
-            model.config.label2id = {str(k + 1): k for k in range(model.config.num_labels)}
+        set_up_labels_(model, tokenizer, new_head=True)
         return cls(model, tokenizer)
 
     def of(self, model: torch.nn.Module) -> RewardModel:
@@ -334,14 +243,9 @@ class RewardModel:
         lengths = [len(row) for row in rows]
         parts = length_parts(lengths, batch_size or len(rows), tokens_per_pass(self.model))
         if self.model.config.is_encoder_decoder:  # pooled at end tokens: as many in all rows
-            ends = [row.count(self.model.config.eos_token_id) for row in rows]
-            parts = [
-                list(alike)
-                for part in parts
-                for _, alike in itertools.groupby(
-                    sorted(part, key=ends.__getitem__), ends.__getitem__
-                )
-            ]
+            end = self.model.config.eos_token_id
+            if len({row.count(end) for row in rows}) > 1:
+                parts = [[i] for i in range(len(rows))]
         logits = torch.cat([self.one_pass([rows[i] for i in part]) for part in parts])
         order = torch.tensor([i for part in parts for i in part], device=logits.device)
         return logits[order.argsort()]
@@ -375,38 +279,6 @@ class RewardModel:
         return in_float32(torch.nn.functional.linear, pooled, head.weight, head.bias)
 
     @torch.no_grad()
-    def try_out(self) -> None:
-        """Find out how texts go through the model together: as each would alone.
-
-        The reference is transformers' own forward of one row. Where padding changes the logits on
-        either side (FNet, Nystromformer), texts go one at a time, which is said.
-        """
-        # bfloat16 scores tie, so heads stay in float32.
-        for head in set(self.model.children()) - {self.model.base_model}:
-            head.forward = functools.partial(in_float32, head.forward)
-        tokenizer = self.tokenizer
-        words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-        words &= set(range(self.model.get_input_embeddings().num_embeddings))
-        words = itertools.cycle(sorted(words))
-        end = {tokenizer.eos_token_id} - {None, self.pad_token_id}
-        rows = [[*itertools.islice(words, n), *end] for n in (3, min(13, self.context - 1))]
-        options = {"use_cache": False} if self.plain_head else {}
-        one_by_one = [torch.tensor([row], device=self.model.device) for row in rows]
-        alone = torch.cat([self.model(input_ids=ids, **options).logits for ids in one_by_one])
-        for self.plain_head, self.padding_side in (  # noqa: B020
-            (self.plain_head, "right"),
-            (False, "right"),
-            (False, "left"),
-        ):
-            difference = (self.one_pass(rows) - alone).abs().max()
-            if difference <= 1e-3 * max(1.0, alone.abs().max().item()):
-                return
-        self.together = False
-        print(
-            f"note: padding changes the scores of a {self.model.config.model_type}: one at a time"
-        )
-
-    @torch.no_grad()
     def logits(self, rows: Sequence[list[int]], batch_size: int = 64) -> torch.Tensor:
         """Logits (N, K), float32, of token rows, without gradients."""
         return self.forward(rows, batch_size)
@@ -429,13 +301,14 @@ class RewardModel:
         Returns:
             (N,) float32.
         Raises:
-            ValueError: there are none, or not as many of the one as of the other.
+            ValueError: they are no lists, there are none, or not as many of both.
             UserError: a text is longer than the model's context.
         """
-        if len(prompts) != len(completions) or not len(prompts):
+        one_text = isinstance(prompts, str) or isinstance(completions, str)
+        if one_text or len(prompts) != len(completions) or not len(prompts):
             raise ValueError(
-                f"got {len(prompts)} prompts and {len(completions)} completions, expected as many, "
-                "at least one"
+                f"got {len(prompts)} prompts and {len(completions)} completions, expected two "
+                "lists of as many, at least one"
             )
         return self.read_out(self.logits([self.encode(p, c) for p, c in zip(prompts, completions)]))
 
@@ -452,52 +325,6 @@ class RewardModel:
         padding_side, self.tokenizer.padding_side = self.tokenizer.padding_side, self.padding_side
         save_files(self.model, self.tokenizer, Path(path), adapter_of)
         self.tokenizer.padding_side = padding_side
-
-
-def label_order(config: PreTrainedConfig) -> list[int]:
-    """The labels of a classifier from the worst to the best, by their names.
-
-    Names are numbers ("1 star", "LABEL_0"), or negative, neutral and positive, in any order. Two
-    labels of other names are taken as they come.
-
-    Raises:
-        UserError: more labels, of which the names do not say what is better; or labels that do not
-            exclude each other.
-
-    >>> from transformers import BertConfig
-    >>> label_order(BertConfig(id2label={0: "positive", 1: "neutral", 2: "negative"}))
-    [2, 1, 0]
-    """
-    count = config.num_labels
-    given = [str(config.id2label.get(k, k)) for k in range(count)]
-    names = [name.strip().lower() for name in given]
-    labels = f"{count} labels ({', '.join(given[:5])})"
-    require(
-        count == 1 or config.problem_type in (None, "single_label_classification"),
-        f"{labels} of a {config.problem_type}: expected one, or labels that exclude each other",
-    )
-    numbers = [NUMBER.search(name) for name in names]
-    if all(numbers) and len({NUMBER.sub("", name).strip().rstrip("s") for name in names}) == 1:
-        values = [float(number[0]) for number in numbers]
-    else:
-        values = [SIDES.get(re.sub("[_-]", " ", name)) for name in names]
-        if count == 2 and values.count(None) == 1:  # one name says what the other is
-            values = [-sum(filter(None, values)) if v is None else v for v in values]
-    if None not in values and len(set(values)) == count:
-        return sorted(range(count), key=values.__getitem__)
-    require(
-        count <= 2,
-        f"{labels}: their names do not say which is better: number them in id2label of its "
-        "config.json",
-    )
-    return list(range(count))
-
-
-def in_float32(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
-    """Outside of autocast, with inputs in float32: in bfloat16 scores near 5 are .02 apart."""
-    floats = [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return function(*floats)
 
 
 @functools.lru_cache

@@ -360,7 +360,7 @@ def merge(folder, names, *more):
 @pytest.mark.parametrize("shard_bytes", [2**27, 50_000])
 def test_merging_folders_equals_merging_in_memory_bit_for_bit(saved, monkeypatch, shard_bytes):
     folder, models = saved
-    monkeypatch.setattr("minalign.tools.merge.SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("minalign.tools.shards.SHARD_BYTES", shard_bytes)
     merge(folder, "b c")
     init, *states = (models[name].state_dict() for name in ("init", "b", "c"))
     expected, report = merge_policies(init, states)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..logprobs import token_logprobs
-from ..models.loading import save_policy
 from ..models.padding import pad
+from ..models.saving import save_policy
 from .chat import encode
 from .columns import Pair
 from .splits import held_out

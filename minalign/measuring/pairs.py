@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from ..data.pairs import Example
-from ..reward import Objective, RewardModel
+from ..models.heads import Objective
+from ..reward import RewardModel
 
 
 def expected_calibration_error(probabilities: torch.Tensor, bins: int = 10) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..running.errors import UserError, is_out_of_memory
-
-# What broken checkpoints raise.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError)
-LOADING_ERRORS += (SafetensorError, pickle.UnpicklingError)
 
 
 @contextlib.contextmanager
@@ -80,7 +75,8 @@ def first_line(error: BaseException) -> str:
 
     Lines that end in a colon bring the next one along.
     """
-    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
     while first.endswith(":") and others:
-        first += f" {others.pop(0).strip()}"
+        first += f" {others.pop(0)}"
     return first

@@ -1,18 +1,14 @@
-"""Language models and tokenizers: loaded in float32, and saved."""
+"""Language models and tokenizers, from runs, folders and hub ids: loaded in float32."""
 
-import contextlib
-import copy
+import functools
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,13 +19,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_protobuf_available, is_sentencepiece_available, logging
+from transformers.utils import logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.templates import render, require_templates
-from ..running.errors import UserError, is_out_of_memory, require
-from .folders import atomic_folder, first_line, model_folder
-from .lora import dense_state, load_adapter_, save_adapter
-from .older_readers import write_for_older_readers
+from ..running.errors import UserError, require
+from .broken import loading_errors
+from .folders import model_folder
+from .lora import load_adapter_
 from .probe import check_policy
 
 logging.set_verbosity_error()  # what matters of a loading report is checked here, and is an error
@@ -42,11 +39,6 @@ COMPUTED = re.compile(
 
 # Parts that texts do not need, and other heads. They are named in a line.
 SPARE = re.compile(r"(model\.)?(lm_head|embed_out|v_head|mtp|visual|vision|audio|multi_modal)")
-
-READ_AS_JSON = (
-    "config.json generation_config.json adapter_config.json tokenizer_config.json tokenizer.json "
-    "special_tokens_map.json added_tokens.json vocab.json model.safetensors.index.json"
-).split()
 
 
 def load_model(
@@ -71,19 +63,8 @@ def load_model(
             tokenizer has plain tokens that the model does not know. The message begins with `flag`.
     """
     where = f"{flag} {path}"
-    folders = [model_folder(path)]
-    with loading_errors(where, folders[0], "adapter_config.json"):
-        # Adapters may be of a model that is adapters itself.
-        while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
-            named = json.loads(Path(file).read_text())["base_model_name_or_path"]
-            beside = os.path.join(folders[-1], named)
-            is_beside = os.path.isdir(beside) and not os.path.isdir(named)
-            base = model_folder(beside if is_beside else named)
-            if base in folders:
-                raise ValueError(f"{base} is an adapter of itself")
-            folders.append(base)
+    folders, place = adapters_and_base(path, where)
     *adapters, base = folders
-    place = f"{where}: its base model {base}" if adapters else where
     safe = {"trust_remote_code": False, "local_files_only": _is_local(base, place)}
 
     with loading_errors(place, base, "config.json"):
@@ -101,7 +82,6 @@ def load_model(
         require(source is not None, f"{where}: no tokenizer in {folders[0]}: put one there")
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
         require_templates(tokenizer)
-        vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
         tokenizer.decode(tokenizer("a")["input_ids"])  # some files are found to be wrong in use
     with loading_errors(place, base, "the weights"):
         for index in Path(base).glob("*.index.json"):
@@ -116,7 +96,7 @@ def load_model(
             output_loading_info=True,
             **safe,
         )
-        known = model.get_input_embeddings().num_embeddings
+        model.get_input_embeddings()  # some families have none
     others = {name: (list(got), list(want)) for name, got, want in report["mismatched_keys"]}
     in_head = not any(name.startswith(f"{model.base_model_prefix}.") for name in others)
     labels = {got[0] for got, _ in others.values()}
@@ -135,22 +115,11 @@ def load_model(
             f"{type(model).__name__} {f'of {want[0]} labels' if in_head else 'of its config'}"
         )
     for name, weight in model.named_parameters():
-        require(
-            bool(weight.sum().isfinite() or weight.isfinite().all()),
-            f"{where}: {name} holds NaN or infinity: a broken checkpoint",
-        )
-    unknown = {i: token for token, i in vocabulary.items() if i >= known}
-    unknown.pop(tokenizer.pad_token_id, None)  # a pad is masked, and never looked up
-    plain = [token for token in unknown.values() if token not in added]
-    require(
-        not plain,
-        f"{where}: the tokenizer has {len(plain)} tokens that the model has no embedding for "
-        f"({plain[:1]}): the two do not belong together",
-    )
-    if unknown:
-        named = ", ".join(list(unknown.values())[:3])
-        print(f"note: {where}: {len(unknown)} special tokens without an embedding: {named:.80}")
-        _refuse_tokens(model, unknown, where)
+        floating = weight.is_floating_point()
+        require(floating, f"{where}: {name} is {weight.dtype}: take the model before quantisation")
+        finite = bool(weight.sum().isfinite() or weight.isfinite().all())
+        require(finite, f"{where}: {name} holds NaN or infinity: a broken checkpoint")
+    _check_tokens(model, tokenizer, where)
     unused = {name for name in report["unexpected_keys"] if not COMPUTED.search(name)}
     return model.eval(), tokenizer, missing, unused
 
@@ -191,75 +160,12 @@ def load_policy(
         f"{where}: the tokenizer has no end token, so no completion could end: set eos_token "
         "(and pad_token) in its tokenizer_config.json",
     )
+    with loading_errors(where, model_folder(path), "generation_config.json"):
+        end_token_ids(model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    check_policy(model, tokenizer, f"{flag} {path}")
+    check_policy(model, tokenizer, where)
     return model, tokenizer
-
-
-def save_policy(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter_of: str = ""
-) -> None:
-    """Write an atomic checkpoint that AutoModelForCausalLM loads.
-
-    Args:
-        policy: its adapters are added to the weights.
-        tokenizer: saved beside it.
-        folder: where to.
-        adapter_of: the name of the adapters' base model: with it, the adapters are saved alone, in
-            PEFT's files.
-    """
-    with atomic_folder(folder) as new:
-        save_files(policy, tokenizer, new, adapter_of)
-
-
-def save_files(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    adapter_of: str = "",
-    weights: bool = True,
-) -> None:
-    """What `save_policy` writes, of a model of any Auto class, or all of it but the weights."""
-    if adapter_of:
-        save_adapter(model, folder, model_folder(adapter_of))
-    else:
-        # Under torchrun, transformers saves on rank 0 alone, in silence; warp.py's other ranks have
-        # runs of their own.
-        model.should_save_on_this_rank = lambda is_main_process: True
-        generation = model.generation_config if model.can_generate() else None
-        try:
-            if generation:  # transformers refuses to save some that it loads
-                model.generation_config = GenerationConfig()
-            model.save_pretrained(folder, state_dict=dense_state(model) if weights else {})
-        finally:
-            model.generation_config = generation
-        if generation:
-            save_generation_config(generation, end_token_ids(model, tokenizer), folder)
-    tokenizer.save_pretrained(folder)
-    write_for_older_readers(folder)
-
-
-def save_generation_config(generation: GenerationConfig, ends: list[int], folder: Path) -> None:
-    """Write a generation config with these end tokens."""
-    generation = copy.deepcopy(generation)
-    generation.eos_token_id = ends
-    generation._from_model_config = None  # or readers may make it anew from config.json
-    generation.to_json_file(folder / "generation_config.json")
-
-
-def try_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save all but the weights, and throw it away: what would fail at a run's end fails now.
-
-    Raises:
-        UserError: something cannot be saved.
-    """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            save_files(model, tokenizer, Path(folder), weights=False)
-    except Exception as error:
-        reason = f"it can be loaded, but not saved ({first_line(error)})"
-        raise UserError(f"{model.name_or_path}: {reason}: mend its config or tokenizer") from error
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -270,8 +176,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """
 
     def named(config: GenerationConfig | PreTrainedConfig | None) -> set[int]:
-        ends = getattr(config, "eos_token_id", None)
-        return set(ends) if isinstance(ends, list) else {ends}
+        given = getattr(config, "eos_token_id", None)
+        ends = set(given) if isinstance(given, list) else {given}
+        if not all(end is None or type(end) is int for end in ends):
+            raise ValueError(f"got eos_token_id {given!r}, expected ids of tokens")
+        return ends
 
     ends = {tokenizer.eos_token_id, *_end_of_turn(tokenizer), *named(model.generation_config)}
     # A config that names none has its family's default, which may be any word of this vocabulary.
@@ -293,69 +202,47 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for i in ids if i in added and added[i].special][:1]
 
 
-@contextlib.contextmanager
-def loading_errors(where: str, folder: str, part: str) -> Iterator[None]:
-    """Whatever is raised inside becomes a UserError that names the model and the file at fault.
-
-    Args:
-        where: what the message begins with: the flag and its value.
-        folder: where the files are.
-        part: what is read, where no file can be found to be broken.
-    Raises:
-        UserError: anything but Ctrl-C and running out of memory.
-    """
-    try:
-        yield
-    except BaseException as error:  # the panics of tokenizers are not Exceptions
-        named = isinstance(error, UserError) and str(error).startswith(where)
-        stopped = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
-        if named or stopped or is_out_of_memory(error):
-            raise
-        raise UserError(f"{where}: cannot be loaded: {_reason(error, folder, part)}") from error
+def adapters_and_base(path: str, where: str) -> tuple[list[str], str]:
+    """The folders of adapters, the outermost first, and of their base; and what to call that."""
+    folders, place = [find_model(path, where)], where
+    with loading_errors(where, folders[0], "adapter_config.json"):
+        # Adapters may be of a model that is adapters itself.
+        while os.path.isfile(file := os.path.join(folders[-1], "adapter_config.json")):
+            named = str(json.loads(Path(file).read_text())["base_model_name_or_path"])
+            beside = os.path.join(folders[-1], named)
+            is_beside = os.path.isdir(beside) and not os.path.isdir(named)
+            place = f"{where}: its base model {named}"
+            base = find_model(beside if is_beside else named, place)
+            if base in folders:
+                raise ValueError(f"{base} is an adapter of itself")
+            folders.append(base)
+    return folders, place
 
 
-def _reason(error: BaseException, folder: str, part: str) -> str:
-    """What is true of an error in loading, in one line."""
-    reason, text = first_line(error).rstrip("."), str(error)
-    if isinstance(error, UserError):
-        return reason
-    if "trust_remote_code" in text:
-        return (
-            "it needs code of its own, which is never run: take a model that transformers itself "
-            "knows"
+def base_config(path: str, flag: str) -> PreTrainedConfig:
+    """The config of a model, or of the base of adapters."""
+    (*_, base), place = adapters_and_base(path, f"{flag} {path}")
+    with loading_errors(place, base, "config.json"):
+        return AutoConfig.from_pretrained(
+            base, trust_remote_code=False, local_files_only=_is_local(base, place)
         )
-    if not os.path.isdir(folder):
-        return f"{reason}: without a network, give the folder of a local copy"
-    if broken := _broken_file(Path(folder)):
-        return broken
-    if part == "config.json" and not (Path(folder) / part).is_file():
-        return f"no config.json in {folder}"
-    lacking = not (is_sentencepiece_available() and is_protobuf_available())
-    for file in Path(folder).glob("*.model") if lacking and part == "the tokenizer" else ():
-        if file.read_bytes()[:1] == b"\n":  # a protobuf, where tiktoken's files are text
-            return f"{file.name} needs sentencepiece and protobuf: pip install both"
-    return f"{part}: {reason}"
 
 
-def _broken_file(folder: Path) -> str:
-    """The first file of a model's folder that cannot be what its name says, and why; else ""."""
-    for file in sorted(filter(Path.is_file, folder.iterdir())):
-        try:
-            with file.open("rb") as opened:
-                if opened.read(30).startswith(b"version https://git-lfs"):
-                    return f"{file.name} is a git-lfs pointer: git lfs pull"
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass
-            if file.name in READ_AS_JSON:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                if not isinstance(content, dict):
-                    return f"{file.name}: got {str(content):.30}, expected a JSON object"
-        except Exception as error:  # whatever a reader makes of a broken file
-            return f"{file.name}: {first_line(error)}"
-    return ""
+def find_model(path: str, where: str) -> str:
+    """The folder of a model; of one on the hub its name, but of adapters there a local copy.
+
+    Raises:
+        UserError: it is not here, and no hub can have it.
+    """
+    name = model_folder(path)
+    safe = {"local_files_only": _is_local(name, where)}
+    if os.path.isdir(name) or not find_adapter_config_file(name, **safe):
+        return name
+    with loading_errors(where, name, "the adapters"):
+        return snapshot_download(name, ignore_patterns="*/*", **safe)
 
 
+@functools.lru_cache
 def _is_local(name: str, where: str) -> bool:
     """Whether a model is to be looked for on this machine alone.
 
@@ -384,8 +271,22 @@ def _has_tokenizer(folder: str) -> bool:
     return not os.path.isdir(folder) or any(any(Path(folder).glob(each)) for each in patterns)
 
 
-def _refuse_tokens(model: PreTrainedModel, tokens: dict[int, str], where: str) -> None:
-    """Let a text with one of these tokens end in one line, where its embedding is looked up."""
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """UserError for plain tokens without an embedding; special ones end the text that holds one."""
+    known = model.get_input_embeddings().num_embeddings
+    unknown = {i: token for token, i in tokenizer.get_vocab().items() if i >= known}
+    unknown.pop(tokenizer.pad_token_id, None)  # a pad is masked, and never looked up
+    added = tokenizer.get_added_vocab()
+    plain = [token for token in unknown.values() if token not in added]
+    require(
+        not plain,
+        f"{where}: the tokenizer has {len(plain)} tokens that the model has no embedding for "
+        f"({plain[:1]}): the two do not belong together",
+    )
+    if not unknown:
+        return
+    named = ", ".join(list(unknown.values())[:3])
+    print(f"note: {where}: {len(unknown)} special tokens without an embedding: {named:.80}")
 
     def look(embedding: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -393,7 +294,7 @@ def _refuse_tokens(model: PreTrainedModel, tokens: dict[int, str], where: str) -
         token = int(inputs[0].max())
         require(
             token < embedding.num_embeddings,
-            f"{where}: a text holds {tokens.get(token, token)}, which has no embedding: remove it",
+            f"{where}: a text holds {unknown.get(token, token)}, which has no embedding: remove it",
         )
 
     model.get_input_embeddings().register_forward_pre_hook(look)

@@ -172,19 +172,10 @@ class AdapterView:
 
     def __init__(self, model: PreTrainedModel, parameters: list[torch.Tensor] | None) -> None:
         self.model, self.weights = model, parameters
-        self.config, self.device = model.config, model.device
 
     def parameters(self) -> list[torch.Tensor]:
         """The view's own adapter weights."""
         return self.weights or []
-
-    def modules(self) -> Iterator[nn.Module]:
-        """The modules of the model that is looked at."""
-        return self.model.modules()
-
-    def eval(self) -> None:
-        """As Module.eval."""
-        self.model.eval()
 
     def __call__(self, **inputs: object) -> ModelOutput:
         """As the model itself."""
@@ -196,9 +187,8 @@ class AdapterView:
         with self._in_place():
             return self.model.base_model(**inputs)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The LM head, which never has an adapter."""
-        return self.model.get_output_embeddings()
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.model, name)  # config, device, modules(), eval(), the LM head
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -284,7 +274,15 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
         UserError: something does not fit.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    variants = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
+    variants = [
+        "use_dora",
+        "use_rslora",
+        "use_qalora",
+        "lora_bias",
+        "alpha_pattern",
+        "rank_pattern",
+    ]
+    variants += ["rank_pattern", "layer_replication", "alora_invocation_tokens"]
     odd = any(config.get(key) for key in variants)
     # Other ways to start adapters change the base's weights, too.
     init = config.get("init_lora_weights", True)
@@ -295,7 +293,7 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
         )
     tensors = {
         name.removeprefix("base_model.model."): tensor
-        for name, tensor in load_file(Path(folder) / "adapter_model.safetensors").items()
+        for name, tensor in _adapter_tensors(folder).items()
     }
     scaling, state = config["lora_alpha"] / config["r"], model.state_dict()
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
@@ -315,6 +313,13 @@ def load_adapter_(model: PreTrainedModel, folder: str | Path) -> set[str]:
     return set(tensors)
 
 
+def _adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    path = Path(folder) / "adapter_model.safetensors"
+    if path.is_file():
+        return load_file(path)
+    return torch.load(path.with_suffix(".bin"), map_location="cpu", weights_only=True)
+
+
 def _require_fit(
     folder: str | Path, name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor]
 ) -> None:
@@ -331,9 +336,8 @@ def adapter_labels(folder: str | Path) -> int | None:
 
     None where the folder holds no adapters or no head.
     """
-    path = os.path.join(folder, "adapter_model.safetensors")
-    if not os.path.isfile(path):
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         return None
     endings = (".score.weight", ".classifier.weight", ".out_proj.weight")
-    heads = [tensor for name, tensor in load_file(path).items() if name.endswith(endings)]
+    heads = [tensor for name, tensor in _adapter_tensors(folder).items() if name.endswith(endings)]
     return heads[0].shape[0] if heads else None

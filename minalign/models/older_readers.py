@@ -29,6 +29,8 @@ def _add_rope(config: dict, dtype: str) -> None:
             _add_rope(part, dtype)  # of a composite config
     if dtype:
         config.update({key: dtype for key in ("dtype", "torch_dtype") if key in config})
+    if "num_local_experts" in config:  # of Qwen3-MoE, there num_experts
+        config.setdefault("num_experts", config["num_local_experts"])
     rope = config.get("rope_parameters") or {}
     full, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
     names = ("rope_theta", "partial_rotary_factor", "rope_local_base_freq")

@@ -62,13 +62,8 @@ def tokens_per_pass(model: PreTrainedModel) -> float:
 
     On a CPU, hidden states of 1 MiB: more of them leave its cache, cost memory, and are no faster.
     """
-    size = text_config(model.config).hidden_size
+    size = model.config.get_text_config().hidden_size
     return 2**18 // size if model.device.type == "cpu" else math.inf
-
-
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of a model's config that describes its language model (of Gemma 3, an inner one)."""
-    return config.get_text_config()
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
@@ -81,7 +76,7 @@ def context_of(config: PreTrainedConfig) -> int | None:
     >>> context_of(GPT2Config(n_positions=8))
     8
     """
-    config = text_config(config)
+    config = config.get_text_config()  # of composite ones, such as Gemma 3's
     names = "max_position_embeddings n_positions n_ctx max_seq_len model_max_length".split()
     names += ["max_sequence_length", "max_target_positions"]
     sizes = [size for name in names if (size := getattr(config, name, None))][:1]

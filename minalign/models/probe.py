@@ -52,7 +52,7 @@ def _both_ways(
     known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
     ids, special = torch.randint(known, (64,), generator=draws).tolist(), tokenizer.all_special_ids
     ids = ([i for i in ids if i not in special] or ids) * 7
-    prompts = [ids[: min(4, context - T)], ids[4:5], ids[5:7]]
+    prompts = [ids[: max(1, min(4, context - T))], ids[4:5], ids[5:7]]
     rows = pad(prompts, "left", model.device)
     settings = dict(max_new_tokens=T, temperature=1.0, eos_token_ids=[], pad_token_id=0)
     uniforms = torch.rand(3, T, dtype=torch.double, generator=draws)

@@ -1,6 +1,7 @@
 """How a training step's completions are drawn, in whatever precision."""
 
-from typing import NamedTuple, Protocol
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -44,22 +45,6 @@ class Samples(NamedTuple):
         return tuple(x[rows] for x in (self.input_ids, self.attention_mask, self.tokens, self.mask))
 
 
-class SamplingConfig(Protocol):
-    """What a Sampler reads of a configuration.
-
-    Attributes:
-        seed: of all draws.
-        temperature: > 0.
-        max_new_tokens: per completion.
-        micro_batch_size: rows per pass where log-probs are taken again.
-    """
-
-    seed: int
-    temperature: float
-    max_new_tokens: int
-    micro_batch_size: int
-
-
 class Sampler:
     """Draws y ~ pi_theta(.|x), and takes log pi_theta(y|x).
 
@@ -70,7 +55,8 @@ class Sampler:
     Args:
         policy: pi_theta.
         eos_token_ids: as in rollout.generate.
-        config: seed, temperature and sizes.
+        config: has seed (of all draws), temperature, max_new_tokens and micro_batch_size (rows of
+            a pass where log-probs are taken again).
         dtype: of the forward passes.
         mine: this process's rows of a batch. Every process draws the whole batch's numbers.
     """
@@ -79,7 +65,7 @@ class Sampler:
         self,
         policy: PreTrainedModel,
         eos_token_ids: list[int],
-        config: SamplingConfig,
+        config: SimpleNamespace,
         dtype: torch.dtype,
         mine: slice = slice(None),
     ) -> None:

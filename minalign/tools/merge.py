@@ -7,32 +7,31 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import statistics
 import typing
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from ..merge import liti, merge_policies
-from ..models.folders import atomic_folder, first_line, model_folder
+from ..merge import merge_policies
+from ..models.folders import atomic_folder
 from ..running.errors import UserError, require
 from ..running.files import to_json
 from ..running.flags import flag, parse_flags
+from .shards import INDEX, Shards
 
 if typing.TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
-SHARD_BYTES = 128 * 2**20
-INDEX = "model.safetensors.index.json"
 TEMPLATES = "additional_chat_templates"
+# Of a config: what changes no logit.
+NO_SETTINGS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+NO_SETTINGS |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -61,6 +60,7 @@ class SavedModel(NamedTuple):
 
     path: str
     folder: Path
+    config: PreTrainedConfig
     tensors: dict[str, torch.Tensor]
     vocabulary: dict[str, int]
     generation: GenerationConfig | None
@@ -71,9 +71,14 @@ def read_model(path: str, folder: Path) -> SavedModel:
     """A model whose folder has one safetensors file, or several and an index of them."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    from ..models.broken import loading_errors
     from ..models.loading import end_token_ids
 
-    try:
+    with loading_errors(path, str(folder), "config.json"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None)
+        require(not quantised, "quantised: merge models as they were before")
+    with loading_errors(path, str(folder), "the weights"):
         names, index, tensors = ["model.safetensors"], {}, {}
         if not (folder / names[0]).exists():  # as transformers: else an index is out of date
             index = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -84,90 +89,26 @@ def read_model(path: str, folder: Path) -> SavedModel:
             tensors |= load_file(folder / name)
         lost = index.keys() - tensors.keys()
         require(tensors and not lost, f"no file holds {min(lost, default='a tensor')}")
-
+        if config.get_text_config().tie_word_embeddings:  # a copy is no weight of its own
+            head = tensors.pop("lm_head.weight", None)
+            alike = (t for t in tensors.values() if head is not None and t.shape == head.shape)
+            if head is not None and not any(tensor.equal(head) for tensor in alike):
+                tensors["lm_head.weight"] = head
+    with loading_errors(path, str(folder), "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         generation = GenerationConfig.from_model_config(config)
         if (folder / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder)
         model = SimpleNamespace(config=config, generation_config=generation)
         ends = end_token_ids(model, tokenizer)
-    except Exception as error:  # whatever is in them
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
-    if "SequenceClassification" in str(config.architectures):
+    if is_classifier(config):
         generation = None
-    return SavedModel(path, folder, tensors, tokenizer.get_vocab(), generation, ends)
+    return SavedModel(path, folder, config, tensors, tokenizer.get_vocab(), generation, ends)
 
 
-class Shards:
-    """Takes merged tensors one by one, moves them by LITI, and writes them in shards.
-
-        (1 - eta) theta_init + eta merged          (WARP, arXiv 2406.16768: LITI)
-
-    A shard has about 128 MiB. A thread writes it while the next one is merged.
-    """
-
-    def __init__(self, folder: Path, init: Mapping[str, torch.Tensor], eta: float) -> None:
-        self.folder, self.init, self.eta = folder, init, eta
-        self.pending: dict[str, torch.Tensor] = {}
-        self.files: list[list[str]] = []  # of each shard the names of its tensors
-        self.thread, self.writing = ThreadPoolExecutor(1), None
-
-    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        if self.eta != 1 and tensor.is_floating_point():
-            moved = liti({name: self.init[name]}, {name: tensor}, self.eta)[name]
-            tensor = moved.to(tensor.dtype)
-        self.pending[name] = tensor.contiguous()
-        if sum(t.numel() * t.element_size() for t in self.pending.values()) >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Begin to write what is pending as the next shard, once the one before is written."""
-        self.wait()
-        self.files.append(list(self.pending))
-        path = self.folder / f"shard-{len(self.files)}"
-        self.writing = self.thread.submit(save_synced, self.pending, path)
-        self.pending = {}
-
-    def wait(self) -> None:
-        """Wait until the latest shard is written. Raises its error, where it could not be."""
-        if self.writing:
-            self.writing.result()
-
-    def finish(self) -> None:
-        """Write the last shard, and give the files the names that transformers looks for.
-
-        Several files get an index.
-        """
-        if self.pending:
-            self.flush()
-        self.wait()
-        self.thread.shutdown()
-        many = len(self.files)
-        names = [f"model-{i:05d}-of-{many:05d}.safetensors" for i in range(1, many + 1)]
-        if many == 1:
-            names = ["model.safetensors"]
-        for i, name in enumerate(names, 1):
-            (self.folder / f"shard-{i}").rename(self.folder / name)
-        if many > 1:
-            size = sum((self.folder / name).stat().st_size for name in names)
-            weight_map = {}
-            for name, tensors in zip(names, self.files):
-                weight_map |= dict.fromkeys(tensors, name)
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            path = self.folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n")
-
-
-def save_synced(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Save, and wait for the disk.
-
-    The writing thread does so, and `atomic_folder`, which waits for all of it, has little left to
-    wait for.
-    """
-    save_file(tensors, path, metadata={"format": "pt"})
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a config is a reward model's."""
+    return "SequenceClassification" in str(config.architectures)
 
 
 def merge_folders(config: Config) -> dict[str, dict]:
@@ -182,8 +123,8 @@ def merge_folders(config: Config) -> dict[str, dict]:
         UserError: keys, shapes or tokenizers differ, or a weight cannot be merged. The model is
             named.
     """
-    from ..models.loading import save_generation_config
     from ..models.older_readers import write_for_older_readers
+    from ..models.saving import save_generation_config
 
     with atomic_folder(Path(config.out)) as folder:
         inputs = read_models([config.init, *config.models], folder / "inputs")
@@ -220,23 +161,35 @@ def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
     """The models with their tensors by the names that training saves them under.
 
     Files as training saves them are read where they lie. Others (adapters, pickles, hub ids, copies
-    of tied weights, names of before) are loaded as training loads them, and saved into `scratch`.
+    of weights, names of before) are loaded as training loads them, and saved into `scratch`.
     """
-    from ..models.loading import load_policy, save_policy
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from ..models.loading import base_config, find_model, load_model, require_all_used
+    from ..models.saving import save_policy
+
+    flags = ["--init"] + ["--models"] * (len(paths) - 1)
+    config, options = base_config(paths[0], "--init"), {}
+    kind = AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+    if is_classifier(config):
+        options = {"num_labels": config.num_labels}
 
     def saved_again(i: int) -> SavedModel:
-        policy, tokenizer = load_policy(paths[i], "--models" if i else "--init")
+        where = f"{flags[i]} {paths[i]}"
+        model, tokenizer, missing, unused = load_model(kind, paths[i], flags[i], **options)
+        require(not missing, f"{where}: weights missing: {', '.join(sorted(missing)[:3])}")
+        require_all_used(where, model, unused)
         for dtype in (torch.bfloat16, torch.float16):  # it was loaded in float32: narrow again?
-            tensors = [t for t in policy.state_dict().values() if t.is_floating_point()]
+            tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
             if all(torch.equal(t.to(dtype).float(), t) for t in tensors):
-                policy.to(dtype)
+                model.to(dtype)
                 break
-        save_policy(policy, tokenizer, scratch / str(i))
+        save_policy(model, tokenizer, scratch / str(i))
         return read_model(paths[i], scratch / str(i))
 
     models = []
     for i, path in enumerate(paths):
-        folder = Path(model_folder(path))
+        folder = Path(find_model(path, f"{flags[i]} {path}"))
         plain = (folder / "model.safetensors").is_file() or (folder / INDEX).is_file()
         plain &= not (folder / "adapter_config.json").is_file()
         models.append(read_model(path, folder) if plain else saved_again(i))
@@ -249,7 +202,14 @@ def read_models(paths: list[str], scratch: Path) -> list[SavedModel]:
 def require_mergeable(models: list[SavedModel]) -> str:
     """The widest dtype of the weights; UserError where vocabularies or masks are not the init's."""
     init, dtypes = models[0], set()
+    settings = init.config.to_dict()
     for model in models:
+        theirs = model.config.to_dict()
+        names = settings.keys() & theirs.keys() - NO_SETTINGS
+        if other := sorted(name for name in names if theirs[name] != settings[name]):
+            print(
+                f"note: {model.path}: another {', '.join(other)} than {init.path}: taken from that"
+            )
         require(
             model.vocabulary == init.vocabulary,
             f"{model.path}: its tokenizer has another vocabulary than {init.path}'s: merge models "

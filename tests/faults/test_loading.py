@@ -213,6 +213,8 @@ NAMES = {
     "A-F14-two-numbers-falling": (["1", "0"], [1, 0]),
     "A-F14-one-of-two": (["positive", "other"], [1, 0]),
     "A-F14-two-others": (["ham", "spam"], [0, 1]),
+    "A-F14-good-first": (["Good", "Bad"], [1, 0]),
+    "A-F14-chosen-first": (["CHOSEN", "rejected"], [1, 0]),
 }
 
 
@@ -451,6 +453,86 @@ def test_an_adapter_of_another_width_is_refused_with_both_shapes(tmp_path):
     assert "q_proj.weight" in line and "[32, 48]" in line and "[32, 32]" in line
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"alora_invocation_tokens": [5, 6]},
+        {"use_qalora": True},
+        {"use_dora": True},
+    ],
+    ids=lambda variant: min(variant),
+)
+def test_an_adapter_that_acts_otherwise_than_plain_lora_is_refused(variant, tmp_path):
+    """Kind of B20: its settings were not read, and it was added as plain LoRA."""
+    adapter(tmp_path / "adapter", tiny.policy(tmp_path / "base"))
+    edit(tmp_path / "adapter/adapter_config.json", **variant)
+    assert "another kind than plain LoRA" in refused(load_policy, tmp_path / "adapter")
+
+
+def test_an_adapter_in_a_pickle_is_read(tmp_path):
+    """As PEFT wrote them before."""
+    delta = adapter(tmp_path / "adapter", base := tiny.policy(tmp_path / "base"))
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    model, name = load_policy(str(tmp_path / "adapter"))[0], "model.layers.0.self_attn.q_proj"
+    weight = load_file(Path(base) / "model.safetensors")[f"{name}.weight"]
+    torch.testing.assert_close(model.get_submodule(name).weight, weight + delta)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub's cache without a network: a function that puts a folder there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(folder, name):
+        there = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, there / "snapshots/abc")
+        (there / "refs").mkdir()
+        (there / "refs/main").write_text("abc")
+
+    return put
+
+
+def test_adapters_on_the_hub_are_loaded_with_their_base(hub, tmp_path):
+    """B20: `some/adapter` was looked for as a whole model."""
+    hub(tiny.policy(tmp_path / "base"), "some/base")
+    delta = adapter(tmp_path / "adapter", "some/base")
+    hub(tmp_path / "adapter", "some/adapter")
+    name = "model.layers.0.self_attn.q_proj"
+    weight = load_policy("some/base")[0].get_submodule(name).weight
+    adapted = load_policy("some/adapter")[0].get_submodule(name).weight
+    torch.testing.assert_close(adapted, weight + delta)
+
+
+def test_a_reward_models_adapters_on_the_hub_bring_their_head(hub, tmp_path):
+    """B20."""
+    adapter(tmp_path / "adapter", tiny.policy(tmp_path / "base"))
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    head = {"base_model.model.score.weight": torch.ones(1, 32)}
+    save_file(load_file(file) | head, file, {"format": "pt"})
+    hub(tmp_path / "adapter", "some/adapter")
+    assert torch.equal(rm_of("some/adapter").model.score.weight, torch.ones(1, 32))
+
+
+@pytest.mark.parametrize("ends", ["x", [[3]], 3.5, [3, "x"], True])
+def test_end_tokens_that_are_no_ids_are_one_line(ends, tmp_path):
+    """S5: a traceback after everything was loaded."""
+    path = tiny.policy(tmp_path / "m")
+    edit(Path(path) / "generation_config.json", eos_token_id=ends)
+    assert "generation_config.json" in refused(load_policy, path)
+
+
+def test_a_text_in_place_of_a_list_of_texts_is_refused(tmp_path):
+    """Its letters were scored one by one."""
+    rm = rm_of(tiny.reward_model(tmp_path / "m"))
+    for texts in (("abc", "abc"), (["a", "b"], "ab"), ("ab", ["a", "b"])):
+        with pytest.raises(ValueError, match="two lists"):
+            rm.score(*texts)
+
+
 # --- tokenizers
 
 
@@ -492,7 +574,7 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path):
 def test_a_missing_sentencepiece_is_named(tmp_path, monkeypatch):
     """A-H2: tiktoken was blamed."""
     for name in ("sentencepiece", "protobuf"):
-        monkeypatch.setattr(f"minalign.models.loading.is_{name}_available", lambda: False)
+        monkeypatch.setattr(f"minalign.models.broken.is_{name}_available", lambda: False)
     path = Path(tiny.policy(tmp_path / "m", "plain"))
     (path / "tokenizer.json").unlink()
     edit(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")

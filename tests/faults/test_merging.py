@@ -536,3 +536,64 @@ def test_t_b_a_merge_of_what_transformers_5_saved_reads_alike_in_transformers_4(
     config = json.load(open("m/tokenizer_config.json"))
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert AutoModelForCausalLM.from_pretrained("m").config.rope_parameters["rope_theta"] == 1e5
+
+
+# --- where the merge meets reward models, copies and settings ------------------------------------
+
+
+@pytest.mark.parametrize("layout", [as_saved, pickle, pickle_in_shards, old_merges])
+@pytest.mark.parametrize("place", ["init", "A"])
+def test_t_a_reward_models_are_merged_from_every_layout(world, layout, place):
+    tok = tokenizer("chatml")
+    start = model(tok, "rm")
+    for seed, name in enumerate(("init", "A", "B")):
+        shutil.rmtree(name)
+        save(name, moved(start, seed, by=1e-3 * bool(seed)), tok)
+    a, b = (load_file(f"{name}/model.safetensors") for name in "AB")
+    layout(place)
+    merged = merge("--method", "lerp")
+    assert merged.keys() == a.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, (a[name] + b[name]) / 2)
+
+
+def test_t_a_a_policy_and_a_reward_model_are_not_merged(world):
+    save("R", model(tokenizer("chatml"), "rm"), tokenizer("chatml"))
+    for models in (["A", "R"], ["R", "R"]):
+        with pytest.raises(UserError, match="--models R: weights missing: lm_head.weight"):
+            merge(models=models)
+
+
+def test_b3_a_tied_copy_that_all_models_have_is_merged_once(world):
+    alone = merge()
+    for folder in ("init", "A", "B"):
+        tied_copy(folder)
+    merged = merge(out="m2")
+    assert merged.keys() == alone.keys()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in merged.items())
+
+
+def test_settings_in_which_a_policy_differs_from_the_init_are_named(world, capsys):
+    """What its weights mean is not theirs alone: heads, RoPE, epsilon."""
+    merge()
+    assert "note:" not in capsys.readouterr().out
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    edit("B/config.json", lambda c: c.update(num_attention_heads=8, rope_parameters=rope))
+    merge(out="m2")
+    assert "note: B: another num_attention_heads, rope_param" in capsys.readouterr().out
+
+
+def test_b4_an_init_whose_config_says_quantised_is_refused(world):
+    """The merge would have copied a config that nothing loads."""
+    edit("init/config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
+    with pytest.raises(UserError, match="init: cannot be loaded: quantised"):
+        merge()
+
+
+@pytest.mark.parametrize("place", ["init", "A"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_folder_without_a_file_says_which(world, place, file):
+    """A-H8: a message that ended in a colon."""
+    os.remove(f"{place}/{file}")
+    with pytest.raises(UserError, match=f"{place}: .*no {file} in {place}$"):
+        merge()

@@ -29,8 +29,9 @@ from transformers import (
 import train_policy
 import train_rm
 from minalign.models.folders import atomic_folder
-from minalign.models.loading import end_token_ids, load_policy, save_policy
+from minalign.models.loading import end_token_ids, load_policy
 from minalign.models.lora import add_lora_
+from minalign.models.saving import save_policy
 from minalign.reward import RewardModel
 from minalign.running.errors import UserError
 
@@ -323,6 +324,15 @@ def test_t_b_the_saved_reward_model_has_the_same_logits():
     ids = torch.arange(4, 30)[None]
     one, two = (AutoModelForSequenceClassification.from_pretrained(f) for f in ("rm", "out"))
     assert torch.equal(one(ids).logits, two(ids).logits)
+
+
+def test_t_b_the_number_of_experts_is_where_transformers_4_looks():
+    """Qwen3-MoE's is written as num_local_experts, and 128 were read."""
+    own = SMALL | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    start = AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**own))
+    save_policy(start, tokenizer(), Path("out"))
+    assert json.loads(Path("out/config.json").read_text())["num_experts"] == 4
+    assert AutoConfig.from_pretrained("out").num_experts == 4
 
 
 # --- adapters ------------------------------------------------------------------------------------

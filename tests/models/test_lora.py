@@ -30,7 +30,7 @@ from minalign.data.chat import TokenizedPrompt, encode_prompt
 from minalign.logprobs import token_logprobs
 from minalign.merge import ema_update_
 from minalign.models.activations import checkpoint_activations_
-from minalign.models.loading import load_policy, save_policy
+from minalign.models.loading import load_policy
 from minalign.models.lora import (
     AdapterView,
     LoraLinear,
@@ -42,6 +42,7 @@ from minalign.models.lora import (
     merge_lora_,
 )
 from minalign.models.rewards import RewardFunction
+from minalign.models.saving import save_policy
 from minalign.reward import RewardModel
 from minalign.rollout import completion_logits
 from minalign.running.errors import UserError
