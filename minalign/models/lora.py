@@ -188,7 +188,7 @@ class AdapterView:
             return self.model.base_model(**inputs)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.model, name)  # config, device, modules(), eval(), the LM head
+        return getattr(self.model, name)  # config, device, modules, the LM head
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
