@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from templates import FAMILIES, refuse
+from tiny import A, S, U
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -33,19 +34,6 @@ from minalign.data.prompts import tokenize_prompts
 from minalign.reward import RewardModel
 from minalign.running.errors import UserError, one_line_errors
 from minalign.tools import generate, score
-
-
-def U(text):
-    return {"role": "user", "content": text}
-
-
-def A(text):
-    return {"role": "assistant", "content": text}
-
-
-def S(text):
-    return {"role": "system", "content": text}
-
 
 QUESTION = [U("Who wrote Emma?")]
 HISTORY = [U("Who wrote Emma?"), A("Jane Austen did."), U("When was that?")]
