@@ -520,9 +520,9 @@ def moments(state):
 
 
 DAMAGED = {  # (kind, damage, what the line has)
-    "S20 config nested 5,000 deep": (
+    "S20 config nested 100,000 deep": (
         "policy",
-        lambda: Path("o/config.json").write_text('{"a":' + "[" * 5000 + "]" * 5000 + "}"),
+        lambda: Path("o/config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"),
         "o/config.json: cannot be read",
     ),
     "S20 config that is a list": ("rm", lambda: Path("o/config.json").write_text("[]"), "config"),
