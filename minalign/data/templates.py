@@ -24,7 +24,7 @@ def require_templates(tokenizer: PreTrainedTokenizerBase) -> None:
         require(
             isinstance(text, str | None) and not re.search(r"[/\\]", str(name)),
             f"chat template {name!r:.40}: got {text!r:.40}, expected a text whose name is no path: "
-            "mend tokenizer_config.json",
+            "fix tokenizer_config.json",
         )
 
 
@@ -135,7 +135,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict], cue: bool) 
             roles = ", ".join(map(repr, roles_of(messages)))
             message = f"refuses turns of {roles:.60} ({reason}): --format plain takes any"
         else:
-            message = f"fails ({kind}: {reason}): mend it, or take --format plain"
+            message = f"fails ({kind}: {reason}): fix it, or take --format plain"
         return UserError(_about(tokenizer, message))
 
 

@@ -33,7 +33,7 @@ def check_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nam
         if not plain.isfinite().all():
             bad = (key for key, tensor in model.named_parameters() if not tensor.isfinite().all())
             raise UserError(
-                f"{who} gives logits that are not finite: mend {next(bad, 'its weights')}"
+                f"{who} gives logits that are not finite: fix {next(bad, 'its weights')}"
             )
         if torch.allclose(ours, plain.expand_as(ours), rtol=1e-3, atol=1e-3):
             return

@@ -75,4 +75,4 @@ def try_save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
             save_files(model, tokenizer, Path(folder), weights=False)
     except Exception as error:
         reason = f"it can be loaded, but not saved ({first_line(error)})"
-        raise UserError(f"{model.name_or_path}: {reason}: mend its config or tokenizer") from error
+        raise UserError(f"{model.name_or_path}: {reason}: fix its config or tokenizer") from error
