@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
+from .cells import number_cell, report, shown, text_cell
 from .messages import (
     DIALOGUE,
     Note,
@@ -20,7 +21,6 @@ from .messages import (
     turns_of,
     without_prompt,
 )
-from .rows import number_cell, report, shown, text_cell
 
 PROMPT_COLUMNS = ("prompt", "messages", "chosen", "text")  # the first that is there is read
 

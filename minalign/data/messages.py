@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from ..running.errors import require
-from .rows import require_characters, shown
+from .cells import require_characters, shown
 
 Messages = list[dict[str, str]]  # [{"role": "user", "content": "Who wrote Emma?"}, ...]
 

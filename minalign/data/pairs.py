@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
+from .cells import number_cell, report, shown, text_cell
 from .chat import note_special_tokens
 from .columns import CHOSEN_RATINGS, Pair, name_unread, read_pair
 from .messages import Note, Prompt, first_turn, place_of
-from .rows import number_cell, report, shown, text_cell
 from .splits import Split, both_splits, divide, require_both
 
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .batches import shuffled_forever
+from .cells import report
 from .chat import TokenizedPrompt, encode_prompt, note_special_tokens
 from .columns import name_unread, prompt_column, read_prompt
 from .messages import Prompt, first_turn, place_of
-from .rows import report
 from .splits import Split, both_splits, divide, require_both
 
 

@@ -1,13 +1,11 @@
-"""Rows of a data set, from a local file, a folder or the hub, and checked cells of them."""
+"""Rows of a data set, from a local file, a folder or the hub."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import gzip
 import json
-import math
 import os
 import re
 import shutil
@@ -15,14 +13,11 @@ import sys
 import tempfile
 import typing
 import zlib
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..running.errors import UserError, require
-
-if typing.TYPE_CHECKING:
-    import pyarrow
+from .cells import shown
 
 FILE_TYPES = (".jsonl", ".gz", ".json", ".csv", ".parquet")
 
@@ -32,8 +27,6 @@ SAVED = ("state.json", "dataset_dict.json")  # by datasets' save_to_disk
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*|[\w-]+")
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 def read_rows(
@@ -112,9 +105,12 @@ def _read_file(path: Path, columns: Collection[str] | None) -> list[dict]:
         path.suffix == ".parquet",
         f"{path}: unknown file type {path.suffix!r}: expected .jsonl, .json, .csv or .parquet",
     )
-    import pyarrow.parquet
+    import datasets
 
-    return _from_arrow(pyarrow.parquet.ParquetFile(path).read(), columns)
+    with tempfile.TemporaryDirectory() as copy:  # of a name that is no pattern to datasets
+        os.symlink(os.path.realpath(path), f"{copy}/rows.parquet")
+        rows = datasets.Dataset.from_parquet(f"{copy}/rows.parquet", cache_dir=copy)
+        return _from_arrow(rows.with_format("arrow")[:], columns)
 
 
 def _read_json(path: Path) -> list[dict]:
@@ -227,8 +223,8 @@ def _part(tables: Mapping[str, list[dict]], split: str) -> list[dict]:
     return [row for piece in pieces for row in tables[piece.splitname][piece.from_ : piece.to]]
 
 
-def _from_arrow(table: pyarrow.Table, columns: Collection[str] | None) -> list[dict]:
-    """Rows as they are stored: what was set_format, or is to be decoded, plays no part."""
+def _from_arrow(table: typing.Any, columns: Collection[str] | None) -> list[dict]:
+    """Rows of an Arrow table as they are stored: set_format and decoding play no part."""
     every = dict.fromkeys(table.column_names)
     names = [name for name in every if columns is None or name in columns]
     if not names:
@@ -244,58 +240,3 @@ def _from_arrow(table: pyarrow.Table, columns: Collection[str] | None) -> list[d
         for row in rows:
             row |= features.decode_example({name: row[name] for name in mixed})
     return rows
-
-
-def shown(names: Collection[str]) -> str:
-    """Names of columns for a message."""
-    more = f" and {len(names) - 20} more" * (len(names) > 20)
-    return "[" + ", ".join(f"{name!r:.40}" for name in sorted(names)[:20]) + "]" + more
-
-
-def report(
-    source: str, what: str, found: Sequence[tuple[str, str]], total: int | None = None
-) -> None:
-    """Print how many are `found`, (kind, place), of each kind, with the place of the first.
-
-    Raises:
-        UserError: they are more than half of `total`.
-
-    >>> report("a.csv: ", "rows dropped", [("no answer", "row 3"), ("no answer", "row 8")], 40)
-    a.csv: 2 rows dropped: no answer (first: row 3)
-    """
-    counts, first = Counter(kind for kind, _ in found).most_common(), dict(reversed(found))
-    lines = [f"{n} {what}: {kind} (first: {first[kind]})" for kind, n in counts[:8]]
-    lines += [f"{sum(n for _, n in counts[8:])} {what}: other kinds"] * (len(counts) > 8)
-    require(
-        total is None or 2 * len(found) <= total,
-        f"{source.lstrip()}{len(found)} of {total} are of no use: {'; '.join(lines[:3])}",
-    )
-    for line in lines:
-        print(f"{source}{line}")
-
-
-def text_cell(row: dict, column: str, may_be_empty: bool = False) -> str:
-    """row[column] if it is a text, else a UserError. Its row is named by the caller."""
-    value = row.get(column)
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
-        got = "an empty text" if isinstance(value, str) else type(value).__name__
-        raise UserError(f"column {column!r}: got {got}, expected a text")
-    require_characters(value, column)
-    return value
-
-
-def require_characters(text: str, column: str) -> None:
-    r"""UserError where a text has half a character, as "\ud83d" alone is in JSON."""
-    half = HALF_CHARACTER.search(text)
-    require(not half, f"column {column!r}: has half a character (a lone surrogate)")
-
-
-def number_cell(row: dict, column: str, may_be_none: bool = False) -> float | None:
-    """row[column] if it is a finite number, or a text that is one, else None or a UserError."""
-    value, number = row.get(column), math.nan
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        number = math.nan if isinstance(value, bool) else float(value)
-    got = str(value) if isinstance(value, float) else type(value).__name__
-    fits = math.isfinite(number)
-    require(fits or may_be_none, f"column {column!r}: got {got}, expected a number")
-    return number if fits else None

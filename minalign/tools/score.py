@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from ..data.cells import shown, text_cell
 from ..data.chat import note_special_tokens
 from ..data.columns import (
     by_our_names,
@@ -23,7 +24,7 @@ from ..data.columns import (
     read_pair,
 )
 from ..data.messages import SERIALISED, Note, Prompt, as_asked, without_prompt
-from ..data.rows import read_rows, shown, text_cell
+from ..data.rows import read_rows
 from ..models.precision import autocast
 from ..reward import RewardModel
 from ..running.device import pick_device, pick_dtype

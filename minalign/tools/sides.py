@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ..data.rows import read_rows, text_cell
+from ..data.cells import text_cell
+from ..data.rows import read_rows
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
 from .settings import held_out_rows

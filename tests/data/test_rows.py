@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from minalign.data.rows import number_cell, read_rows, text_cell
+from minalign.data.cells import number_cell, text_cell
+from minalign.data.rows import read_rows
 from minalign.running.errors import UserError
 
 datasets = pytest.importorskip("datasets")  # the one package that a GPU machine may lack
