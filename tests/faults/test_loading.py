@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+import train_rm
 from minalign.models.loading import load_policy
 from minalign.models.lora import adapter_parameters, add_lora_, lora_layers, merge_lora_
 from minalign.reward import RewardModel
@@ -305,6 +306,24 @@ def test_a_text_in_a_batch_has_the_logits_of_transformers_alone(kind, config, si
     assert rm.padding_side == ("left" if "XLNet" in kind.__name__ else "right") or not rm.together
     if kind is hf.Gemma3ForSequenceClassification:
         assert rm.context == 64
+
+
+def test_training_pads_as_was_found_out_at_load(tmp_path, monkeypatch):
+    """M4's kind: a step that padded on the other side would train another model."""
+    kind, config, sizes = FAMILIES["M4-xlnet-pads-left"]
+    path = saved(tmp_path / "m", kind, config, num_labels=1, **sizes)
+    data = tiny.rows(tmp_path / "d.jsonl", {"chosen": "good {n}", "rejected": "bad {n} film"})
+    trained, one_pass = set(), RewardModel.one_pass
+
+    def recorded(self, rows):
+        if torch.is_grad_enabled():
+            trained.add(self.padding_side)
+        return one_pass(self, rows)
+
+    monkeypatch.setattr(RewardModel, "one_pass", recorded)
+    flags = f"--model {path} --dataset {data} --steps 1 --device cpu --out {tmp_path / 'o'}"
+    train_rm.main(flags.split())
+    assert trained == {"left"}
 
 
 def test_a_roberta_takes_as_many_tokens_as_it_has_positions_for(tmp_path):
