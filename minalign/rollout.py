@@ -1,7 +1,8 @@
 """Sampling completions, and scoring them again in one pass: y ~ pi(.|x), and log pi(y|x).
 
 `sample` and `sequence_logprobs` are the plain functions. `generate` and `completion_logprobs` are
-the fast ones, which lie in models/generation.py. Tests hold the fast ones to the plain ones.
+the fast ones, which lie in models/generation.py
+and models/scoring.py. Tests hold the fast ones to the plain ones.
 
 Prompts are padded on the left, so that every completion starts at the same column. Positions come
 from the mask, so that padding shifts nobody. What is sampled is the full softmax of logits /
@@ -14,18 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .logprobs import position_ids_from_mask, token_logprobs
-from .models.generation import (
-    Rollout,
-    completion_logits,
-    completion_logprobs,
-    draw_uniforms,
-    dropout_off,
-    frozen_logprobs,
-    generate,
-    has_plain_head,
-)
+from .models.generation import Rollout, draw_uniforms, generate
 from .models.padding import pad
-from .models.precision import float64_device
+from .models.precision import dropout_off, float64_device
+from .models.scoring import completion_logits, completion_logprobs, frozen_logprobs, has_plain_head
 
 __all__ = [
     "Rollout",

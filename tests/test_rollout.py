@@ -4,16 +4,15 @@ Models have dropout, and weights so large that a wrong position, mask or tempera
 """
 
 import copy
+import functools
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -26,9 +25,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import minalign.models.generation as generation
-from minalign.logprobs import exact_kl, kl_k1, position_ids_from_mask, token_logprobs
-from minalign.models.decode import can_be_fixed, packed_linears, preallocated_cache
+from minalign.logprobs import exact_kl, kl_k1, token_logprobs
+from minalign.models import generation
+from minalign.models.caches import OwnCache, TransformersCache
 from minalign.rollout import (
     completion_logits,
     completion_logprobs,
@@ -100,6 +99,19 @@ def bare_logprobs(model, prompt, completion, temperature):
     """Log-probs of one completion, from the model's plain forward on the bare ids."""
     logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(1).gather(1, completion[:, None]).squeeze(1)
+
+
+def shapes_read(monkeypatch):
+    """The shapes (rows, columns) of all ids that are read while sampling."""
+    shapes = []
+    for kind in (OwnCache, TransformersCache):
+        real = kind._logits
+        monkeypatch.setattr(
+            kind,
+            "_logits",
+            lambda self, ids, *args, real=real: shapes.append(ids.shape) or real(self, ids, *args),
+        )
+    return shapes
 
 
 families = pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
@@ -289,7 +301,9 @@ def test_gradient_checkpointing_changes_nothing(family):
     model, (ids, mask) = make_model(family), left_padded([3, 9])
     plain = sample(model, ids, mask)
     model.gradient_checkpointing_enable()
-    assert torch.equal(sample(model.train(), ids, mask).logprobs, plain.logprobs)
+    again = sample(model.train(), ids, mask)
+    assert torch.equal(again.tokens, plain.tokens)
+    torch.testing.assert_close(again.logprobs, plain.logprobs, rtol=0, atol=1e-5)
 
 
 def test_draws_follow_the_generator(device):
@@ -440,18 +454,17 @@ def test_models_that_do_more_to_their_logits_take_the_slow_way(model_class, conf
     torch.testing.assert_close(again, drawn.logprobs, atol=1e-4, rtol=0)
 
 
-def test_rows_that_have_ended_leave_the_batch():
-    model, (ids, mask) = make_model("gpt2"), left_padded([3, 9, 1, 6] * 8)
-    rows = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
-    )
+@families
+def test_rows_that_have_ended_leave_the_batch(family, monkeypatch):
+    model, (ids, mask) = make_model(family), left_padded([3, 9, 1, 6] * 8)
     ends = [EOS, 5, 9, 11]
+    sample(model, ids[:1], mask[:1], max_new_tokens=1)  # the decoder's proof
+    shapes = shapes_read(monkeypatch)
     drawn = sample(model, ids, mask, max_new_tokens=20, eos_token_ids=ends)
-    hook.remove()
+    rows = [shape[0] for shape in shapes]
     ended = torch.isin(drawn.tokens, torch.tensor(ends))
     running = [32, *(drawn.mask & ~ended)[:, :-1].sum(0).tolist()]
-    assert rows == sorted(rows, reverse=True) and rows[0] == 32 and rows[-1] < 16
+    assert rows == sorted(rows, reverse=True) and rows[0] == 32 and rows[-1] < 24
     for row, run in zip(rows, running, strict=True):
         assert run <= row and (row == run or run > 0.75 * row)
     torch.testing.assert_close(rescored(model, ids, mask, drawn), drawn.logprobs, atol=1e-5, rtol=0)
@@ -473,56 +486,45 @@ def test_a_row_samples_by_its_own_numbers_whatever_rows_are_beside_it():
         sample(model, ids, mask, uniforms=uniforms[:, :9])
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_packed_weights_and_the_buffer_give_what_transformers_gives(family, dtype):
-    """The fast twins against Linear and DynamicCache.
-
-    They go through the prefill, single tokens and rows that leave. All is put back afterwards.
-    """
+def test_our_cache_gives_what_transformers_gives(family, dtype, pack, fixed):
+    """Prompts, single tokens, rows that leave and one that is doubled, with packed weights, too."""
     model = make_model(family, "cpu").eval().to(dtype)
-    (ids, mask) = left_padded([3, 5, 2, 5], "cpu")
-    ids = ids.masked_fill(~mask.bool(), 0)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # zero in a new model: a lost one would not show
             torch.nn.init.normal_(parameter)
-    forwards = [module.forward for module in model.modules()]
-    fast, slow = preallocated_cache(model.config, 12), DynamicCache(config=model.config)
+    ids, mask = left_padded([3, 5, 2, 5], "cpu")
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
     with torch.no_grad():
+        texts = (model, ids.masked_fill(~mask, 0), mask)
+        ours, theirs = OwnCache(*texts, room=7, pack=pack, fixed=fixed), TransformersCache(*texts)
+        torch.testing.assert_close(ours.logits, theirs.logits, **tolerance)
+        token = theirs.logits.argmax(1, keepdim=True)
         for step in range(5):
-            positions = position_ids_from_mask(mask)[:, -ids.shape[1] :]
-            inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions)
-            expected = model(**inputs, past_key_values=slow, use_cache=True).logits
-            with packed_linears(model):
-                logits = model(**inputs, past_key_values=fast, use_cache=True).logits
-                if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                    assert any("forward" in vars(module) for module in model.modules())
-            torch.testing.assert_close(logits[:, -1], expected[:, -1], **tolerance)
-            ids = expected[:, -1:].argmax(2)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             if step == 2:
-                stay = torch.tensor([0, 3])
-                fast.batch_select_indices(stay)
-                slow.batch_select_indices(stay)
-                ids, mask = ids[stay], mask[stay]
-    assert [module.forward for module in model.modules()] == forwards
-    assert fast.layers[0].keys.shape == slow.layers[0].keys.shape
-    assert fast.layers[0].buffers[0].shape[2] == 12
+                stay = torch.tensor([3, 0, 3])
+                ours.keep(stay)
+                theirs.keep(stay)
+                token = token[stay]
+            expected = theirs.next(token)
+            torch.testing.assert_close(ours.next(token), expected, **tolerance)
+            token = expected.argmax(1, keepdim=True)
 
 
 @families
-def test_samples_of_one_prompt_share_its_pass_and_are_those_of_separate_passes(family, device):
+def test_samples_of_one_prompt_share_its_pass_and_are_those_of_separate_passes(
+    family, device, monkeypatch
+):
     """Repeated prompts of different lengths, not in order. The slow twin samples each row alone."""
     model, (ids, mask) = make_model(family, device), left_padded([3, 5, 2], device)
     order = torch.tensor([1, 1, 0, 2, 1, 0], device=device)
     uniforms = draw_uniforms(6, 10, device, torch.Generator(device).manual_seed(4))
-    widths = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
+    sample(model, ids[:1], mask[:1], max_new_tokens=1)  # the decoder's proof
+    widths = shapes_read(monkeypatch)
     together = sample(model, ids[order], mask[order], uniforms=uniforms)
-    hook.remove()
     assert widths[0] == (3, 5) and widths[1][0] > 3 and not mask.all()
     for i, row in enumerate(order):
         alone = sample(model, ids[row, None], mask[row, None], uniforms=uniforms[i, None])
@@ -545,50 +547,27 @@ def test_weights_that_change_between_samplings_are_seen():
     torch.testing.assert_close(again, after.logprobs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_decoding_with_fixed_shapes_samples_as_the_loop(family, attention, device, monkeypatch):
-    """What a CUDA graph replays, against the loop that grows its mask and lets rows leave."""
+def test_decoding_with_fixed_shapes_samples_as_the_loop(family, device, monkeypatch):
+    """What a CUDA graph replays, against the loop that lets rows leave."""
     model, (ids, mask) = make_model(family, device), left_padded([3, 9, 1, 6] * 3, device)
-    model.set_attn_implementation(attention)
-    monkeypatch.setattr(generation, "can_be_fixed", lambda model, cache: False)
+    own = functools.partial(OwnCache, fixed=False)
+    monkeypatch.setattr(generation, "OwnCache", own)
     loop = sample(model, ids, mask, max_new_tokens=20)
     assert not loop.mask.all(1).all() and loop.mask.shape[1] > 2
-    monkeypatch.setattr(generation, "can_be_fixed", lambda model, cache: True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # new buffers hold NaN
-    try:
-        fixed = sample(model, ids, mask, max_new_tokens=20)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(generation, "OwnCache", functools.partial(OwnCache, fixed=True))
+    fixed = sample(model, ids, mask, max_new_tokens=20)
     assert torch.equal(fixed.tokens, loop.tokens) and torch.equal(fixed.mask, loop.mask)
     torch.testing.assert_close(fixed.logprobs, loop.logprobs, rtol=0, atol=1e-5)
 
 
 def test_fixed_decoding_stops_soon_after_the_last_row(monkeypatch):
     model, (ids, mask) = make_model("llama"), left_padded([2] * 16)
-    calls = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(generation, "can_be_fixed", lambda model, cache: True)
+    sample(model, ids[:1], mask[:1], max_new_tokens=1)  # the decoder's proof
+    shapes = shapes_read(monkeypatch)
+    monkeypatch.setattr(generation, "OwnCache", functools.partial(OwnCache, fixed=True))
     drawn = sample(model, ids, mask, max_new_tokens=30, eos_token_ids=list(range(12)))
-    assert 2 < drawn.tokens.shape[1] == int(drawn.mask.sum(1).max()) <= 16 and len(calls) == 17
-
-
-def test_only_a_gpu_and_plain_layers_decode_with_fixed_shapes():
-    model, bloom = make_model("llama", "cpu"), make_model("bloom", "cpu")
-    cache = preallocated_cache(model.config, 12)
-    assert not can_be_fixed(model, cache)
-
-    def on_gpu(model):
-        names = ("config", "forward", "_can_compile_fullgraph")
-        parts = {name: getattr(model, name) for name in names}
-        return SimpleNamespace(device=torch.device("cuda"), **parts)
-
-    assert can_be_fixed(on_gpu(model), cache)
-    # Bloom's positions come from a mask of two dimensions.
-    assert not can_be_fixed(on_gpu(bloom), preallocated_cache(bloom.config, 12))
-    cache.layers[0] = DynamicCache(config=model.config).layers[0]
-    assert not can_be_fixed(on_gpu(model), cache)
+    assert 2 < drawn.tokens.shape[1] == int(drawn.mask.sum(1).max()) <= 16 and len(shapes) == 16
 
 
 # --- the plain twins

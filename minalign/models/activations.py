@@ -31,6 +31,11 @@ def checkpoint_activations_(model: PreTrainedModel) -> None:
         layer.forward = functools.partial(_checkpointed, layer, layer.forward)
 
 
+def is_checkpointed(layer: torch.nn.Module) -> bool:
+    """Whether `checkpoint_activations_` changed this layer, which without gradients is as it was."""
+    return getattr(vars(layer).get("forward"), "func", None) is _checkpointed
+
+
 def _checkpointed(
     layer: torch.nn.Module, forward: Callable, *args: object, **kwargs: object
 ) -> torch.Tensor | tuple:

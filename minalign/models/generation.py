@@ -1,33 +1,18 @@
-"""The fast ways of rollout.py: `generate` is `sample`, `completion_logprobs` `sequence_logprobs`.
+"""`generate`, the fast way of `rollout.sample`.
 
-Keys and values are cached, prompts that are equal share their pass, rows that have ended leave, and
-nobody multiplies out logits that nobody needs. Tests hold each function to its plain twin.
+Keys and values are cached, prompts that are equal share their pass, and rows that have ended leave.
+Tests hold it to its plain twin.
 """
 
-import contextlib
-import weakref
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
-from .decode import can_be_fixed, decode_fixed, draw, packed_linears, preallocated_cache
-from .padding import context_of, length_parts, tokens_per_pass
-from .precision import float64_device
-
-
-@contextlib.contextmanager
-def dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside. Afterwards each module has its own mode back, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+from .caches import OwnCache, TransformersCache
+from .padding import context_of
+from .precision import dropout_off, float64_device
+from .proof import can_decode
 
 
 class Rollout(NamedTuple):
@@ -127,72 +112,130 @@ def generate(
     ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
     eos = torch.tensor(ends, device=input_ids.device)
 
-    cache = preallocated_cache(model.config, input_ids.shape[1] + max_new_tokens)
     # Samples of one prompt share its pass. `prompts` are the different ones, and `prompt_of` (B,)
     # says which is whose.
     real_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
     ids_and_mask = torch.cat([real_ids, attention_mask.long()], dim=1)
     prompts, prompt_of = ids_and_mask.unique(dim=0, return_inverse=True)
-    next_ids, prompt_mask = prompts.chunk(2, dim=1)
-    next_positions = position_ids_from_mask(prompt_mask)
-    # The rows of the batch that are still in the cache, and which of them have not ended.
-    rows = torch.arange(len(input_ids), device=input_ids.device)
-    running = torch.ones_like(rows, dtype=torch.bool)
-    tokens = input_ids.new_full((len(rows), max_new_tokens), pad_token_id)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    logprobs = torch.zeros_like(tokens, dtype=torch.float32)
-    # With dropout, the samples would be those of another policy.
-    # Packing costs the time of two tokens, and the weights' memory.
-    packed = packed_linears(model) if max_new_tokens > 4 else contextlib.nullcontext()
-    with dropout_off(model), packed:
-        for t in range(max_new_tokens):
-            output = model(
-                input_ids=next_ids,
-                attention_mask=attention_mask.long() if t else prompt_mask,
-                position_ids=next_positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+    ids, prompt_mask = prompts.chunk(2, dim=1)
+    B, shape, like = len(input_ids), (len(input_ids), max_new_tokens), {"device": input_ids.device}
+    rows = Rows(
+        number=torch.arange(B, **like),
+        uniforms=uniforms,
+        tokens=torch.full(shape, pad_token_id, **like),
+        mask=torch.zeros(shape, dtype=torch.bool, **like),
+        logprobs=torch.zeros(shape, **like),
+        ids=torch.zeros(B, 1, dtype=torch.long, **like),
+        running=torch.ones(B, 1, dtype=torch.bool, **like),
+    )
+    result = Rollout(*(torch.empty_like(x) for x in (rows.tokens, rows.mask, rows.logprobs)))
+    t = torch.zeros(1, dtype=torch.long, **like)  # column of the next token
+
+    def draw_next(logits: torch.Tensor) -> None:
+        """Draw a token of each row into column t; nothing goes to the host."""
+        uniform = rows.uniforms.index_select(1, t.to(rows.uniforms.device))
+        drawn, logprobs = draw(logits / temperature, uniform)  # (b, 1) each
+        pads = rows.tokens.index_select(1, t)  # they are there already
+        rows.tokens.index_copy_(1, t, torch.where(rows.running, drawn, pads))
+        rows.mask.index_copy_(1, t, rows.running)
+        rows.logprobs.index_copy_(1, t, logprobs.masked_fill(~rows.running, 0.0))
+        rows.running.logical_and_((drawn != eos).all(1, keepdim=True))
+        rows.ids.copy_(drawn)
+        t.add_(1)
+
+    def step() -> None:
+        draw_next(cache.next(rows.ids))
+
+    with dropout_off(model):  # with dropout, the samples would be those of another policy
+        if can_decode(model):  # packing weights costs the time of two tokens
+            cache = OwnCache(
+                model, ids, prompt_mask.bool(), max_new_tokens, pack=max_new_tokens > 4
             )
-            # Such a model would forget the prompt, and nothing would show it.
-            if getattr(output, "past_key_values", None) is not cache:
-                raise ValueError(
-                    f"got a {model.config.model_type} model, which fills no key-value cache: "
-                    "expected a transformer"
-                )
-            logits, positions = output.logits[:, -1], next_positions[:, -1:]
-            if t == 0:  # from the different prompts to the rows of the batch
-                cache.reorder_cache(prompt_of)
-                logits, positions = logits[prompt_of], positions[prompt_of]
-            distribution = (logits.float() / temperature).log_softmax(1)  # (rows, V)
-            drawn = draw(distribution, uniforms[rows.to(uniforms.device), t, None])  # (rows, 1)
-            tokens[rows, t] = drawn.squeeze(1).masked_fill(~running, pad_token_id)
-            mask[rows, t] = running
-            logprobs[rows, t] = distribution.gather(1, drawn).squeeze(1).masked_fill(~running, 0.0)
-            running = running & ~torch.isin(drawn.squeeze(1), eos)
-            left = int(running.sum())
-            if left == 0:
-                break
-            next_ids = drawn
-            next_positions = positions + 1
-            if t == 0 and can_be_fixed(model, cache):
-                first = (next_ids, next_positions, running)  # the tokens just drawn
-                columns = (uniforms, tokens, mask, logprobs)  # (B, max_new_tokens) each
-                decode_fixed(
-                    model, cache, attention_mask, *first, *columns, temperature=temperature, eos=eos
-                )
-                break
-            new_column = torch.ones_like(attention_mask[:, :1])
-            attention_mask = torch.cat([attention_mask, new_column], dim=1)
-            # Rows that have ended leave. A few stay as dead weight: copying the cache costs, too.
-            if left <= 0.75 * len(rows):
-                rows, next_ids, next_positions, attention_mask = (
-                    x[running] for x in (rows, next_ids, next_positions, attention_mask)
-                )
-                cache.reorder_cache(running.nonzero().squeeze(1))
-                running = running[running]
-    length = int(mask.any(0).sum())  # of the longest completion
-    return Rollout(tokens[:, :length], mask[:, :length], logprobs[:, :length])
+        else:
+            cache = TransformersCache(model, ids, prompt_mask.bool())
+        cache.keep(prompt_of)
+        draw_next(cache.logits[prompt_of])
+        for done in range(1, max_new_tokens):
+            if cache.fixed:
+                # A thousand small kernels become one launch. Rows that have ended stay: a step of
+                # fewer rows takes as long. Asking whether all have ended is to wait for the GPU.
+                if done % 16 == 0 and not rows.running.any():
+                    break
+                if done == 2 and t.is_cuda:  # the step before was the warm-up
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):  # runs nothing
+                        step()
+                    step = graph.replay
+            else:
+                left = int(rows.running.sum())
+                if not left:
+                    break
+                # Rows that have ended leave. A few stay as dead weight: copying costs, too.
+                if left <= 0.75 * len(rows.ids):
+                    rows.put_into(result)
+                    going_on = rows.running.nonzero()[:, 0]
+                    rows = Rows(*(x[going_on] for x in rows))
+                    cache.keep(going_on)
+            step()
+    rows.put_into(result)
+    length = int(result.mask.any(0).sum())  # of the longest completion
+    return Rollout(*(x[:, :length] for x in result))
+
+
+class Rows(NamedTuple):
+    """The rows of a batch that have not left: b of B rows.
+
+    number: (b,) long, which they are.
+    uniforms, tokens, mask, logprobs: (b, max_new_tokens), as in `generate`.
+    ids: (b, 1) long, the tokens drawn last.
+    running: (b, 1) bool, which have not ended.
+    """
+
+    number: torch.Tensor
+    uniforms: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    ids: torch.Tensor
+    running: torch.Tensor
+
+    def put_into(self, result: Rollout) -> None:
+        """Copy what was drawn to the rows of the whole batch."""
+        for whole, part in zip(result, (self.tokens, self.mask, self.logprobs)):
+            whole[self.number] = part
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One id per row, by one uniform number and the distribution function; and its log-prob.
+
+        y = the first v with P(id <= v) > u
+
+    First the block of 128 ids is found, then the id within it. Both sums are float64, since
+    rounding would otherwise move the probability of rare ids; over the whole vocabulary they would
+    cost a quarter of a small model's step. Not torch.multinomial, which draws a number for each id.
+
+    Args:
+        logits: (N, V) float32, divided by the temperature.
+        uniform: (N, 1) float64 in [0, 1); where it lies, float64 is computed.
+    Returns:
+        ids: (N, 1) long.
+        logprobs: (N, 1) float32, nats.
+    """
+    (N, V), size = logits.shape, 128
+    top = logits.amax(1, keepdim=True)
+    weights = logits.new_zeros(N, -(-V // size), size)
+    torch.exp(logits - top, out=weights.view(N, -1)[:, :V])
+    sums = weights.sum(2).to(uniform.device).double()
+    cdf = sums.cumsum(1)  # (N, blocks)
+    goal = uniform * cdf[:, -1:]
+    block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)
+    chosen = weights[torch.arange(N, device=logits.device), block[:, 0].to(logits.device)]
+    inner = chosen.to(uniform.device).double().cumsum(1)  # (N, 128)
+    left = (goal - (cdf - sums).gather(1, block)) / sums.gather(1, block)  # of the block, [0, 1)
+    place = torch.searchsorted(inner, left.clamp(0, 1 - 2**-53) * inner[:, -1:], right=True)
+    drawn = (block * size + place).clamp(max=V - 1).to(logits.device)
+    total = cdf[:, -1:].log().float().to(logits.device)
+    return drawn, logits.gather(1, drawn) - top - total
 
 
 def draw_uniforms(
@@ -204,155 +247,3 @@ def draw_uniforms(
     """
     device = float64_device(device)
     return torch.rand(rows, columns, dtype=torch.double, device=device, generator=generator)
-
-
-def completion_logits(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-) -> torch.Tensor:
-    """Logits that predict each token of sampled completions, aligned, in one pass with gradients.
-
-    The result's [:, t] is the distribution that tokens[:, t] was drawn from: the logits one column
-    earlier. So the first comes from the last column of the prompt, whose width (not length) is the
-    same for all rows.
-
-    Args:
-        model: a causal language model; dropout is off, and its mode is put back.
-        input_ids, attention_mask: (B, P), prompts padded on the left.
-        tokens, mask: (B, T) of a Rollout.
-    Returns:
-        (B, T, V) in the model's dtype. Positions outside the mask hold anything.
-
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> config = GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
-    >>> model, ids = GPT2LMHeadModel(config).eval(), torch.tensor([[3, 4, 5, 6]])
-    >>> ones = torch.ones(1, 2)
-    >>> logits = completion_logits(model, ids[:, :2], ones, ids[:, 2:], ones)
-    >>> torch.equal(logits, model(ids).logits[:, 1:3])
-    True
-    """
-    inputs = _inputs(input_ids, attention_mask, tokens, mask)
-    with dropout_off(model):
-        logits = model(**inputs, logits_to_keep=tokens.shape[1] + 1).logits  # (B, T + 1, V)
-    return logits[:, -tokens.shape[1] - 1 : -1]  # some models keep all of them
-
-
-def _inputs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
-) -> dict[str, torch.Tensor | bool]:
-    """Prompts and completions side by side, as a model takes them."""
-    full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
-    return {
-        "input_ids": torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0),
-        "attention_mask": full_mask.long(),
-        "position_ids": position_ids_from_mask(full_mask),
-        "use_cache": False,
-    }
-
-
-def completion_logprobs(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    temperature: float,
-    known_grad: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Log-probs of sampled completions in one pass with gradients, without full logits.
-
-        log pi(y_t | x, y_<t) = z_t[y_t] / tau - logsumexp(z_t / tau)
-
-    Equals `token_logprobs(completion_logits(...), tokens, temperature)` inside the mask. Columns
-    that are padding in every row are left out. The vocabulary is multiplied out for the tokens
-    inside the mask alone, a chunk at a time. `sequence_logprobs` is the plain version.
-
-    Args:
-        model: a causal language model; dropout is off, and its mode is put back.
-        input_ids, attention_mask: (B, P), prompts padded on the left.
-        tokens, mask: (B, T) of a Rollout.
-        temperature: tau > 0, the one that the tokens were sampled at.
-        known_grad: (B, T) or None, see `token_logprobs_from_hidden`.
-    Returns:
-        (B, T) float32, nats, 0 outside the mask.
-    """
-    mask = mask.bool()
-    prompt_columns, width = attention_mask.bool().any(0), int(mask.any(0).sum())
-    prompts = (input_ids[:, prompt_columns], attention_mask[:, prompt_columns])
-    real = mask[:, :width]
-    real_tokens = tokens[:, :width].masked_fill(~real, 0)
-    if has_plain_head(model):
-        with dropout_off(model):
-            inputs = _inputs(*prompts, real_tokens, real)
-            hidden = model.base_model(**inputs).last_hidden_state[:, -width - 1 : -1]  # (B, T, D)
-        logprobs = token_logprobs_from_hidden(
-            hidden[real][None],
-            model.get_output_embeddings().weight,
-            tokens[mask][None],
-            temperature,
-            known_grad=None if known_grad is None else known_grad[mask][None],
-        )
-    else:
-        logits = completion_logits(model, *prompts, real_tokens, real)
-        logprobs = token_logprobs(logits, real_tokens, temperature)[real]
-    return torch.zeros_like(mask, dtype=torch.float32).masked_scatter(mask, logprobs)
-
-
-@torch.no_grad()
-def frozen_logprobs(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    temperature: float,
-    micro_batch_size: int,
-) -> torch.Tensor:
-    """`completion_logprobs` under a frozen model, without a graph.
-
-    At most `micro_batch_size` rows of like length go through the model at a time.
-    """
-    logprobs = torch.zeros_like(mask, dtype=torch.float32)
-    lengths = (attention_mask.sum(1) + mask.sum(1)).tolist()
-    for part in length_parts(lengths, micro_batch_size, tokens_per_pass(model)):
-        rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
-        logprobs[part] = completion_logprobs(model, *rows, temperature)
-    return logprobs
-
-
-_PLAIN_HEADS: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
-
-
-@torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the logits are hidden states times the LM head's weight and nothing else.
-
-    Some models scale their logits, squash them or add a bias: those take the way over full logits.
-    It is tried out once for each model.
-    """
-    if model not in _PLAIN_HEADS:
-        head = model.get_output_embeddings()
-        ids = torch.tensor([[0, 1, 1]], device=model.device)
-        plain = isinstance(head, torch.nn.Linear) and head.bias is None
-        if plain := plain and model.base_model is not model:
-            # The head's logits are replaced: a softcap, say, does nothing to small ones.
-            large = torch.linspace(-1e3, 1e3, len(head.weight), device=ids.device).to(head.weight)
-            read = []
-            hook = head.register_forward_hook(
-                lambda _, args, logits: read.append(args[0]) or large.expand_as(logits)
-            )
-            with hook, dropout_off(model), torch.autocast(model.device.type, enabled=False):
-                hidden = model.base_model(input_ids=ids).last_hidden_state
-                logits = model(input_ids=ids).logits
-            plain = torch.equal(logits, large.expand_as(logits).to(logits))
-            plain = plain and not (read[-1] - hidden).abs().max() > 1e-3 * hidden.abs().max()
-        if not plain:
-            print(
-                f"  note: {model.config.model_type} does more to its logits than the LM head's "
-                "product: log-probs take the way over full logits, which needs more memory"
-            )
-        _PLAIN_HEADS[model] = plain
-    return _PLAIN_HEADS[model]

@@ -209,6 +209,16 @@ class AdapterView:
                 parameter.data = weight
 
 
+@contextlib.contextmanager
+def adapters_in_place(model: PreTrainedModel | AdapterView) -> Iterator[PreTrainedModel]:
+    """The model itself; that of a view, as the view shows it."""
+    if not isinstance(model, AdapterView):
+        yield model
+        return
+    with model._in_place():
+        yield model.model
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of every adapter, in the order of the layers."""
     return [

@@ -1,11 +1,24 @@
-"""Forward passes in bfloat16: autocast, and the rounded copy that samples are drawn from."""
+"""How a forward pass runs: without dropout, in bfloat16."""
 
-import copy
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from ..running.errors import UserError
 from .folders import first_line
+
+
+@contextlib.contextmanager
+def dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside. Afterwards each module has its own mode back, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -14,17 +27,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     Log-probs, losses and scores leave it for float32 by themselves.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def sampling_copy(policy: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The model to sample with: the policy itself in float32, a rounded copy of it in bfloat16.
-
-    Under autocast the policy would read its float32 weights for every token, round them, and read
-    the result: three to five times the bytes, which are all that a small batch's token costs.
-    """
-    if dtype == torch.float32:
-        return policy
-    return round_(copy.deepcopy(policy).requires_grad_(False), dtype)
 
 
 @torch.no_grad()
@@ -49,11 +51,3 @@ def round_(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 def float64_device(device: torch.device) -> torch.device:
     """Where the float64 numbers of a device are kept: an Apple GPU has none, so the CPU."""
     return torch.device("cpu") if torch.device(device).type == "mps" else device
-
-
-@torch.no_grad()
-def refresh_(sampler: torch.nn.Module, policy: torch.nn.Module) -> None:
-    """Round the policy's weights into its sampling copy; nothing to do where they are one."""
-    if sampler is not policy:
-        for rounded, parameter in zip(sampler.parameters(), policy.parameters(), strict=True):
-            rounded.copy_(parameter)

@@ -5,8 +5,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..running.errors import UserError, is_out_of_memory
 from .folders import first_line
-from .generation import completion_logprobs, generate
+from .generation import generate
 from .padding import context_of, pad
+from .scoring import completion_logprobs
 
 WAY_OUT = "take a decoder with a key-value cache, such as Llama, Qwen or GPT-2"
 

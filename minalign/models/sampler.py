@@ -48,15 +48,15 @@ class Samples(NamedTuple):
 class Sampler:
     """Draws y ~ pi_theta(.|x), and takes log pi_theta(y|x).
 
-    In float32 the policy itself draws. In bfloat16 a copy with rounded weights does, made anew for
-    each batch. The log-probs are then taken once more from the policy, in the pass that an anchor's
-    come from, and each sample counts by `reinforce.importance_weights`.
+    In float32 the policy itself draws. In bfloat16 it draws with rounded weights. The log-probs are
+    then taken once more, in the pass that an anchor's come from, and each sample counts by
+    `reinforce.importance_weights`.
 
     Args:
         policy: pi_theta.
         eos_token_ids: as in rollout.generate.
-        config: has seed (of all draws), temperature, max_new_tokens and micro_batch_size (rows of
-            a pass where log-probs are taken again).
+        config: has seed (of all draws), temperature, max_new_tokens, micro_batch_size (rows of a
+            pass where log-probs are taken again) and sampler_dtype ("auto" is `dtype`).
         dtype: of the forward passes.
         mine: this process's rows of a batch. Every process draws the whole batch's numbers.
     """
@@ -71,14 +71,10 @@ class Sampler:
     ) -> None:
         self.policy, self.eos_token_ids, self.config = policy, eos_token_ids, config
         self.dtype, self.mine = dtype, mine
-        self.copy = precision.sampling_copy(policy, dtype)
+        name = config.sampler_dtype
+        self.drawn_in = dtype if name == "auto" else getattr(torch, name)
         device = precision.float64_device(policy.device)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-
-    @property
-    def rounded(self) -> bool:
-        """Whether a rounded copy draws."""
-        return self.copy is not self.policy
 
     def sample(self, prompts: list[TokenizedPrompt]) -> Samples:
         """One completion for each of this process's share of the batch's prompts."""
@@ -87,20 +83,20 @@ class Sampler:
         uniforms = rollout.draw_uniforms(*shape, device, self.generator)[self.mine]
         prompts = prompts[self.mine]
         input_ids, attention_mask = pad([prompt.ids for prompt in prompts], "left", device)
-        precision.refresh_(self.copy, self.policy)
-        tokens, mask, logprobs = rollout.generate(
-            self.copy,
-            input_ids,
-            attention_mask,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=0,
-            uniforms=uniforms,
-        )
+        with precision.autocast(device, self.drawn_in):
+            tokens, mask, logprobs = rollout.generate(
+                self.policy,
+                input_ids,
+                attention_mask,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=0,
+                uniforms=uniforms,
+            )
         batch = (input_ids, attention_mask, tokens, mask)
         sampling_logprobs = logprobs
-        if self.rounded:
+        if torch.bfloat16 in (self.dtype, self.drawn_in):
             with precision.autocast(device, self.dtype):
                 logprobs = rollout.frozen_logprobs(
                     self.policy, *batch, config.temperature, config.micro_batch_size

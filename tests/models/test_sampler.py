@@ -1,5 +1,6 @@
 """What a Sampler draws is what rollout.generate draws, and shares make up the whole batch."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ from minalign.models.padding import pad
 from minalign.models.sampler import Sampler
 
 TOKENIZER = toy.make_tokenizer()
-CONFIG = SimpleNamespace(seed=3, temperature=0.8, max_new_tokens=7, micro_batch_size=3)
+CONFIG = SimpleNamespace(
+    seed=3, temperature=0.8, max_new_tokens=7, micro_batch_size=3, sampler_dtype="auto"
+)
 
 
 @pytest.fixture
@@ -73,18 +76,24 @@ def test_the_shares_of_two_processes_make_up_the_batch(policy, dtype):
     assert [c for part in parts for c in part.completions] == whole.completions
 
 
-def test_a_rounded_copy_draws_and_the_policy_says_how_likely(policy):
-    """After an update the copy is made anew."""
-    sampler = Sampler(policy, [2], CONFIG, torch.bfloat16)
-    assert sampler.rounded and not Sampler(policy, [2], CONFIG, torch.float32).rounded
+@pytest.mark.parametrize("dtypes", [("auto", "bfloat16"), ("bfloat16", "float32")])
+def test_rounded_weights_draw_and_the_policy_says_how_likely(policy, dtypes):
+    """Weights are rounded anew for each batch."""
+    config = SimpleNamespace(**vars(CONFIG) | {"sampler_dtype": dtypes[0]})
+    dtype = getattr(torch, dtypes[1])
+    sampler = Sampler(policy, [2], config, dtype)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.5)
     samples = sampler.sample(prompts())
-    for rounded, parameter in zip(sampler.copy.parameters(), policy.parameters()):
-        assert torch.equal(rounded, parameter.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         expected = rollout.frozen_logprobs(policy, *samples.rows(), 0.8, 3)
     assert torch.equal(samples.logprobs, expected)
     assert (samples.importance != 1).any() and (samples.importance.log().abs() < 0.5).all()
     assert not samples.logprobs.requires_grad
+    copied = copy.deepcopy(policy)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    drawn = rollout.frozen_logprobs(copied, *samples.rows(), 0.8, 3)
+    ratio = (samples.logprobs - drawn).sum(1).exp()
+    assert (ratio.log() - samples.importance.log()).abs().max() < 0.2
