@@ -32,7 +32,7 @@ def checkpoint_activations_(model: PreTrainedModel) -> None:
 
 
 def is_checkpointed(layer: torch.nn.Module) -> bool:
-    """Whether `checkpoint_activations_` changed this layer, which without gradients is as it was."""
+    """Whether `checkpoint_activations_` changed this layer; without gradients it is as before."""
     return getattr(vars(layer).get("forward"), "func", None) is _checkpointed
 
 
