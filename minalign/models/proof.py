@@ -26,7 +26,8 @@ def can_decode(model: PreTrainedModel | AdapterView) -> bool:
     """
     if isinstance(model, AdapterView):
         model = model.model
-    for module in model.modules():
+    used = model if model.get_output_embeddings() is not None else model.base_model
+    for module in used.modules():
         replaced = "forward" in vars(module) and not is_checkpointed(module)
         if replaced or module._forward_hooks or module._forward_pre_hooks:
             return False
