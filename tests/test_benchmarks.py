@@ -42,6 +42,7 @@ def test_a_table_has_a_line_per_side(module, tmp_path):
         result(floor=0.123, facts=spent),
         result(who="HF", seconds=1.25, ratios=[2.0, 2.5, 4.0]),
         result(device="cuda", machine="a GPU"),
+        result(benchmark="merge", shape="M", machine="another CPU"),
         result(work="early", peak=None),
         result(work="early", who="HF", ratios=[]),
     ]
@@ -58,9 +59,11 @@ def test_a_table_has_a_line_per_side(module, tmp_path):
             "|  | HF | 1.25 | 3 | 2.50 [2.00, 4.00] |  |\n"
             "| `generate.py` S, early | ours | 0.5 |  |  |  |\n"
             "|  | HF | 0.5 | 3 | - |  |\n\n"
-            "- `generate.py` S: sampling 60%, forward 40%\n\n"
+            "- `generate.py` S, ours: sampling 60%, forward 40%\n\n"
             f"a GPU:\n\n{head}"
             "| `generate.py` S | ours | 0.5 | 3 |  |  |\n\n"
+            f"another CPU:\n\n{head}"
+            "| `merge.py` M | ours | 0.5 | 3 |  |  |\n\n"
             "<!-- end of results -->\nend\n"
         )
 
@@ -78,11 +81,14 @@ def test_a_run_replaces_its_own_results_alone(module, tmp_path):
     path, store = tmp_path / "speed.json", module("results").store
     store([result(), result(who="HF")], path)
     store([result(shape="M")], path)
-    store([result(benchmark="all", device="cuda")], path)
+    store([result(device="cuda")], path)
     store([result(seconds=9.0)], path)
-    kept = [[one[key] for key in ("benchmark", "shape", "who", "seconds")] for one in json_of(path)]
-    expected = [["all", "S", "ours", 0.5], ["generate", "S", "ours", 9.0]]
-    assert kept == [*expected, ["generate", "M", "ours", 0.5]]
+    keys = ("device", "shape", "who", "seconds")
+    assert [[one[key] for key in keys] for one in json_of(path)] == [
+        ["cpu", "S", "ours", 9.0],
+        ["cpu", "M", "ours", 0.5],
+        ["cuda", "S", "ours", 0.5],
+    ]
 
 
 def json_of(path):
@@ -106,13 +112,13 @@ def test_the_page_is_made_of_the_results_that_lie_beside_it(module):
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_a_benchmark_has_sides_and_a_floor(module, file, monkeypatch):
     """Every side takes a shape; the first of each work, which others are held against, is ours."""
-    given = []
+    given, signature = [], inspect.signature(module("side_by_side").compare)
     monkeypatch.setattr(
         "side_by_side.compare", lambda *args, **kwargs: given.append((args, kwargs))
     )
     runpy.run_path(str(file), run_name="__main__")
     (args, kwargs), seen = given[0], set()
-    bound = inspect.signature(sys_compare(module)).bind(*args, **kwargs).arguments
+    bound = signature.bind(*args, **kwargs).arguments
     assert bound["file"] == str(file) and bound["description"]
     for side, function in bound["sides"].items():
         inspect.signature(function).bind("S")
@@ -123,10 +129,6 @@ def test_a_benchmark_has_sides_and_a_floor(module, file, monkeypatch):
         for work in seen:
             assert all(len(phase) == 2 for phase in bound["floor"]("M", work))
         assert sum(map(sum, bound["floor"]("M", ""))) > 1e9
-
-
-def sys_compare(module):
-    return module("side_by_side").compare
 
 
 @pytest.mark.parametrize("shape", ["S", "M", "L"])
@@ -214,6 +216,26 @@ def test_sides_run_in_turn_and_are_held_against_the_own_side_of_their_work(
     out, err = capsys.readouterr()
     assert err.count("failed:") == 2 and "TRL, sorted failed:\nout of everything" in err
     assert "early: TRL" in out
+
+
+def test_all_of_them_run_and_the_page_is_made(module, tmp_path, monkeypatch):
+    """A benchmark with a side that fails is in the page, and the exit status says it."""
+    (tmp_path / "made_up.py").write_text(BENCHMARK.format(folder=str(FOLDER)))
+    (tmp_path / "speed.md").write_text(MARKED)
+    main = module("all").main
+    assert set(main.__globals__["NAMES"]) == {file.stem for file in FILES}
+    main.__globals__.update(HERE=tmp_path, DOCS=tmp_path, NAMES=["made_up"])
+    flags = ["all.py", "--rounds", "1", "--shape", "L", "--only"]
+    monkeypatch.setattr(sys, "argv", [*flags, "made_up"])
+    with pytest.raises(SystemExit, match="failed, in whole or in part: made_up"):
+        main()
+    page = (tmp_path / "speed.md").read_text()
+    assert "| `made_up.py` L, early | ours | 0.5 | 1 |" in page and "| 4.00 |" in page
+    (tmp_path / "speed.md").write_text(MARKED)
+    (tmp_path / "speed.png").unlink()
+    monkeypatch.setattr(sys, "argv", flags)
+    main()
+    assert (tmp_path / "speed.md").read_text() == page and (tmp_path / "speed.png").exists()
 
 
 @pytest.mark.parametrize("flags", [["--rounds", "0"], ["--device", "cuda"], ["--shape", "XL"]])

@@ -36,19 +36,28 @@ def main() -> None:
     if arguments.device != "cpu":
         print(f"left out, on a CPU alone: {', '.join(ON_A_CPU_ALONE.intersection(names))}")
         names = [name for name in names if name not in ON_A_CPU_ALONE]
-    failed = []
-    for name in names:
-        print(f"\n{name}.py", flush=True)
-        flags = ["--rounds", str(arguments.rounds), "--device", arguments.device]
-        flags += ["--shape", arguments.shape] if arguments.shape else []
-        flags += ["--results", str(DOCS / "speed.json")]
-        if subprocess.run([sys.executable, HERE / f"{name}.py", *flags]).returncode:
-            failed.append(name)
+    failed = [name for name in names if not measured(name, arguments)]
+    draw()
+    if failed:
+        raise SystemExit(f"failed, in whole or in part: {', '.join(failed)}")
+
+
+def measured(name: str, arguments: argparse.Namespace) -> bool:
+    """Run a benchmark; whether all of its sides ran."""
+    print(f"\n{name}.py", flush=True)
+    flags = ["--rounds", str(arguments.rounds), "--device", arguments.device]
+    flags += ["--shape", arguments.shape] if arguments.shape else []
+    flags += ["--results", str(DOCS / "speed.json")]
+    done = subprocess.run([sys.executable, HERE / f"{name}.py", *flags])
+    draw()  # after each: a run of all of them takes long, and may be ended
+    return done.returncode == 0
+
+
+def draw() -> None:
+    """Table and figure of all results."""
     results = json.loads((DOCS / "speed.json").read_text())
     write_table(results, DOCS / "speed.md")
     figure(results, DOCS / "speed.png")
-    if failed:
-        raise SystemExit(f"failed, in whole or in part: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def table(results: list[dict]) -> str:
         for one in on_machine:
             if spent := one["facts"].get("spent"):
                 parts = ", ".join(f"{part} {share}%" for part, share in spent.items())
-                text += f"- {which(one)}: {parts}\n"
+                text += f"- {which(one)}, {one['who']}: {parts}\n"
         text = text.rstrip("\n") + "\n\n"
     return text
 
