@@ -61,9 +61,9 @@ def device():
 
 def clock() -> float:
     """Seconds; on a GPU once all that was begun is done."""
-    import torch
-
     if _device == "cuda":
+        import torch
+
         torch.cuda.synchronize()
     return time.monotonic()
 
@@ -108,9 +108,9 @@ def end_often_(model, chance: float = 1 / 16) -> None:
 
 def peak() -> int:
     """The process's highest resident memory so far, or that of its tensors on a GPU, bytes."""
-    import torch
-
     if _device == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
