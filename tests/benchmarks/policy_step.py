@@ -88,7 +88,7 @@ def timed(parts: dict):
             setattr(*place, plain[name])
 
 
-def ours(shape: str, early: bool = False, dtype: str = "float32") -> None:
+def ours(shape: str, early: bool = False, dtype: str = "float32", **settings) -> None:
     """Four steps of train_policy.train."""
     import copy
 
@@ -112,7 +112,7 @@ def ours(shape: str, early: bool = False, dtype: str = "float32") -> None:
     task = Task(start, tokenizer, cheap, rows, rows[:1], None, [2], {})
     sizes = dict(steps=STEPS, batch_size=ROWS, group_size=2, max_new_tokens=NEW, eval_prompts=1)
     given = dict(dataset="-", model="-", rm=["-"], baseline="rloo", beta=0.05, lr=1e-6, dtype=dtype)
-    config = train_policy.resolve(train_policy.Config(**sizes, **given))
+    config = train_policy.resolve(train_policy.Config(**sizes, **given, **settings))
     train_policy.evaluate = lambda *_: ({"reward": 0.0, "kl_sft": 0.0}, [])
     policy, precision = copy.deepcopy(model).requires_grad_(True), getattr(torch, dtype)
     parts = {
