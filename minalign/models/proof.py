@@ -9,7 +9,8 @@ from ..logprobs import position_ids_from_mask
 from ..running.errors import is_out_of_memory
 from .activations import is_checkpointed
 from .caches import OwnCache
-from .decoder import FAMILIES, read_decoder, read_texts
+from .decoder import read_texts
+from .families import FAMILIES, read_decoder
 from .folders import first_line
 from .lora import AdapterView
 from .padding import context_of

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
-from .decoder import read_decoder, read_texts
+from .decoder import read_texts
+from .families import read_decoder
 from .lora import adapters_in_place
 from .padding import length_parts, tokens_per_pass
 from .precision import dropout_off
