@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import statistics
 import typing
@@ -28,9 +27,6 @@ from .shards import INDEX, Shards
 
 if typing.TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
-
-# Read at torch's first tensor: fresh memory in pages of 2 MiB, not with a fault for each 4 KiB.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 TEMPLATES = "additional_chat_templates"
 # Of a config: what changes no logit.

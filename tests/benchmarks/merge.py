@@ -49,9 +49,8 @@ def inputs(shape: str, count: int) -> list[str]:
 
 def ours(shape: str, count: int) -> None:
     """python -m minalign merge, without its start-up."""
-    from minalign.tools import merge as merge_folders  # isort: skip
-
     import minalign.models.saving  # noqa: F401
+    from minalign.tools import merge as merge_folders
 
     init, *models = inputs(shape, count)
     with tempfile.TemporaryDirectory() as folder:
