@@ -92,7 +92,8 @@ class OwnCache:
             kind: tuple(table[0][positions] for table in tables)
             for kind, tables in self.angles.items()
         }
-        hidden = forward(self.decoder, ids, positions, angles, biases, remember)
+        with torch.autocast(ids.device.type, enabled=False):  # the decoder rounds by itself
+            hidden = forward(self.decoder, ids, positions, angles, biases, remember)
         return self.decoder.head(hidden[:, -1])
 
 

@@ -179,4 +179,5 @@ def read_texts(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor) -> torch
     """Hidden states (B, n, D) of whole texts: ids (B, n), mask (B, n) 1 or true for real tokens."""
     positions = position_ids_from_mask(mask)
     biases = attention_biases(decoder, mask.bool(), decoder.dtype)
-    return forward(decoder, ids, positions, decoder.angles(positions), biases)
+    with torch.autocast(ids.device.type, enabled=False):  # the decoder rounds by itself
+        return forward(decoder, ids, positions, decoder.angles(positions), biases)
