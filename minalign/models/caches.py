@@ -12,7 +12,7 @@ from .families import read_decoder
 
 
 class OwnCache:
-    """Keys and values of all layers in one buffer, (L, 2, B, H_kv, N, d), which is never moved.
+    """Keys and values of each layer in buffers (B, H_kv, N, d), which are never moved.
 
     On a GPU, shapes never change, either: each token looks at all N columns, and a bias hides those
     that are not there. Such a step can be captured as a CUDA graph.
@@ -40,8 +40,11 @@ class OwnCache:
         self.fixed = device.type == "cuda" if fixed is None else fixed
         # A CPU multiplies short rows in bfloat16 more slowly than in float32.
         dtype = torch.float32 if device.type == "cpu" else self.decoder.dtype
-        sizes = (len(self.decoder.layers), 2, B, self.decoder.kv_heads, len(self.columns))
-        self.buffer = torch.zeros(*sizes, self.decoder.head_size, dtype=dtype, device=device)
+        shape = (B, self.decoder.kv_heads, len(self.columns), self.decoder.head_size)
+        self.buffers = [  # of each layer, keys and values
+            tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            for _ in self.decoder.layers
+        ]
         self.lowest = torch.finfo(dtype).min
         self.bias = torch.zeros(B, 1, 1, len(self.columns), dtype=dtype, device=device)
         self.bias.masked_fill_(
@@ -72,7 +75,9 @@ class OwnCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows, (B,) long, alone; a row may be there more than once."""
-        self.buffer = self.buffer.index_select(2, rows)
+        self.buffers = [
+            tuple(buffer.index_select(0, rows) for buffer in of_layer) for of_layer in self.buffers
+        ]
         self.bias, self.positions = self.bias[rows], self.positions[rows]
 
     def _logits(
@@ -80,16 +85,19 @@ class OwnCache:
     ) -> torch.Tensor:
         """Of each row's last token; keys and values go to the columns `new` of the buffer."""
 
-        def remember(i: int, *new_ones: torch.Tensor) -> torch.Tensor:
-            for kept, added in zip(self.buffer[i], new_ones):
-                if added.shape[2] > 1 or not self.fixed:
-                    kept[:, :, new] = added
-                else:
-                    kept.index_copy_(2, self.column, added.to(kept.dtype))
-            return self.buffer[i][..., : new.stop, :]
+        def remember(
+            i: int, new_keys: torch.Tensor, new_values: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = self.buffers[i]
+            if self.fixed and len(self.columns) == new.stop:
+                keys.index_copy_(2, self.column, new_keys.to(keys.dtype))
+                values.index_copy_(2, self.column, new_values.to(values.dtype))
+                return keys, values
+            keys[:, :, new], values[:, :, new] = new_keys, new_values
+            return keys[:, :, : new.stop], values[:, :, : new.stop]
 
-        angles = {
-            kind: tuple(table[0][positions] for table in tables)
+        angles = {  # (B, 1, n, r)
+            kind: tuple(table[0, 0][positions[:, None]] for table in tables)
             for kind, tables in self.angles.items()
         }
         with torch.autocast(ids.device.type, enabled=False):  # the decoder rounds by itself

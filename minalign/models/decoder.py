@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..logprobs import position_ids_from_mask
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-Angles = dict[str, tuple[torch.Tensor, torch.Tensor]]  # kind -> cosines and sines (B, n, r)
+Angles = dict[str, tuple[torch.Tensor, torch.Tensor]]  # kind -> see `rotate`
 Biases = dict[int | None, torch.Tensor | None]  # window -> see `attend`
 
 
@@ -91,11 +91,11 @@ def forward(
     h = decoder.embed(ids, positions)
     for i, layer in enumerate(decoder.layers):
         heads = layer.qkv(layer.norms[0](h)).transpose(1, 2)  # (B, H + 2 H_kv, n, d)
-        qk, v = heads[:, : -decoder.kv_heads], heads[:, -decoder.kv_heads :]
+        qk, v = heads.split([heads.shape[1] - decoder.kv_heads, decoder.kv_heads], 1)
         qk = layer.qk_norm(qk)
         if layer.kind is not None:
             qk = rotate(qk, *angles[layer.kind]).to(v.dtype)
-        q, k = qk[:, : -decoder.kv_heads], qk[:, -decoder.kv_heads :]
+        q, k = qk.split([qk.shape[1] - decoder.kv_heads, decoder.kv_heads], 1)
         if remember:
             k, v = remember(i, k, v)
         seen = attend(q.to(k.dtype), k, v, biases[layer.window], layer.scale, decoder.softcap)
@@ -145,13 +145,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Args:
         x: (B, heads, n, d); from dimension r on it stays as it is.
-        cos, sin: (B, n, r), both halves alike.
+        cos, sin: (B, 1, n, r): cosines twice, sines times -1 and then sines.
     """
     r = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    a, b = x[..., :r].chunk(2, -1)
-    turned = x[..., :r] * cos + torch.cat([-b, a], -1) * sin
-    return turned if r == x.shape[-1] else torch.cat([turned, x[..., r:].to(turned.dtype)], -1)
+    turning = x if r == x.shape[-1] else x[..., :r]
+    turned = torch.addcmul(turning * cos, turning.roll(r // 2, -1), sin)
+    return turned if turning is x else torch.cat([turned, x[..., r:].to(turned.dtype)], -1)
 
 
 def attention_biases(decoder: Decoder, mask: torch.Tensor, dtype: torch.dtype) -> Biases:

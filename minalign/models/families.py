@@ -163,9 +163,12 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
         return h + getattr(body, family.positions)(positions) if family.positions else h
 
     def angles(positions: torch.Tensor) -> Angles:
-        like = body.get_input_embeddings().weight
-        used = {layer.kind for layer in layers} - {None}
-        return {kind: body.rotary_emb(like, positions, *[kind] * family.kinds) for kind in used}
+        like, tables = body.get_input_embeddings().weight, {}
+        for kind in {layer.kind for layer in layers} - {None}:
+            cos, sin = body.rotary_emb(like, positions, *[kind] * family.kinds)  # (B, n, r)
+            first, second = sin.chunk(2, -1)
+            tables[kind] = (cos[:, None], torch.cat([-first, second], -1)[:, None])
+        return tables
 
     def capped(name: str) -> float | None:
         return getattr(config, name, None) if family.softcaps else None

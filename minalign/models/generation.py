@@ -122,7 +122,7 @@ def generate(
     rows = Rows(
         number=torch.arange(B, **like),
         uniforms=uniforms,
-        tokens=torch.full(shape, pad_token_id, **like),
+        tokens=torch.zeros(shape, dtype=torch.long, **like),
         mask=torch.zeros(shape, dtype=torch.bool, **like),
         logprobs=torch.zeros(shape, **like),
         ids=torch.zeros(B, 1, dtype=torch.long, **like),
@@ -135,10 +135,9 @@ def generate(
         """Draw a token of each row into column t; nothing goes to the host."""
         uniform = rows.uniforms.index_select(1, t.to(rows.uniforms.device))
         drawn, logprobs = draw(logits / temperature, uniform)  # (b, 1) each
-        pads = rows.tokens.index_select(1, t)  # they are there already
-        rows.tokens.index_copy_(1, t, torch.where(rows.running, drawn, pads))
+        rows.tokens.index_copy_(1, t, drawn)
+        rows.logprobs.index_copy_(1, t, logprobs)
         rows.mask.index_copy_(1, t, rows.running)
-        rows.logprobs.index_copy_(1, t, logprobs.masked_fill(~rows.running, 0.0))
         rows.running.logical_and_((drawn != eos).all(1, keepdim=True))
         rows.ids.copy_(drawn)
         t.add_(1)
@@ -178,8 +177,8 @@ def generate(
                     cache.keep(going_on)
             step()
     rows.put_into(result)
-    length = int(result.mask.any(0).sum())  # of the longest completion
-    return Rollout(*(x[:, :length] for x in result))
+    tokens, mask, logprobs = (x[:, : int(result.mask.any(0).sum())] for x in result)
+    return Rollout(tokens.masked_fill(~mask, pad_token_id), mask, logprobs.masked_fill(~mask, 0.0))
 
 
 class Rows(NamedTuple):
@@ -231,8 +230,10 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, tor
     block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)
     chosen = weights[torch.arange(N, device=logits.device), block[:, 0].to(logits.device)]
     inner = chosen.to(uniform.device).double().cumsum(1)  # (N, 128)
-    left = (goal - (cdf - sums).gather(1, block)) / sums.gather(1, block)  # of the block, [0, 1)
-    place = torch.searchsorted(inner, left.clamp(0, 1 - 2**-53) * inner[:, -1:], right=True)
+    # What is left within the block; rounding must not take it out of there.
+    left = (goal - (cdf - sums).gather(1, block)).clamp(min=0)
+    left = torch.minimum(left, (1 - 2**-53) * inner[:, -1:])
+    place = torch.searchsorted(inner, left, right=True)
     drawn = (block * size + place).clamp(max=V - 1).to(logits.device)
     total = cdf[:, -1:].log().float().to(logits.device)
     return drawn, logits.gather(1, drawn) - top - total
