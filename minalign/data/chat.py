@@ -8,14 +8,14 @@ same functions.
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .messages import Messages, Prompt, to_text
-from .templates import answer_frame, default_template, render, rendered_ids, roles_of, say_once
+from .templates import answer_frame, begun, default_template, render, roles_of, say_once
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character
 
@@ -35,42 +35,79 @@ class TokenizedPrompt(NamedTuple):
     messages: Messages | None = None
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, end: bool) -> list[int]:
-    """Token ids of a plain text.
+class Text(NamedTuple):
+    """What is tokenised: a plain text, or what a chat template wrote."""
 
-    The begin token is there exactly once where the tokenizer has one, the end token exactly once if
-    `end`, else never at the end.
-    """
-    ids = list(tokenizer(text)["input_ids"])
-    begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # Some tokenizers add them by themselves, some texts have them already, some both.
-    while eos is not None and ids[-1:] == [eos]:
-        ids.pop()
-    if begin is not None:
-        ids = [begin, *itertools.dropwhile(begin.__eq__, ids)]
-    return [*ids, eos] if end and eos is not None else ids
+    text: str
+    rendered: bool
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Text:
     """What a policy continues: a text, or messages with the cue of the answer."""
     if isinstance(prompt, list) and tokenizer.chat_template:
-        return rendered_ids(tokenizer, render(tokenizer, prompt, cue=True))
-    return encode(tokenizer, to_text(prompt) if isinstance(prompt, list) else prompt, end=False)
+        return Text(render(tokenizer, prompt, cue=True), True)
+    return Text(to_text(prompt) if isinstance(prompt, list) else prompt, False)
 
 
-def encode_whole(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> list[int]:
-    """What a reward model scores: prompt + completion and the end token.
+def whole_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> Text:
+    """What a reward model scores: prompt + completion, without the end token.
 
     Of messages, it is what the chat template makes of the dialogue with the answer as its last
     turn, no more and no less. White space around that answer is left out.
     """
     if isinstance(prompt, str):
-        return encode(tokenizer, prompt + completion, end=True)
+        return Text(prompt + completion, False)
     completion = completion.strip()
     if not tokenizer.chat_template:
-        return encode(tokenizer, f"{to_text(prompt)} {completion}", end=True)
+        return Text(f"{to_text(prompt)} {completion}", False)
     answer = {"role": "assistant", "content": completion}
-    return rendered_ids(tokenizer, render(tokenizer, [*prompt, answer], cue=False))
+    return Text(render(tokenizer, [*prompt, answer], cue=False), True)
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Text], end: bool
+) -> Iterator[list[int]]:
+    """Token ids of each text, all tokenised in one call: fast tokenizers take all cores.
+
+    In a plain text the begin token is there exactly once where the tokenizer has one, the end token
+    exactly once if `end`, else never at the end. What a template wrote gets a begin token at most.
+    """
+    for rendered, group in itertools.groupby(texts, key=lambda text: text.rendered):
+        strings = [text.text for text in group]
+        options = {"add_special_tokens": False} if rendered else {}
+        try:
+            rows = tokenizer(strings, **options)["input_ids"]
+        except Exception:  # one by one: some tokenizers take no more, and else it is raised again
+            rows = (tokenizer(string, **options)["input_ids"] for string in strings)
+        for ids in rows:
+            yield begun(tokenizer, ids) if rendered else framed(tokenizer, list(ids), end)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, end: bool) -> list[int]:
+    """Token ids of one plain text, see `encode_batch`."""
+    return next(encode_batch(tokenizer, [Text(text, False)], end))
+
+
+def framed(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: bool) -> list[int]:
+    """Token ids of a plain text, with begin and end token as `encode_batch` says."""
+    begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # Some tokenizers add them by themselves, some texts have them already, some both.
+    while eos is not None and ids[-1:] == [eos]:
+        ids.pop()
+    if begin is not None:
+        first = next((i for i, one in enumerate(ids) if one != begin), len(ids))
+        ids = [begin, *ids[first:]]
+    return [*ids, eos] if end and eos is not None else ids
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, see `prompt_text`."""
+    return next(encode_batch(tokenizer, [prompt_text(tokenizer, prompt)], end=False))
+
+
+def encode_whole(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> list[int]:
+    """Token ids of prompt, completion and the end token, see `whole_text`."""
+    return next(encode_batch(tokenizer, [whole_text(tokenizer, prompt, completion)], end=True))
 
 
 def encode_sampled(
@@ -102,6 +139,15 @@ def encode_sampled(
         return (ids or encode_prompt(tokenizer, prompt) + after) + ending
 
 
+def one_of_each_kind(items: Iterable[tuple]) -> Iterable[tuple]:
+    """The first item of each sequence of roles, where items begin with messages."""
+    kinds = {}
+    for item in items:
+        if isinstance(item[0], list):
+            kinds.setdefault(roles_of(item[0]), item)
+    return kinds.values()
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Control tokens as a text may spell them, the longest first."""
     added = tokenizer.added_tokens_decoder.values()
@@ -115,18 +161,33 @@ def note_special_tokens(
 
     In chat, it is also said of the marks of other templates.
     """
-    items, own = list(items), "|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)"
+    items, own = list(items), special_tokens(tokenizer)
     chat = any(isinstance(prompt, list) for prompt, *_ in items)
     advice = ", as if rendered already: --format plain takes them as they are" * chat
-    readings = {own: "special tokens such as {}, which are read as such"}
+    readings = {
+        "special tokens such as {}, which are read as such": (
+            "|".join(map(re.escape, own)) or "(?!)",
+            {token[:1] for token in own},
+        )
+    }
     if chat:
-        readings[MARKS] = "marks of a template such as {}, which are words here"
-    for pattern, reading in readings.items():
-        found = [match for item in items if (match := re.search(pattern, repr(item)))]
+        readings["marks of a template such as {}, which are words here"] = MARKS, set("[<#")
+    for reading, (pattern, starts) in readings.items():
+        found = [match for item in items if (match := _first_match(pattern, starts, item))]
         if found:
             said = reading.format(found[0][0])
             print(f"  note: {len(found)} of {len(items)} {kind} hold {said}{advice}")
             return
+
+
+def _first_match(pattern: str, starts: set[str], item: tuple[Prompt, ...]) -> re.Match | None:
+    """Where one of the item's texts has `pattern`, whose matches begin with one of `starts`."""
+    for part in item:
+        texts = [part] if isinstance(part, str) else (t for m in part for t in m.values())
+        for text in texts:  # most have no such character, which is seen in no time
+            if any(map(text.__contains__, starts)) and (match := re.search(pattern, text)):
+                return match
+    return None
 
 
 def wants_chat(tokenizer: PreTrainedTokenizerBase, format: str) -> bool | None:
