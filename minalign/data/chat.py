@@ -5,13 +5,14 @@ become a dialogue in plain text, "\n\nHuman: ...\n\nAssistant: ...". Training an
 same functions.
 """
 
+import contextlib
 import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..running.errors import UserError, require
 from .messages import Messages, Prompt, to_text
@@ -73,14 +74,26 @@ def encode_batch(
     exactly once if `end`, else never at the end. What a template wrote gets a begin token at most.
     """
     for rendered, group in itertools.groupby(texts, key=lambda text: text.rendered):
-        strings = [text.text for text in group]
-        options = {"add_special_tokens": False} if rendered else {}
-        try:
-            rows = tokenizer(strings, **options)["input_ids"]
-        except Exception:  # one by one: some tokenizers take no more, and else it is raised again
-            rows = (tokenizer(string, **options)["input_ids"] for string in strings)
-        for ids in rows:
-            yield begun(tokenizer, ids) if rendered else framed(tokenizer, list(ids), end)
+        for ids in _rows(tokenizer, [text.text for text in group], not rendered):
+            yield begun(tokenizer, ids) if rendered else framed(tokenizer, ids, end)
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], add_special_tokens: bool
+) -> list[list[int]]:
+    """Token ids as tokenizer(text) has them, text by text."""
+    options = {} if add_special_tokens else {"add_special_tokens": False}
+    first = list(tokenizer(texts[0], **options)["input_ids"])  # and truncation is off, in Rust, too
+    with contextlib.suppress(Exception):  # what is wrong with a text is raised below, as always
+        names, plain = ("__call__", "_encode_plus"), PreTrainedTokenizerFast
+        alike = (getattr(type(tokenizer), name) is getattr(plain, name) for name in names)
+        if len(texts) > 1 and all(alike):
+            # A quarter of the time of tokenizer(texts), which makes lists of masks and offsets
+            encode_all = tokenizer.backend_tokenizer.encode_batch_fast
+            rows = [row.ids for row in encode_all(texts, add_special_tokens=add_special_tokens)]
+            if rows[0] == first:
+                return rows
+    return [first, *(list(tokenizer(text, **options)["input_ids"]) for text in texts[1:])]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, end: bool) -> list[int]:
@@ -96,7 +109,7 @@ def framed(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: bool) -> lis
         ids.pop()
     if begin is not None:
         first = next((i for i, one in enumerate(ids) if one != begin), len(ids))
-        ids = [begin, *ids[first:]]
+        ids[:first] = [begin]
     return [*ids, eos] if end and eos is not None else ids
 
 

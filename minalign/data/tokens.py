@@ -19,13 +19,14 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..models.folders import first_line
 from ..running.errors import UserError
 from .chat import Text, encode_batch
 from .messages import Prompt
 
 FOLDER = Path("runs/tokens")  # every text that was tokenised, by what its ids depend on
 
-KEPT_FROM = 2**24  # bytes of text: fewer are tokenised in a second or two, and stay in memory
+KEPT_FROM = 2**22  # bytes of text: fewer are tokenised in a second, and stay in memory
 
 BATCH = 1000, 2**22  # texts and characters that are tokenised together
 
@@ -143,7 +144,7 @@ def tokenised(
                 "it when you like)"
             )
         except OSError as error:
-            reason = error.strerror or type(error).__name__
+            reason = error.strerror or error
             print(f"  tokens of {kind} stay in memory: {FOLDER} cannot be written ({reason})")
     if kept is None:
         file = io.BytesIO()
@@ -164,7 +165,10 @@ def _update(digest: typing.Any, tokenizer: PreTrainedTokenizerBase, settings: tu
     if "strftime_now" in str(tokenizer.chat_template):  # it writes the date
         digest.update(time.strftime("%Y-%m-%d").encode())
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # Rust's are of no class of their own
+            raise OSError(first_line(error)) from error
         files = [*Path(folder).rglob("*"), *Path(__file__).parent.glob("*.py")]
         for file in sorted(files, key=lambda file: (file.name, file)):
             if file.is_file():
@@ -194,7 +198,7 @@ def _encode(
             continue
         rows.append([])
         for text in found:
-            name = hashlib.sha256(repr(text).encode()).digest()
+            name = hashlib.sha256(text.text.encode("utf-8", "surrogatepass")).digest(), text[1]
             if name not in known:
                 known[name] = len(known)
                 batch.append(text)
