@@ -73,9 +73,19 @@ def encode_batch(
     In a plain text the begin token is there exactly once where the tokenizer has one, the end token
     exactly once if `end`, else never at the end. What a template wrote gets a begin token at most.
     """
+    begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for rendered, group in itertools.groupby(texts, key=lambda text: text.rendered):
         for ids in _rows(tokenizer, [text.text for text in group], not rendered):
-            yield begun(tokenizer, ids) if rendered else framed(tokenizer, ids, end)
+            if rendered:
+                yield begun(tokenizer, ids)
+                continue
+            # Some tokenizers add them by themselves, some texts have them already, some both.
+            while eos is not None and ids[-1:] == [eos]:
+                ids.pop()
+            if begin is not None:
+                first = next((i for i, one in enumerate(ids) if one != begin), len(ids))
+                ids[:first] = [begin]
+            yield [*ids, eos] if end and eos is not None else ids
 
 
 def _rows(
@@ -99,18 +109,6 @@ def _rows(
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, end: bool) -> list[int]:
     """Token ids of one plain text, see `encode_batch`."""
     return next(encode_batch(tokenizer, [Text(text, False)], end))
-
-
-def framed(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: bool) -> list[int]:
-    """Token ids of a plain text, with begin and end token as `encode_batch` says."""
-    begin, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # Some tokenizers add them by themselves, some texts have them already, some both.
-    while eos is not None and ids[-1:] == [eos]:
-        ids.pop()
-    if begin is not None:
-        first = next((i for i, one in enumerate(ids) if one != begin), len(ids))
-        ids[:first] = [begin]
-    return [*ids, eos] if end and eos is not None else ids
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -152,15 +150,6 @@ def encode_sampled(
         return (ids or encode_prompt(tokenizer, prompt) + after) + ending
 
 
-def one_of_each_kind(items: Iterable[tuple]) -> Iterable[tuple]:
-    """The first item of each sequence of roles, where items begin with messages."""
-    kinds = {}
-    for item in items:
-        if isinstance(item[0], list):
-            kinds.setdefault(roles_of(item[0]), item)
-    return kinds.values()
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Control tokens as a text may spell them, the longest first."""
     added = tokenizer.added_tokens_decoder.values()
@@ -177,23 +166,20 @@ def note_special_tokens(
     items, own = list(items), special_tokens(tokenizer)
     chat = any(isinstance(prompt, list) for prompt, *_ in items)
     advice = ", as if rendered already: --format plain takes them as they are" * chat
-    readings = {
-        "special tokens such as {}, which are read as such": (
-            "|".join(map(re.escape, own)) or "(?!)",
-            {token[:1] for token in own},
-        )
-    }
+    looks = [("|".join(map(re.escape, own)) or "(?!)", {token[:1] for token in own})]
+    readings = ["special tokens such as {}, which are read as such"]
     if chat:
-        readings["marks of a template such as {}, which are words here"] = MARKS, set("[<#")
-    for reading, (pattern, starts) in readings.items():
-        found = [match for item in items if (match := _first_match(pattern, starts, item))]
+        looks.append((MARKS, "[<#"))
+        readings.append("marks of a template such as {}, which are words here")
+    for look, reading in zip(looks, readings):
+        found = [match for item in items if (match := _first_match(*look, item))]
         if found:
             said = reading.format(found[0][0])
             print(f"  note: {len(found)} of {len(items)} {kind} hold {said}{advice}")
             return
 
 
-def _first_match(pattern: str, starts: set[str], item: tuple[Prompt, ...]) -> re.Match | None:
+def _first_match(pattern: str, starts: Iterable[str], item: tuple[Prompt, ...]) -> re.Match | None:
     """Where one of the item's texts has `pattern`, whose matches begin with one of `starts`."""
     for part in item:
         texts = [part] if isinstance(part, str) else (t for m in part for t in m.values())

@@ -1,12 +1,12 @@
 """Preference pairs of a data set, and as token ids."""
 
 import bisect
-import contextlib
 import functools
 import itertools
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .cells import number_cell, report, shown, text_cell
-from .chat import Text, encode_whole, note_special_tokens, one_of_each_kind, whole_text
+from .chat import Text, note_special_tokens, whole_text
 from .columns import CHOSEN_RATINGS, Pair, name_unread, read_pair
-from .messages import Note, first_turn, place_of
+from .messages import Note, Prompt, first_turn, place_of
 from .splits import Split, both_splits, divide, require_both
 from .tokens import TokenItems, tokenised
 
@@ -212,28 +212,16 @@ def encode_pairs(
     indices = range(len(pairs))
     if max_pairs < len(pairs):
         indices = rng.sample(indices, max_pairs)
-    state = rng.getstate()
     words = [pair[:3] for pair in map(pairs.__getitem__, indices)]
 
-    def crop(completion: str) -> str:
-        if not crop_words:
-            return completion
-        return re.match(rf"(?:\s*\S+){{0,{rng.randint(*crop_words)}}}", completion)[0]
+    def texts_of(rng: random.Random, prompt: Prompt, *answers: str) -> Iterator[Text]:
+        for answer in answers:
+            if crop_words:
+                answer = re.match(rf"(?:\s*\S+){{0,{rng.randint(*crop_words)}}}", answer)[0]
+            yield whole_text(tokenizer, prompt, answer)
 
-    def texts() -> Iterator[list[Text] | str]:
-        rng.setstate(state)
-        for prompt, *answers in words:
-            try:
-                found = [whole_text(tokenizer, prompt, crop(answer)) for answer in answers]
-            except UserError as error:
-                found = str(error)
-            yield found
-
-    for prompt, chosen, _ in one_of_each_kind(words):
-        with contextlib.suppress(UserError):  # what is said of a template comes first
-            encode_whole(tokenizer, prompt, chosen)
-    settings = (crop_words, state) if crop_words else ()
-    rows, reasons = tokenised(tokenizer, words, texts, end=True, settings=settings, kind="pairs")
+    drawing = {"rng": rng, "settings": crop_words} if crop_words else {}
+    rows, reasons = tokenised(tokenizer, words, texts_of, end=True, kind="pairs", **drawing)
     lengths, fits = rows.lengths, np.ones(len(rows), bool)
     fits[list(reasons)] = False
     too_long = fits & (lengths.max(1) > max_tokens)  # never cut: the difference may lie there
@@ -250,7 +238,12 @@ def encode_pairs(
     )
     kept = np.flatnonzero(fits)
     others = [(pair.ratings, pair.gap) for pair in (pairs[indices[n]] for n in kept)]
-    return rows.take(kept, others, lambda texts, other: Example(texts, *other))
+    return replace(
+        rows,
+        places=rows.places[kept],
+        extras=others,
+        make=lambda texts, other: Example(texts, *other),
+    )
 
 
 def require_rating_range(

@@ -1,25 +1,18 @@
 """Prompts of a data set, and as token ids."""
 
-import contextlib
 import functools
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..running.errors import UserError, require
+from ..running.errors import require
 from .batches import shuffled_forever
 from .cells import report
-from .chat import (
-    Text,
-    TokenizedPrompt,
-    encode_prompt,
-    note_special_tokens,
-    one_of_each_kind,
-    prompt_text,
-)
+from .chat import Text, TokenizedPrompt, encode_prompt, note_special_tokens, prompt_text
 from .columns import name_unread, prompt_column, read_prompt
 from .messages import Prompt, first_turn, place_of
 from .splits import Split, both_splits, divide, require_both
@@ -89,20 +82,10 @@ def tokenize_prompts(
     inputs = [(prompt,) for prompt in prompts]
     note_special_tokens(tokenizer, inputs, f"{kind} prompts")
 
-    def texts() -> Iterator[list[Text] | str]:
-        for prompt in prompts:
-            try:
-                found = [prompt_text(tokenizer, prompt)]
-            except UserError as error:
-                found = str(error)
-            yield found
+    def texts_of(_: None, prompt: Prompt) -> list[Text]:
+        return [prompt_text(tokenizer, prompt)]
 
-    for (prompt,) in one_of_each_kind(inputs):
-        with contextlib.suppress(UserError):  # what is said of a template comes first
-            encode_prompt(tokenizer, prompt)
-    rows, reasons = tokenised(
-        tokenizer, inputs, texts, end=False, settings=(), kind=f"{kind} prompts"
-    )
+    rows, reasons = tokenised(tokenizer, inputs, texts_of, end=False, kind=f"{kind} prompts")
     refused = [(why, place_of(prompts[n])) for n, why in reasons.items()]
     report("  ", f"{kind} prompts dropped", refused, len(prompts))
     taken = np.delete(np.arange(len(rows)), list(reasons))
@@ -125,7 +108,12 @@ def tokenize_prompts(
         print(f"  dropped {len(taken) - len(kept)} of {len(taken)} {kind} prompts: {reason}")
     require(len(kept) > 0, f"no {kind} prompts left: all are {reason}: {advice}")
     messages = [prompts[n] if isinstance(prompts[n], list) else None for n in kept]
-    return rows.take(kept, messages, lambda texts, asked: TokenizedPrompt(texts[0], asked))
+    return replace(
+        rows,
+        places=rows.places[kept],
+        extras=messages,
+        make=lambda texts, asked: TokenizedPrompt(*texts, asked),
+    )
 
 
 def beginning(
