@@ -36,6 +36,7 @@ if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong
     import torch
 
     from minalign.data.pairs import Example
+    from minalign.data.tokens import TokenItems
     from minalign.models.heads import Objective
     from minalign.reward import RewardModel
 
@@ -178,7 +179,10 @@ def ordinal(config: Config) -> Objective:
 
 
 def train(
-    run: Run, reward_model: RewardModel, examples: list[Example], held_out: list[Example]
+    run: Run,
+    reward_model: RewardModel,
+    examples: TokenItems[Example],
+    held_out: TokenItems[Example],
 ) -> dict[str, float]:
     """Train `reward_model` in place by run.config; returns the metrics of the model that was kept.
 
@@ -200,7 +204,7 @@ def train(
         lambda learner, texts: read(reward_model.of(learner), texts), run.dtype
     )
     order = torch.Generator().manual_seed(config.seed)
-    lengths = [max(map(len, example.texts)) for example in examples]
+    lengths = examples.lengths.max(1).tolist()
     batches = length_grouped_batches(lengths, config.batch_size, order)
     steps = config.steps or math.ceil(len(examples) / config.batch_size)
     state = {"trained": trained, "optimizer": optimizer} | dropout_generators(run.device)
@@ -259,7 +263,7 @@ def write_logs(
     run: Run,
     reward_model: RewardModel,
     objective: Objective,
-    held_out: list[Example],
+    held_out: Sequence[Example],
     steps: int,
     metrics: dict,
 ) -> None:
@@ -290,7 +294,7 @@ def write_logs(
     run.log(metrics)
 
 
-def keep_last(run: Run, reward_model: RewardModel, held_out: list[Example]) -> str:
+def keep_last(run: Run, reward_model: RewardModel, held_out: Sequence[Example]) -> str:
     """Save the model where none is kept yet and its scores are finite. Says what is kept."""
     best, texts = run.counts.get("best"), [text for pair in held_out for text in pair.texts]
     if best is None and run.first:
@@ -312,7 +316,9 @@ def save(run: Run, reward_model: RewardModel) -> None:
         reward_model.save_pretrained(folder, adapter_of=adapter_of)
 
 
-def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Example], list[Example]]:
+def load(
+    config: Config, device: torch.device
+) -> tuple[RewardModel, TokenItems[Example], TokenItems[Example]]:
     """The reward model to train, training pairs and held-out pairs, as token ids.
 
     How the data are read is printed.
@@ -355,22 +361,17 @@ def load(config: Config, device: torch.device) -> tuple[RewardModel, list[Exampl
         max_tokens=min(config.max_tokens, reward_model.context),
         seed=config.seed,
         crop_words=parse_span("--crop-words", config.crop_words),
-        tokenizer=reward_model.tokenizer,
     )
-    examples = pairs.encode_pairs(
-        train_pairs, reward_model.encode, max_pairs=config.max_pairs, **drawing
-    )
-    held_out = pairs.encode_pairs(
-        eval_pairs, reward_model.encode, max_pairs=config.max_eval_pairs, **drawing
-    )
+    tokenizer = reward_model.tokenizer
+    examples = pairs.encode_pairs(train_pairs, tokenizer, max_pairs=config.max_pairs, **drawing)
+    held_out = pairs.encode_pairs(eval_pairs, tokenizer, max_pairs=config.max_eval_pairs, **drawing)
     require(
         bool(examples and held_out),
         "no pairs left to train or evaluate on: all are identical, or longer than --max-tokens",
     )
     if config.rating_coef:
-        pairs.require_rating_range(
-            config.dataset or "toy world", examples + held_out, *config.rating_range
-        )
+        ratings = [ratings for part in (examples, held_out) for ratings, _ in part.extras]
+        pairs.require_rating_range(config.dataset or "toy world", ratings, *config.rating_range)
 
     if config.lora_rank:
         torch.manual_seed(config.seed)

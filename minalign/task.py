@@ -14,6 +14,7 @@ from .data import toy
 from .data.chat import TokenizedPrompt, wants_chat
 from .data.prompts import beginning, load_prompts, parse_span, tokenize_prompts
 from .data.splits import Split
+from .data.templates import roles_of
 from .models.loading import end_token_ids, load_policy
 from .models.padding import context_of
 from .models.precision import autocast
@@ -41,7 +42,7 @@ class Task(NamedTuple):
     start: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     reward: RewardModel | RewardFunction | RewardSum
-    train_prompts: list[TokenizedPrompt]
+    train_prompts: Sequence[TokenizedPrompt]
     eval_prompts: list[TokenizedPrompt]
     prompt_tokens: tuple[int, int] | None
     eos_token_ids: list[int]
@@ -98,10 +99,12 @@ def load_task(
     train = tokenize_prompts(tokenizer, train, limit, span, "training")
     evaluation = evaluation[: 4 * flags.eval_prompts]  # not all of them: a few may be dropped
     evaluation = tokenize_prompts(tokenizer, evaluation, limit, span, "held-out")
-    evaluation = evaluation[: flags.eval_prompts]
-    kinds = {tuple(m["role"] for m in p.messages or ()): p for p in (*train, *evaluation)}
+    asked = enumerate([*train.extras, *evaluation.extras[: flags.eval_prompts]])
+    kinds = {roles_of(messages or ()): n for n, messages in asked}
+    kinds = [train[n] if n < len(train) else evaluation[n - len(train)] for n in kinds.values()]
     for reward in models:  # what a template refuses or changes is said before the first step
-        reward.encode_rollout(tokenizer, list(kinds.values()), [[]] * len(kinds))
+        reward.encode_rollout(tokenizer, kinds, [[]] * len(kinds))
+    evaluation = list(evaluation[: flags.eval_prompts])
     if span:
         print(f"  of each the first {span[0]} to {span[1]} tokens, drawn anew each time")
         begin = tokenizer.bos_token_id is not None

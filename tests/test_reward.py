@@ -357,7 +357,7 @@ def test_training_and_scoring_feed_the_same_ids(make_tokenizer):
     seen = ids_seen(reward_model)
 
     pairs = [Pair(prompt, chosen, rejected)]
-    examples = encode_pairs(pairs, reward_model.encode, max_tokens=64, max_pairs=9, seed=0)
+    examples = encode_pairs(pairs, reward_model.tokenizer, max_tokens=64, max_pairs=9, seed=0)
     logits = reward_model.forward([e.texts[k] for k in range(2) for e in examples])
     objective = train_rm.objective_of(train_rm.resolve(train_rm.Config()))
     train_rm.pair_losses(objective, logits.unflatten(0, (2, -1)), examples).sum().backward()

@@ -78,7 +78,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(bos, capsys):
     tokenizer, begin = make_tokenizer(bos), int(bos is not None)
     texts = ["a" * n for n in (3, 9, 10, 11, 20)]
     rows = tokenize_prompts(tokenizer, texts, 10 + begin, None, "held-out")
-    assert rows == [TokenizedPrompt(encode_prompt(tokenizer, text)) for text in texts[:3]]
+    assert list(rows) == [TokenizedPrompt(encode_prompt(tokenizer, text)) for text in texts[:3]]
     dropped = f"dropped 2 of 5 held-out prompts: longer than {10 + begin} tokens"
     assert dropped in capsys.readouterr().out
     message = "^no training prompts left: all are longer than 2 tokens: raise --max-prompt-tokens"
@@ -199,21 +199,21 @@ def test_chat_prompts_cannot_be_cut(world):
     for prompt in task.train_prompts:
         assert prompt.messages and task.tokenizer.decode(prompt.ids).endswith("<|bot|>")
     plain = world(PROMPTS, template=TEMPLATE, format="plain")
-    assert all(prompt.messages is None for prompt in plain.train_prompts + plain.eval_prompts)
+    assert all(prompt.messages is None for prompt in (*plain.train_prompts, *plain.eval_prompts))
     assert world(TEXTS, template=TEMPLATE).prompt_tokens == (6, 16), "a column of texts is no chat"
 
 
 def test_prompts_leave_room_for_their_completions(world, capsys):
     """Longer ones are dropped, in both parts: none is cut, none runs over the context."""
     task = world(PROMPTS)
-    lengths = [len(prompt.ids) for prompt in task.train_prompts + task.eval_prompts]
+    lengths = [len(prompt.ids) for prompt in (*task.train_prompts, *task.eval_prompts)]
     expected = sorted(n for n in (1 + len(row["prompt"]) for row in PROMPTS) if n <= CONTEXT - 16)
     assert sorted(lengths) == expected and len(expected) < 80
     out = capsys.readouterr().out
     assert "training prompts: longer than 48 tokens" in out
     assert "held-out prompts: longer than 48 tokens" in out
     task = world(PROMPTS, max_prompt_tokens=10)
-    assert max(len(prompt.ids) for prompt in task.train_prompts + task.eval_prompts) == 10
+    assert max(len(prompt.ids) for prompt in (*task.train_prompts, *task.eval_prompts)) == 10
     message = "^--max-new-tokens 64: leaves no room for a prompt in a context of 64"
     with pytest.raises(UserError, match=message):
         world(PROMPTS, max_new_tokens=64)

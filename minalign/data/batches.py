@@ -32,4 +32,4 @@ def shuffled_forever(items: Sequence[Item], seed: int) -> Iterator[Item]:
     """Each item once per epoch, in an order that differs between epochs and seeds."""
     rng = random.Random(seed)
     while True:
-        yield from rng.sample(items, len(items))
+        yield from map(items.__getitem__, rng.sample(range(len(items)), len(items)))

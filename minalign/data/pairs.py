@@ -5,18 +5,20 @@ import functools
 import itertools
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from tqdm import tqdm
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..running.errors import UserError, require
 from .cells import number_cell, report, shown, text_cell
-from .chat import note_special_tokens
+from .chat import Text, note_special_tokens, whole_text
 from .columns import CHOSEN_RATINGS, Pair, name_unread, read_pair
 from .messages import Note, Prompt, first_turn, place_of
 from .splits import Split, both_splits, divide, require_both
+from .tokens import TokenItems, tokenised
 
 
 class RatedPairs:
@@ -184,27 +186,25 @@ class Example(NamedTuple):
 
 def encode_pairs(
     pairs: Sequence[Pair],
-    encode_whole: Callable[[Prompt, str], list[int]],
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
     max_pairs: int,
     seed: int,
     crop_words: tuple[int, int] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[Example]:
+) -> TokenItems[Example]:
     """At most `max_pairs` pairs, drawn by `seed`, as token ids.
 
     Those that are identical, over-long, or refused by the chat template are dropped and counted.
 
     Args:
         pairs: of load_pairs.
-        encode_whole: (prompt, completion) -> token ids of the whole text.
+        tokenizer: the reward model's.
         max_tokens: per text.
         max_pairs: how many are drawn where there are more.
         seed: of that draw and of the crops.
         crop_words: (low, high) keeps the beginning of each completion, low..high words drawn anew
             each time: for a reward model that will score short continuations, not whole reviews.
-        tokenizer: that of encode_whole, to count special tokens in the texts.
     Raises:
         UserError: more than half are refused.
     """
@@ -212,46 +212,45 @@ def encode_pairs(
     indices = range(len(pairs))
     if max_pairs < len(pairs):
         indices = rng.sample(indices, max_pairs)
+    words = [pair[:3] for pair in map(pairs.__getitem__, indices)]
 
-    @functools.lru_cache(100_000)  # rated texts are in many pairs
-    def encode_once(text: str) -> list[int]:
-        return encode_whole("", text)
+    def texts_of(rng: random.Random, prompt: Prompt, *answers: str) -> Iterator[Text]:
+        for answer in answers:
+            if crop_words:
+                answer = re.match(rf"(?:\s*\S+){{0,{rng.randint(*crop_words)}}}", answer)[0]
+            yield whole_text(tokenizer, prompt, answer)
 
-    def encode(prompt: Prompt, completion: str) -> list[int]:
-        if crop_words:
-            count = rng.randint(*crop_words)
-            completion = re.match(rf"(?:\s*\S+){{0,{count}}}", completion)[0]
-        return encode_whole(prompt, completion) if prompt else encode_once(completion)
-
-    examples, refused, identical, too_long = [], [], 0, 0
-    for i in tqdm(indices, desc="tokens of pairs", leave=False, disable=None):
-        pair = pairs[i]
-        try:
-            texts = [encode(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
-        except UserError as error:
-            refused.append((str(error), place_of(pair.prompt or pair.chosen)))
-            continue
-        if max(map(len, texts)) > max_tokens:  # never cut: what is cut off may hold the difference
-            too_long += 1
-        elif texts[0] == texts[1]:
-            identical += 1
-        else:
-            examples.append(Example(texts, pair.ratings, pair.gap))
-    if tokenizer is not None:
-        drawn = map(pairs.__getitem__, indices)
-        items = ((pair.prompt, pair.chosen, pair.rejected) for pair in drawn)
-        note_special_tokens(tokenizer, items, "pairs")
-    report("  ", "pairs dropped", refused, len(indices))
+    drawing = {"rng": rng, "settings": crop_words} if crop_words else {}
+    rows, reasons = tokenised(tokenizer, words, texts_of, end=True, kind="pairs", **drawing)
+    lengths, fits = rows.lengths, np.ones(len(rows), bool)
+    fits[list(reasons)] = False
+    too_long = fits & (lengths.max(1) > max_tokens)  # never cut: the difference may lie there
+    fits &= ~too_long
+    alike = np.flatnonzero(fits & (lengths.min(1) == lengths.max(1)))
+    identical = [n for n in alike if rows[n][0] == rows[n][1]]
+    fits[identical] = False
+    note_special_tokens(tokenizer, words, "pairs")
+    refused = [(why, place_of(words[n][0] or words[n][1])) for n, why in reasons.items()]
+    report("  ", "pairs dropped", refused, len(words))
     print(
-        f"  kept {len(examples)} of {len(indices)} pairs: {identical} identical and {too_long} "
-        f"longer than {max_tokens} tokens dropped"
+        f"  kept {fits.sum()} of {len(words)} pairs: {len(identical)} identical and "
+        f"{too_long.sum()} longer than {max_tokens} tokens dropped"
     )
-    return examples
+    kept = np.flatnonzero(fits)
+    others = [(pair.ratings, pair.gap) for pair in (pairs[indices[n]] for n in kept)]
+    return replace(
+        rows,
+        places=rows.places[kept],
+        extras=others,
+        make=lambda texts, other: Example(texts, *other),
+    )
 
 
-def require_rating_range(where: str, examples: Sequence[Example], low: float, high: float) -> None:
+def require_rating_range(
+    where: str, ratings: Iterable[tuple[float, ...]], low: float, high: float
+) -> None:
     """UserError where a rating lies outside [low, high]."""
-    ratings = [rating for example in examples for rating in example.ratings]
+    ratings = [rating for of_item in ratings for rating in of_item]
     require(
         low <= min(ratings) and max(ratings) <= high,
         f"{where}: ratings from {min(ratings):g} to {max(ratings):g}, outside --rating-range "

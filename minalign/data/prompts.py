@@ -4,17 +4,19 @@ import functools
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from tqdm import tqdm
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..running.errors import UserError, require
+from ..running.errors import require
 from .batches import shuffled_forever
 from .cells import report
-from .chat import TokenizedPrompt, encode_prompt, note_special_tokens
+from .chat import Text, TokenizedPrompt, encode_prompt, note_special_tokens, prompt_text
 from .columns import name_unread, prompt_column, read_prompt
 from .messages import Prompt, first_turn, place_of
 from .splits import Split, both_splits, divide, require_both
+from .tokens import TokenItems, tokenised
 
 
 def load_prompts(
@@ -38,7 +40,7 @@ def load_prompts(
     chat = chat and column != "text"
     read = functools.partial(read_prompt, column=column, chat=chat)
     parts = [
-        list({json.dumps(prompt): prompt for prompt in part}.values())
+        list({p if isinstance(p, str) else json.dumps(p): p for p in part}.values())
         for part in divide(data, rows, read, first_turn)
     ]
     train, evaluation = map(len, parts)
@@ -62,7 +64,7 @@ def tokenize_prompts(
     limit: int,
     span: tuple[int, int] | None,
     kind: str,
-) -> list[TokenizedPrompt]:
+) -> TokenItems[TokenizedPrompt]:
     """Prompts as token ids.
 
     Those over `limit` tokens are dropped and counted. With a span, it is those under its lower end.
@@ -77,31 +79,41 @@ def tokenize_prompts(
     Raises:
         UserError: no prompt is left, more than half are refused, or `span` reaches up to `limit`.
     """
-    note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], f"{kind} prompts")
-    rows, refused = [], []
-    for prompt in tqdm(prompts, desc=f"{kind} prompts", leave=False, disable=None):
-        try:
-            rows.append(tokenize(tokenizer, prompt))
-        except UserError as error:
-            refused.append((str(error), place_of(prompt)))
+    inputs = [(prompt,) for prompt in prompts]
+    note_special_tokens(tokenizer, inputs, f"{kind} prompts")
+
+    def texts_of(_: None, prompt: Prompt) -> list[Text]:
+        return [prompt_text(tokenizer, prompt)]
+
+    rows, reasons = tokenised(tokenizer, inputs, texts_of, end=False, kind=f"{kind} prompts")
+    refused = [(why, place_of(prompts[n])) for n, why in reasons.items()]
     report("  ", f"{kind} prompts dropped", refused, len(prompts))
+    taken = np.delete(np.arange(len(rows)), list(reasons))
+    lengths = rows.lengths[taken, 0]
     if span is None:
-        kept = [row for row in rows if 0 < len(row.ids) <= limit]
-        reason = f"longer than {limit} tokens" + ", or empty" * any(not row.ids for row in rows)
+        kept = taken[(0 < lengths) & (lengths <= limit)]
+        reason = f"longer than {limit} tokens" + ", or empty" * bool((lengths == 0).any())
         advice = "raise --max-prompt-tokens, or lower --max-new-tokens"
     else:
         begin = [tokenizer.bos_token_id]
-        kept = [row for row in rows if len(row.ids) - (row.ids[:1] == begin) >= span[0]]
+        alone = [n for n in taken[lengths == span[0]] if rows[n][0][:1] == begin]
+        kept = np.setdiff1d(taken[lengths >= span[0]], alone)
         reason, advice = f"shorter than {span[0]} tokens", "lower --prompt-tokens"
         require(
             span[1] < limit,
             f"--prompt-tokens {span[1]}: expected fewer than {limit}: "
             "shorten it or --max-new-tokens",
         )
-    if len(kept) < len(rows):
-        print(f"  dropped {len(rows) - len(kept)} of {len(rows)} {kind} prompts: {reason}")
-    require(bool(kept), f"no {kind} prompts left: all are {reason}: {advice}")
-    return kept
+    if len(kept) < len(taken):
+        print(f"  dropped {len(taken) - len(kept)} of {len(taken)} {kind} prompts: {reason}")
+    require(len(kept) > 0, f"no {kind} prompts left: all are {reason}: {advice}")
+    messages = [prompts[n] if isinstance(prompts[n], list) else None for n in kept]
+    return replace(
+        rows,
+        places=rows.places[kept],
+        extras=messages,
+        make=lambda texts, asked: TokenizedPrompt(*texts, asked),
+    )
 
 
 def beginning(

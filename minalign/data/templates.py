@@ -176,8 +176,13 @@ def roles_of(messages: list[dict]) -> tuple[str, ...]:
 
 
 def rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of what a template wrote, see `begun`."""
+    return begun(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def begun(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Token ids of what a template wrote, with a begin token where the tokenizer has one."""
-    ids, begin = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    begin = tokenizer.bos_token_id
     if begin is None or ids[:1] == [begin]:
         return ids
     say_once(tokenizer, f"writes no begin token: {tokenizer.bos_token} is put before its text")

@@ -36,6 +36,8 @@ def fingerprints(data: dict[str, Sequence], models: dict[str, str]) -> dict[str,
 
 
 def _of_items(items: Iterable) -> str:
+    if hasattr(items, "fingerprint"):  # data.tokens.TokenItems
+        return items.fingerprint()
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps(item, default=str).encode() + b"\n")

@@ -15,6 +15,7 @@ Nothing here knows a model, a loss or an optimizer.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import math
@@ -97,6 +98,8 @@ class Run:
     def begun(self) -> Iterator[None]:
         """Write config.json: the folder can now be resumed. Inside, Ctrl-C waits for the step."""
         self.write_config()
+        with contextlib.suppress(OSError, AttributeError):  # glibc holds what loading took
+            ctypes.CDLL(None).malloc_trim(0)
         with stop_after_step(self.folder, self.stop):
             yield
 

@@ -7,17 +7,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from minalign.data import chat, tokens
 from minalign.data.batches import length_grouped_batches, shuffled_forever
-from minalign.data.chat import encode
 from minalign.data.columns import Pair
 from minalign.data.pairs import RatedPairs, encode_pairs
 from minalign.models.padding import length_parts, pad
 
 
-def make_tokenizer():
-    """Words of one letter."""
-    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", *"abcdef"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+def make_tokenizer(words="abcdef"):
+    """Words of one letter, or others."""
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -50,13 +50,10 @@ def test_identical_and_over_long_pairs_are_dropped_and_counted(prompt, capsys):
         Pair(prompt, f"{a} b c d", f"{a} b c e"),  # just fits: a cut would make it identical
         Pair(prompt, f"{a} b c d e", f"{a} b c d e"),  # both
     ]
-
-    def encode_text(prompt, completion):
-        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
-        return encode(tokenizer, text + completion, end=True)
-
-    examples = encode_pairs(pairs, encode_text, max_tokens=6, max_pairs=10, seed=0)
-    assert examples == [
+    if isinstance(prompt, list):
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
+    examples = encode_pairs(pairs, tokenizer, max_tokens=6, max_pairs=10, seed=0)
+    assert list(examples) == [
         ([[0, 2, 3, 1], [0, 2, 4, 1]], pairs[0].ratings, pairs[0].gap),
         ([[0, 2, 3, 4, 5, 1], [0, 2, 3, 4, 6, 1]], pairs[5].ratings, pairs[5].gap),
     ]
@@ -67,28 +64,30 @@ def test_identical_and_over_long_pairs_are_dropped_and_counted(prompt, capsys):
 def test_pairs_beyond_the_maximum_are_drawn_by_the_seed(capsys):
     many = RatedPairs([str(n) for n in range(2000)], list(range(2000)), min_gap=1)
 
-    def draw(seed, pairs=many, max_pairs=50):
-        def encode_text(prompt, text):
-            return [int(text)]
+    tokenizer = make_tokenizer(map(str, range(2000)))
 
-        return encode_pairs(pairs, encode_text, max_tokens=9, max_pairs=max_pairs, seed=seed)
+    def draw(seed, pairs=many, max_pairs=50):
+        drawn = encode_pairs(pairs, tokenizer, max_tokens=9, max_pairs=max_pairs, seed=seed)
+        return list(drawn)
 
     assert draw(0) == draw(0) != draw(1)
-    assert len({tuple(text[0] for text in e.texts) for e in draw(0)}) == 50
+    assert len({tuple(text[1] for text in e.texts) for e in draw(0)}) == 50
     assert "kept 50 of 50 pairs" in capsys.readouterr().out
     few = draw(0, [Pair("", "1", "2")] * 3, max_pairs=3)
     assert len(few) == 3, "all of them where there are not more"
 
 
-def test_a_text_in_many_pairs_is_encoded_once():
+def test_a_text_in_many_pairs_is_encoded_once(monkeypatch):
     calls = []
     pairs = RatedPairs([f"{n}" for n in range(30)], list(range(30)), 1)
 
-    def encode_text(prompt, text):
-        calls.append(text)
-        return [int(text)]
+    def encode_batch(tokenizer, texts, end):
+        calls.extend(text for text, _ in texts)
+        return chat.encode_batch(tokenizer, texts, end)
 
-    examples = encode_pairs(pairs, encode_text, max_tokens=9, max_pairs=10**6, seed=0)
+    monkeypatch.setattr(tokens, "encode_batch", encode_batch)
+    tokenizer = make_tokenizer(map(str, range(30)))
+    examples = encode_pairs(pairs, tokenizer, max_tokens=9, max_pairs=10**6, seed=0)
     assert len(examples) == 30 * 29 // 2
     assert sorted(calls) == sorted(f"{n}" for n in range(30))
 
@@ -98,16 +97,17 @@ def test_a_text_in_many_pairs_is_encoded_once():
 REVIEW = "  A long, long film.\n\nIt has\ttabs ; and 12 words - don't it?"
 
 
-def crops_of(pairs, span, seed=0):
-    """(prompt, text) of each text that was encoded, in turn a chosen and a rejected one."""
+def crops_of(pairs, span, monkeypatch, seed=0):
+    """(prompt, text) of each text that was made, in turn a chosen and a rejected one."""
     seen = []
 
-    def encode_text(prompt, text):
+    def whole_text(tokenizer, prompt, text):
         seen.append((prompt, text))
-        return [len(seen)]
+        return chat.Text(text, False)
 
-    limits = dict(max_tokens=9, max_pairs=10**6)
-    encode_pairs(pairs, encode_text, **limits, seed=seed, crop_words=span)
+    monkeypatch.setattr("minalign.data.pairs.whole_text", whole_text)
+    limits = dict(max_tokens=99, max_pairs=10**6)
+    encode_pairs(pairs, make_tokenizer(), **limits, seed=seed, crop_words=span)
     return seen
 
 
@@ -116,8 +116,8 @@ def crops_of(pairs, span, seed=0):
     ["", "one two three four five six seven", [{"role": "user", "content": "one two three four"}]],
 )
 @pytest.mark.parametrize("span", [(2, 5), (1, 1), (3, 30)])
-def test_a_crop_is_a_beginning_of_so_many_words(prompt, span):
-    crops = crops_of([Pair(prompt, REVIEW, REVIEW[2:])] * 300, span)
+def test_a_crop_is_a_beginning_of_so_many_words(prompt, span, monkeypatch):
+    crops = crops_of([Pair(prompt, REVIEW, REVIEW[2:])] * 300, span, monkeypatch)
     assert {str(p) for p, _ in crops} == {str(prompt)}, "prompts are never cropped"
     words = len(REVIEW.split())
     for _, crop in crops:
@@ -128,17 +128,21 @@ def test_a_crop_is_a_beginning_of_so_many_words(prompt, span):
     assert counts == set(range(span[0], min(span[1], words) + 1))
 
 
-def test_crops_are_drawn_anew_for_each_text_and_by_the_seed():
+def test_crops_are_drawn_anew_for_each_text_and_by_the_seed(monkeypatch):
     pairs = [Pair("p", REVIEW, REVIEW)] * 50
-    lengths = [len(text.split()) for _, text in crops_of(pairs, (1, 12))]
+    lengths = [len(text.split()) for _, text in crops_of(pairs, (1, 12), monkeypatch)]
     chosen, rejected = lengths[0::2], lengths[1::2]
     assert len(set(chosen)) > 6 and chosen != rejected
-    assert crops_of(pairs, (1, 12)) == crops_of(pairs, (1, 12)) != crops_of(pairs, (1, 12), seed=1)
-    assert [text for _, text in crops_of(pairs, None)] == [REVIEW] * 100
+    assert (
+        crops_of(pairs, (1, 12), monkeypatch)
+        == crops_of(pairs, (1, 12), monkeypatch)
+        != crops_of(pairs, (1, 12), monkeypatch, seed=1)
+    )
+    assert [text for _, text in crops_of(pairs, None, monkeypatch)] == [REVIEW] * 100
 
 
-def test_a_short_text_stays_whole():
-    crops = crops_of([Pair("p", "two words", "x")] * 5, (7, 9))
+def test_a_short_text_stays_whole(monkeypatch):
+    crops = crops_of([Pair("p", "two words", "x")] * 5, (7, 9), monkeypatch)
     assert {text for _, text in crops} == {"two words", "x"}
 
 

@@ -23,7 +23,6 @@ from standins import CHATML, byte_level_bpe
 from transformers import PreTrainedTokenizerFast
 
 from minalign.data import toy
-from minalign.data.chat import encode_whole
 from minalign.data.pairs import encode_pairs, load_pairs
 from minalign.data.prompts import load_prompts, tokenize_prompts
 from minalign.data.splits import Split
@@ -228,10 +227,6 @@ def write(path, rows):
 
 def read_and_encode(path, form, tokenizer, chat):
     """As the scripts do it. Returns what is loaded, training and held out, before it is tokens."""
-
-    def whole(prompt, completion):
-        return encode_whole(tokenizer, prompt, completion)
-
     data = Split(str(path), eval_share=0.3)
     if form in PROMPTS:
         parts = load_prompts(data, chat=chat)[:2]
@@ -240,7 +235,7 @@ def read_and_encode(path, form, tokenizer, chat):
     else:
         parts = load_pairs(data, chat=chat)
         for part in parts:
-            encode_pairs(part, whole, max_tokens=500, max_pairs=40, seed=0)
+            encode_pairs(part, tokenizer, max_tokens=500, max_pairs=40, seed=0)
     return parts
 
 

@@ -166,8 +166,8 @@ def work(seed: int) -> dict:
             reward_model = RewardModel.from_base(base, num_labels=labels)
             drawn = dict(max_tokens=reward_model.context, seed=seed)
             # 64 more than needed: some are dropped
-            examples = encode_pairs(training, reward_model.encode, max_pairs=PAIRS + 64, **drawn)
-            held = encode_pairs(held_out, reward_model.encode, max_pairs=len(held_out), **drawn)
+            examples = encode_pairs(training, reward_model.tokenizer, max_pairs=PAIRS + 64, **drawn)
+            held = encode_pairs(held_out, reward_model.tokenizer, max_pairs=len(held_out), **drawn)
             if loss == "half" and not share:
                 result["untrained"] = measures(config, reward_model, held)
             coins = random.Random(seed)  # two per pair: a larger share holds the smaller ones

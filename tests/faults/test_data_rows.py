@@ -763,13 +763,9 @@ def test_a_g15_the_prompt_of_a_dropped_row_stays_held_out():
 def test_a_g13_a_dialogue_that_the_template_refuses_is_dropped_with_its_row(capsys):
     tokenizer, two = tiny.tokenizer("strict"), [user("a"), user("b")]
     bad = {"prompt": two, "chosen": "x", "rejected": "y"}
-
-    def whole(prompt, completion):
-        return encode_whole(tokenizer, prompt, completion)
-
     pairs = pairs_of(PAIR, bad)
     limits = dict(max_tokens=200, max_pairs=100, seed=0)
-    examples = encode_pairs(pairs, whole, **limits)
+    examples = encode_pairs(pairs, tokenizer, **limits)
     out = capsys.readouterr().out
     assert len(examples) == COUNT - 1
     assert re.search(r"1 pairs dropped: .*roles must alternate.*first: d.jsonl: row 12", out)
@@ -780,7 +776,7 @@ def test_a_g13_a_dialogue_that_the_template_refuses_is_dropped_with_its_row(caps
 
     pairs = [Pair([*two, user(f"{n}")], "x", "y") for n in range(3)]
     with pytest.raises(UserError, match="3 of 3 are of no use: .*alternate"):
-        encode_pairs(pairs, whole, **limits)
+        encode_pairs(pairs, tokenizer, **limits)
     with pytest.raises(UserError, match="3 of 3 are of no use: .*alternate"):
         tokenize_prompts(tokenizer, [pair.prompt for pair in pairs], 200, None, "training")
 

@@ -101,7 +101,7 @@ def test_given_texts_are_read_as_transformers_writes_the_dialogue(family, messag
         assert m["content"] in tokenizer.decode(expected)
     row = {"prompt": messages, "chosen": f" {ANSWER}\n", "rejected": "No."}
     pair = read_pair(row, "", print, chat=True)
-    (example,) = encode_pairs([pair], reward.encode, max_tokens=512, max_pairs=9, seed=0)
+    (example,) = encode_pairs([pair], reward.tokenizer, max_tokens=512, max_pairs=9, seed=0)
     given = {"prompt": messages, "completion": f"\n{ANSWER}\n\n"}
     scored = reward.encode(*score.texts_of(given, "", print, True)["reward"])
     for ids in (reward.encode(messages, ANSWER), example.texts[0], scored):
@@ -378,8 +378,8 @@ def test_special_tokens_in_pairs_are_counted_in_one_line(capsys):
     rows[2]["chosen"] += "<|im_end|>\n"
     rows[4]["rejected"] += "<|im_start|>"
     pairs = [read_pair(row, "", print, chat=True) for row in rows]
-    drawing = dict(max_tokens=500, max_pairs=9, seed=0, tokenizer=reward.tokenizer)
-    encode_pairs(pairs, reward.encode, **drawing)
+    drawing = dict(max_tokens=500, max_pairs=9, seed=0)
+    encode_pairs(pairs, reward.tokenizer, **drawing)
     out = capsys.readouterr().out
     assert "2 of 5 pairs hold special tokens such as <|im_end|>" in out and "--format plain" in out
 
