@@ -168,6 +168,8 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
 
     def layer(i: int, block: torch.nn.Module) -> Layer:
         attention, mlp = getattr(block, family.attention), block.mlp
+        if not attention.is_causal:
+            raise ValueError("its attention sees later tokens")
         qkv, up, down = (
             product(parent, *names)
             for parent, names in ((attention, family.qkv), (mlp, family.up), (mlp, [family.down]))
@@ -232,7 +234,8 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
         size,
         dtype,
         getattr(config, "use_parallel_residual", False) and config.model_type == "gpt_neox",
-        getattr(config, "attn_logit_softcapping", None) if family.softcaps else None,
+        # Gemma 3's configuration has one, too, but its attention none.
+        config.attn_logit_softcapping if config.model_type == "gemma2" else None,
     )
 
 
@@ -241,6 +244,11 @@ def linear(layers: list[torch.nn.Module], dtype: torch.dtype, pack: bool) -> Fun
     if any(isinstance(layer, LoraLinear) for layer in layers):
         parts = [adapted(layer, dtype, pack) for layer in layers]
         return lambda x: torch.cat([part(x) for part in parts], -1)
+    for layer in layers:
+        if type(layer) not in (torch.nn.Linear, Conv1D):  # quantised, say, or another's adapter
+            raise TypeError(f"a {type(layer).__name__} in a linear layer's place")
+    if len({layer.bias is None for layer in layers}) > 1:
+        raise TypeError("a bias on some of the layers that read the same x")
     weights = [
         (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).to(dtype)
         for layer in layers
@@ -277,7 +285,7 @@ def norm_of(module: torch.nn.Module, offset: float) -> Function:
     weight = module.weight
     if isinstance(module, torch.nn.LayerNorm):
         return lambda x: F.layer_norm(x, weight.shape, weight, module.bias, module.eps)
-    eps = getattr(module, "variance_epsilon", None) or module.eps
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     if offset:  # in float32, where 1 + w is not rounded
         weight = offset + weight.float()
         return lambda x: F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
