@@ -9,6 +9,7 @@ never changes. `proof.can_decode` says of a model whether it does. Sizes: B rows
 each, N tokens that they see, D width, H heads of size d for queries, H_kv for keys and values.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ FAMILIES = {
         down="dense_4h_to_h",
     ),
 }
-GELU_TANH = lambda x: F.gelu(x, approximate="tanh")  # noqa: E731
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
