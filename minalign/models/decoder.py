@@ -287,10 +287,9 @@ def norm_of(module: torch.nn.Module, offset: float) -> Function:
     if isinstance(module, torch.nn.LayerNorm):
         return lambda x: F.layer_norm(x, weight.shape, weight, module.bias, module.eps)
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    if offset:  # in float32, where 1 + w is not rounded
-        weight = offset + weight.float()
-        return lambda x: F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+    if offset:
+        weight = offset + weight.float()  # 1 + w, not rounded
+    return lambda x: F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
