@@ -97,6 +97,11 @@ class Config(TaskFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     reward_clip: float | None = flag(
         None, "clamp rewards to [-c, c], before penalty and KL", "(0, inf)"
     )
+    sampler_dtype: str = flag(
+        "auto",
+        "precision that samples are drawn in: auto is --dtype's; importance weights make up for it",
+        ("auto", "float32", "bfloat16"),
+    )
     eval_every: int = flag(50, "steps between evaluations on held-out prompts", "[1, inf)")
 
 

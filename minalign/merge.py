@@ -338,23 +338,22 @@ def merge_policies(
         A block has few enough elements to stay in the processor's cache.
         """
         flat = [state[name].reshape(-1).split(2**18) for state in every_state]
-        first = flat[0][0]
-        scratch = torch.empty(len(states), first.numel(), dtype=dtype, device=first.device)
         for theta_init, *thetas in zip(*flat):
             theta_init = theta_init.to(dtype)
-            deltas = scratch[:, : theta_init.numel()]
+            deltas = theta_init.new_empty(len(states), theta_init.numel())
             for delta, theta in zip(deltas, thetas):
                 torch.sub(theta.to(dtype), theta_init, out=delta)
             yield theta_init, deltas
 
     def dot_products(names: list[str], dtype: torch.dtype) -> torch.Tensor:
         """Of the task vectors of a group, (M, M) in float64."""
-        gram = 0
+        gram = init_state[names[0]].new_zeros(len(states), len(states), dtype=torch.float64)
         for name in names:
             for _, deltas in blocks(name, dtype):
                 # Not `deltas @ deltas.T`: its float32 sums are 30 times less exact.
-                gram = gram + torch.stack([(delta * deltas).sum(1) for delta in deltas]).double()
-        return gram
+                for m, delta in enumerate(deltas):
+                    gram[m, m:] += (delta * deltas[m:]).sum(1)
+        return gram.triu() + gram.triu(1).T
 
     def widest(name: str) -> torch.dtype:
         """The dtype that a tensor is written in: no state is rounded to another's."""
@@ -425,7 +424,7 @@ def merge_policies(
             merged = torch.empty(shapes[name], dtype=widest(name), device=gram.device)
             parts = merged.view(-1).split(2**18)
             for part, (theta_init, deltas) in zip(parts, blocks(name, dtype)):
-                part.copy_(theta_init + weights.to(dtype) @ deltas)
+                torch.add(theta_init, weights.to(dtype) @ deltas, out=part)
             out[name] = merged
         angles = cosines(gram).acos().rad2deg()
         report[group] = {

@@ -20,7 +20,6 @@ from transformers import (
 
 from .data.chat import TokenizedPrompt, encode, encode_sampled, encode_whole
 from .data.messages import Prompt, to_messages
-from .logprobs import position_ids_from_mask
 from .losses import expected_score, score_variance
 from .models.broken import loading_errors
 from .models.folders import model_folder
@@ -37,6 +36,7 @@ from .models.heads import (
 from .models.lora import lora_layers
 from .models.padding import length_parts, pad, tokens_per_pass
 from .models.saving import save_files
+from .models.scoring import last_hidden_states
 from .running.errors import require
 
 
@@ -266,13 +266,7 @@ class RewardModel:
         )
         if not self.plain_head:
             return self.model(input_ids=ids, attention_mask=mask).logits.float()
-        output = self.model.base_model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids_from_mask(mask),
-            use_cache=False,
-        )
-        hidden = output.last_hidden_state  # (N, T, D)
+        hidden = last_hidden_states(self.model, ids, mask)  # (N, T, D)
         # The last real token by the mask: going by token id stops early where pad == eos.
         pooled = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
         head = self.model.score

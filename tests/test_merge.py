@@ -189,6 +189,28 @@ def test_angles_of_many_elements_are_exact():
     assert report["w"]["norms"] == pytest.approx([a.norm().item(), b.norm().item()], rel=1e-7)
 
 
+@pytest.mark.parametrize("sizes", [(2**18 + 5, 3), (3, 2**18), (2**19 + 1, 1)])
+def test_merges_of_several_blocks_are_the_recursion_on_the_whole_vector(device, sizes):
+    """Unequal norms and angles, so that no dot product can stand for another."""
+    torch.manual_seed(0)
+    init = {f"layers.0.{i}": torch.randn(size) for i, size in enumerate(sizes)}
+    common = torch.randn(sum(sizes))
+    deltas = [c * common + n * torch.randn(sum(sizes)) for c, n in ((0.1, 0.2), (0.3, 0.1), (0, 1))]
+    parts = [delta.split(sizes) for delta in deltas]
+    states = [dict(zip(init, map(torch.add, init.values(), part))) for part in parts]
+    on_device = [{k: v.to(device) for k, v in state.items()} for state in (init, *states)]
+    merged, report = merge_policies(on_device[0], on_device[1:])
+    deltas = [flat(state, init) - flat(init, init) for state in states]
+    found = flat({name: tensor.cpu() for name, tensor in merged.items()}, init)
+    torch.testing.assert_close(
+        found - flat(init, init), slerp_many(deltas).double(), rtol=0, atol=1e-6
+    )
+    assert report["layers.0"]["norms"] == pytest.approx([d.norm().item() for d in deltas], rel=1e-7)
+    pairs = [(deltas[i], deltas[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    angles = [math.degrees(math.acos(a @ b / a.norm() / b.norm())) for a, b in pairs]
+    assert report["layers.0"]["angle"] == pytest.approx(sum(angles) / 3, abs=1e-5)
+
+
 def test_a_third_policy_opposite_to_the_merge_of_two_does_not_blow_up():
     """No two of them are opposite, but the weights that float32 would give are thousands."""
     for seed in range(10):

@@ -29,8 +29,9 @@ def measures(
     """What metrics.jsonl has of the batch, each a mean over all processes' samples; and one sample.
 
     kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
-    tokens. Numbers that are not finite are left out of the means, and their samples are counted:
-    not_finite. The sample is the first, or the first of those.
+    tokens. importance_clipped: share of samples whose weight is cut. Numbers that are not finite
+    are left out of the means, and their samples are counted: not_finite. The sample is the first,
+    or the first of those.
     """
 
     def over_tokens(values: torch.Tensor) -> torch.Tensor:
@@ -44,8 +45,9 @@ def measures(
         "length": samples.mask.sum(1),
         "ended": samples.ended,
     } | {f"reward {name}": values for name, values in scores.parts.items()}
-    if run.dtype != torch.float32:
+    if run.dtype != torch.float32 or run.config.sampler_dtype == "bfloat16":
         rows["importance"] = samples.importance
+        rows["importance_clipped"] = samples.importance >= 2.0  # the limit of importance_weights
     table = torch.stack([row.float() for row in rows.values()], 1)
     broken = ~table.isfinite().all(1)  # (b,)
     means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))

@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from ..logprobs import position_ids_from_mask
-from .decoder import attention_biases, forward, read_decoder
+from .decoder import attention_biases, forward
+from .families import read_decoder
 
 
 class OwnCache:
@@ -40,7 +41,7 @@ class OwnCache:
         # A CPU multiplies short rows in bfloat16 more slowly than in float32.
         dtype = torch.float32 if device.type == "cpu" else self.decoder.dtype
         sizes = (len(self.decoder.layers), 2, B, self.decoder.kv_heads, len(self.columns))
-        self.buffer = torch.zeros(*sizes, self.decoder.size, dtype=dtype, device=device)
+        self.buffer = torch.zeros(*sizes, self.decoder.head_size, dtype=dtype, device=device)
         self.lowest = torch.finfo(dtype).min
         self.bias = torch.zeros(B, 1, 1, len(self.columns), dtype=dtype, device=device)
         self.bias.masked_fill_(

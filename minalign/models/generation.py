@@ -177,7 +177,7 @@ def generate(
                 if left <= 0.75 * len(rows.ids):
                     rows.put_into(result)
                     going_on = rows.running.nonzero()[:, 0]
-                    rows = Rows(*(x[going_on] for x in rows))
+                    rows = Rows(*(x[going_on.to(x.device)] for x in rows))
                     cache.keep(going_on)
             step()
     rows.put_into(result)

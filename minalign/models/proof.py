@@ -9,7 +9,8 @@ from ..logprobs import position_ids_from_mask
 from ..running.errors import is_out_of_memory
 from .activations import is_checkpointed
 from .caches import OwnCache
-from .decoder import FAMILIES, read_decoder, read_texts
+from .decoder import read_texts
+from .families import FAMILIES, read_decoder
 from .folders import first_line
 from .lora import AdapterView
 from .padding import context_of
@@ -27,7 +28,8 @@ def can_decode(model: PreTrainedModel | AdapterView) -> bool:
     """
     if isinstance(model, AdapterView):
         model = model.model
-    modules = list(model.modules())
+    used = model if model.get_output_embeddings() is not None else model.base_model
+    modules = list(used.modules())
     kinds = ((type(module), vars(module).get("is_causal")) for module in modules)
     state = (repr(vars(model.config)), model.dtype, *kinds)
     embedding = model.get_input_embeddings()  # is called as it is

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
-from .decoder import read_decoder, read_texts
+from .decoder import read_texts
+from .families import read_decoder
 from .lora import adapters_in_place
 from .padding import length_parts, tokens_per_pass
 from .precision import dropout_off
@@ -44,28 +45,41 @@ def completion_logits(
     >>> torch.equal(logits, model(ids).logits[:, 1:3])
     True
     """
-    inputs, T = _inputs(input_ids, attention_mask, tokens, mask), tokens.shape[1]
+    ids, full_mask = _side_by_side(input_ids, attention_mask, tokens, mask)
+    how = {"position_ids": position_ids_from_mask(full_mask), "use_cache": False}
+    with dropout_off(model):
+        keep = tokens.shape[1] + 1
+        logits = model(input_ids=ids, attention_mask=full_mask, logits_to_keep=keep, **how).logits
+    return logits[:, -keep:-1]  # some models keep all of them
+
+
+def _side_by_side(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (B, P + T) of prompts and completions, as a model takes them."""
+    full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)
+    return torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0), full_mask.long()
+
+
+def last_hidden_states(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """What a model's body makes of texts: the hidden states that its head reads.
+
+    Without gradients, our own decoder makes them, where it can.
+
+    Args:
+        model: a language model or a classifier, in the mode that it should run in.
+        ids, mask: (B, n) long; padding may stand on either side.
+    Returns:
+        (B, n, D).
+    """
     if not torch.is_grad_enabled() and can_decode(model):
         with adapters_in_place(model) as whole:
-            decoder = read_decoder(whole)
-            hidden = read_texts(decoder, inputs["input_ids"], inputs["attention_mask"])
-            return decoder.head(hidden[:, -T - 1 : -1])
-    with dropout_off(model):
-        logits = model(**inputs, logits_to_keep=T + 1).logits  # (B, T + 1, V)
-    return logits[:, -T - 1 : -1]  # some models keep all of them
-
-
-def _inputs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
-) -> dict[str, torch.Tensor | bool]:
-    """Prompts and completions side by side, as a model takes them."""
-    full_mask = torch.cat([attention_mask.bool(), mask.bool()], dim=1)  # (B, P + T)
-    return {
-        "input_ids": torch.cat([input_ids, tokens], dim=1).masked_fill(~full_mask, 0),
-        "attention_mask": full_mask.long(),
-        "position_ids": position_ids_from_mask(full_mask),
-        "use_cache": False,
-    }
+            return read_texts(read_decoder(whole), ids, mask)
+    positions = position_ids_from_mask(mask)
+    how = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    return model.base_model(input_ids=ids, **how).last_hidden_state
 
 
 def completion_logprobs(
@@ -99,18 +113,10 @@ def completion_logprobs(
     prompts = (input_ids[:, prompt_columns], attention_mask[:, prompt_columns])
     real = mask[:, :width]
     real_tokens = tokens[:, :width].masked_fill(~real, 0)
-    inputs = _inputs(*prompts, real_tokens, real)
-    if not torch.is_grad_enabled() and can_decode(model):
-        with adapters_in_place(model) as whole:
-            decoder = read_decoder(whole)
-            hidden = read_texts(decoder, inputs["input_ids"], inputs["attention_mask"])
-            hidden, chosen = hidden[:, -width - 1 : -1][real], tokens[mask][:, None]  # (N, D or 1)
-            blocks = (decoder.head(block) / temperature for block in hidden.split(128))  # (128, V)
-            parts = zip(blocks, chosen.split(128))
-            logprobs = torch.cat([z.gather(1, y) - z.logsumexp(1, True) for z, y in parts])
-    elif has_plain_head(model):
+    if has_plain_head(model):
         with dropout_off(model):
-            hidden = model.base_model(**inputs).last_hidden_state[:, -width - 1 : -1]  # (B, T, D)
+            hidden = last_hidden_states(model, *_side_by_side(*prompts, real_tokens, real))
+        hidden = hidden[:, -width - 1 : -1]  # (B, T, D)
         logprobs = token_logprobs_from_hidden(
             hidden[real][None],
             model.get_output_embeddings().weight,

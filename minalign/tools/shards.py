@@ -25,7 +25,7 @@ class Shards:
 
     def __init__(self, folder: Path, init: Mapping[str, torch.Tensor], eta: float) -> None:
         self.folder, self.init, self.eta = folder, init, eta
-        self.pending: dict[str, torch.Tensor] = {}
+        self.pending, self.bytes = {}, 0  # merged tensors by name, and the sum of their sizes
         self.files: list[list[str]] = []  # of each shard the names of its tensors
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
@@ -34,21 +34,18 @@ class Shards:
             moved = liti({name: self.init[name]}, {name: tensor}, self.eta)[name]
             tensor = moved.to(tensor.dtype)
         self.pending[name] = tensor.contiguous()
-        if sum(t.numel() * t.element_size() for t in self.pending.values()) >= SHARD_BYTES:
+        self.bytes += tensor.nbytes
+        if self.bytes >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Begin to write what is pending as the next shard, once the one before is written."""
-        self.wait()
+        if self.writing:
+            self.writing.result()
         self.files.append(list(self.pending))
         path = self.folder / f"shard-{len(self.files)}"
         self.writing = self.thread.submit(save_synced, self.pending, path)
-        self.pending = {}
-
-    def wait(self) -> None:
-        """Wait until the latest shard is written. Raises its error, where it could not be."""
-        if self.writing:
-            self.writing.result()
+        self.pending, self.bytes = {}, 0
 
     def finish(self) -> None:
         """Write the last shard, and give the files the names that transformers looks for.
@@ -57,7 +54,7 @@ class Shards:
         """
         if self.pending:
             self.flush()
-        self.wait()
+        self.writing.result()  # raises its error, where it could not be written
         self.thread.shutdown()
         many = len(self.files)
         names = ["model.safetensors"]
@@ -67,9 +64,9 @@ class Shards:
             (self.folder / f"shard-{i}").rename(self.folder / name)
         if many > 1:
             size = sum((self.folder / name).stat().st_size for name in names)
-            weight_map = {}
-            for name, tensors in zip(names, self.files):
-                weight_map |= dict.fromkeys(tensors, name)
+            weight_map = {
+                tensor: name for name, tensors in zip(names, self.files) for tensor in tensors
+            }
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -9,10 +9,10 @@ Llama. "parts" is what the loops do (models/padding.py: length_parts). "packed" 
 transformers keeps texts apart by their position ids.
 """
 
+import functools
 import random
-import time
 
-from side_by_side import compare, make_model, peak, report
+from side_by_side import clock, compare, device, make_model, peak, report
 
 TEXTS, REPEATS = 16, 5
 
@@ -30,17 +30,18 @@ def run(shape: str, passes) -> None:
     texts = []
     for length in lengths:
         draws = torch.Generator().manual_seed(length)
-        texts.append(torch.randint(4, len(tokenizer), (length,), generator=draws))
+        text = torch.randint(4, len(tokenizer), (length,), generator=draws)
+        texts.append(text.to(device()))
     before, seconds = peak(), []
     for _ in range(REPEATS):
         model.zero_grad()
-        began = time.monotonic()
+        began = clock()
         total = 0.0
         for last in passes(model.model, texts):
             value = last.tanh().sum()
             value.backward()
             total += value.item()
-        seconds.append(time.monotonic() - began)
+        seconds.append(clock() - began)
     gradient = sum(p.grad.square().sum().item() for p in model.model.parameters()) ** 0.5
     facts = dict(tokens=sum(lengths), value=round(total, 2), gradient=round(gradient, 2))
     report(seconds, peak() - before, **facts)
@@ -53,9 +54,9 @@ def padded(model, texts, parts=None):
     from minalign.models.padding import pad
 
     for part in parts or [range(len(texts))]:
-        ids, mask = pad([texts[i].tolist() for i in part], "right")
+        ids, mask = pad([texts[i].tolist() for i in part], "right", device())
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        yield hidden[torch.arange(len(ids)), mask.sum(1) - 1]
+        yield hidden[torch.arange(len(ids), device=device()), mask.sum(1) - 1]
 
 
 def in_parts(model, texts):
@@ -71,16 +72,17 @@ def packed(model, texts):
     import torch
 
     row = torch.cat(texts)[None]
-    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    positions = torch.cat([torch.arange(len(text), device=device()) for text in texts])[None]
     output = model(input_ids=row, position_ids=positions, use_cache=False)
     hidden = output.last_hidden_state[0]
     yield hidden[torch.tensor([len(text) for text in texts]).cumsum(0) - 1]
 
 
+SIDES = {
+    "parts": functools.partial(run, passes=in_parts),
+    "packed": functools.partial(run, passes=packed),
+    "padded": functools.partial(run, passes=padded),
+}
+
 if __name__ == "__main__":
-    sides = {
-        "parts": lambda shape: run(shape, in_parts),
-        "packed": lambda shape: run(shape, packed),
-        "padded": lambda shape: run(shape, padded),
-    }
-    compare(__file__, __doc__, sides, first="parts")
+    compare(__file__, __doc__, SIDES, devices=("cpu", "cuda"))

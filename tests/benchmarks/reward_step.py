@@ -10,13 +10,13 @@ that they compute the same. "TRL" is RewardTrainer at its defaults. "TRL, sorted
 order of length and does not recompute activations: its best setting here.
 """
 
+import functools
 import json
 import random
 import tempfile
-import time
 from pathlib import Path
 
-from side_by_side import compare, forward_flops, make_model, peak, report
+from side_by_side import clock, compare, device, forward_flops, make_model, peak, report
 
 PAIRS, EPOCH = 8, 6  # pairs per batch, steps per epoch
 
@@ -70,7 +70,7 @@ def ours(shape: str) -> None:
         config = train_rm.Config(model=str(folder / "model"), **data, **sizes)
         config = train_rm.resolve(config)
         before = peak()
-        run = Run(folder, config, torch.device("cpu"), torch.float32)
+        run = Run(folder, config, device(), torch.float32)
         train_rm.train(run, *train_rm.load(config, run.device))
         steps = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     seconds = (steps[2 * EPOCH - 1]["seconds"] - steps[EPOCH - 1]["seconds"]) / EPOCH
@@ -93,7 +93,7 @@ def trl(shape: str, best: bool = False) -> None:
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
-            marks.append(time.monotonic())
+            marks.append(clock())
 
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = save_start(shape, Path(folder) / "model")
@@ -109,7 +109,7 @@ def trl(shape: str, best: bool = False) -> None:
             max_steps=2 * EPOCH + 1,
             report_to="none",
             save_strategy="no",
-            use_cpu=True,
+            use_cpu=device().type == "cpu",
             bf16=False,
             disable_tqdm=True,
             **settings,
@@ -127,10 +127,12 @@ def trl(shape: str, best: bool = False) -> None:
     report([(marks[-1] - marks[EPOCH - 1]) / EPOCH], peak() - before, words=words(rows), loss=loss)
 
 
+def floor(shape: str, work: str) -> list:
+    """Forward and backward of all that a step reads."""
+    return [(3 * forward_flops(shape, words(pairs(EPOCH * PAIRS, 4096)) // EPOCH, 0), 0)]
+
+
+SIDES = {"ours": ours, "TRL": trl, "TRL, sorted": functools.partial(trl, best=True)}
+
 if __name__ == "__main__":
-    sides = {"ours": ours, "TRL": trl, "TRL, sorted": lambda shape: trl(shape, best=True)}
-
-    def flops(shape):
-        return 3 * forward_flops(shape, words(pairs(EPOCH * PAIRS, 4096)) // EPOCH, 0)
-
-    compare(__file__, __doc__, sides, flops=flops)
+    compare(__file__, __doc__, SIDES, floor, devices=("cpu", "cuda"))

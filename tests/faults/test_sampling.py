@@ -5,6 +5,7 @@ References: transformers' own models, one row at a time, without cache, padding 
 """
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gemma
 
 from minalign import logprobs, rollout
 from minalign.measuring.pairs import expected_calibration_error
-from minalign.models import decode, generation, loading, padding, precision
+from minalign.models import caches, generation, loading, padding, precision
 from minalign.running import device as devices
 from minalign.running.errors import UserError, one_line_errors
 from minalign.tools import asking
@@ -247,15 +248,6 @@ def test_the_trial_is_cheap(tmp_path):
 # --- fixed shapes on a GPU
 
 
-def as_on_a_gpu(model):
-    names = [
-        name for name in ("config", "forward", "_can_compile_fullgraph") if hasattr(model, name)
-    ]
-    return SimpleNamespace(
-        device=torch.device("cuda"), **{name: getattr(model, name) for name in names}
-    )
-
-
 @pytest.mark.parametrize(
     "family",
     ids_of("M5", "gpt_neo")
@@ -264,10 +256,7 @@ def as_on_a_gpu(model):
 )
 def test_whatever_a_gpu_would_do_with_a_family_is_right(family, monkeypatch):
     """The loop of fixed shapes where a GPU would take it: 4 tokens of window, 24 of text."""
-    decide = decode.can_be_fixed
-    monkeypatch.setattr(
-        generation, "can_be_fixed", lambda model, cache: decide(as_on_a_gpu(model), cache)
-    )
+    monkeypatch.setattr(generation, "OwnCache", functools.partial(caches.OwnCache, fixed=True))
     assert_samples_are_those_of_bare_passes(make(family))
 
 
@@ -335,11 +324,11 @@ def test_a_composite_model_says_how_many_tokens_a_pass_takes():
 @pytest.mark.parametrize(
     "family", ids_of("M8", "xglm") + ids_of("works", "llama", slow=["ctrl", "gptj", "falcon_h1"])
 )
-def test_the_rounded_copy_samples(family):
+def test_rounded_weights_sample(family):
     model, (ids, mask, _) = make(family, deviation=0.1), batch()
-    copied = precision.sampling_copy(model, torch.bfloat16)
     how = dict(max_new_tokens=5, temperature=1.0, eos_token_ids=[], pad_token_id=0)
-    drawn = rollout.generate(copied, ids, mask, **how)
+    with precision.autocast(CPU, torch.bfloat16):
+        drawn = rollout.generate(model, ids, mask, **how)
     scored = rollout.completion_logprobs(model, ids, mask, drawn.tokens, drawn.mask, 1.0)
     assert (scored - drawn.logprobs).abs().max() < 0.1
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from minalign.logprobs import position_ids_from_mask
 from minalign.models import proof
 from minalign.models.caches import OwnCache, TransformersCache
-from minalign.models.decoder import read_decoder, read_texts
+from minalign.models.decoder import read_texts
+from minalign.models.families import read_decoder
 from minalign.models.generation import draw
 from minalign.models.lora import AdapterView, adapter_parameters, add_lora_
 from minalign.models.proof import can_decode
