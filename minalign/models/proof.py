@@ -32,8 +32,7 @@ def can_decode(model: PreTrainedModel | AdapterView) -> bool:
     modules = list(used.modules())
     kinds = ((type(module), vars(module).get("is_causal")) for module in modules)
     state = (repr(vars(model.config)), model.dtype, *kinds)
-    embedding = model.get_input_embeddings()  # is called as it is
-    if any(_is_changed(module) for module in modules if module is not embedding):
+    if any(map(_is_changed, modules)):
         reason = "hooks, or a forward pass that was replaced"
     else:
         if model not in _PROVED or _PROVED[model][0] != state:

@@ -536,11 +536,6 @@ CHANGES = {
         ),
         False,
     ),
-    "embedding's hook": (
-        "llama",
-        lambda m: m.model.embed_tokens.register_forward_hook(lambda module, ids, x: x / 2),
-        True,
-    ),
     "forward": ("llama", lambda m: replace_forward(m.model.layers[0].mlp), False),
     "linear class": ("llama", lambda m: halve(m.model.layers[0].mlp.down_proj), False),
     "class": ("llama", lambda m: halve(m.model.layers[0].mlp), False),
