@@ -127,6 +127,8 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
 
     def read_layer(i: int, block: torch.nn.Module) -> Layer:
         attention = getattr(block, family.attention)
+        if not attention.is_causal:
+            raise ValueError("its attention sees later tokens")
         qkv, out = product(attention, *family.qkv), product(attention, family.out)
         up, down = product(block.mlp, *family.up), product(block.mlp, family.down)
 
@@ -190,7 +192,8 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_size=size,
         parallel=family.interleaved and config.use_parallel_residual,
-        softcap=capped("attn_logit_softcapping"),
+        # Gemma 3's attention has none, whatever its config says.
+        softcap=None if family.kinds else capped("attn_logit_softcapping"),
         dtype=dtype,
     )
 
@@ -210,7 +213,8 @@ def norm_of(modules: list[torch.nn.Module], offset: float, heads: tuple[int, ...
     weight = modules[0].weight
     if isinstance(modules[0], torch.nn.LayerNorm):
         return lambda x: F.layer_norm(x, weight.shape, weight, modules[0].bias, modules[0].eps)
-    eps = getattr(modules[0], "variance_epsilon", None) or modules[0].eps
+    name = "variance_epsilon" if hasattr(modules[0], "variance_epsilon") else "eps"
+    eps = getattr(modules[0], name)  # 0 is one, too
     if not offset and not heads:
         return lambda x: F.rms_norm(x, weight.shape, weight, eps)
     scale = offset + weight.float()
@@ -226,6 +230,11 @@ def linear(layers: list[torch.nn.Module], dtype: torch.dtype, pack: bool) -> Fun
     if any(isinstance(layer, LoraLinear) for layer in layers):
         parts = [adapted(layer, dtype, pack) for layer in layers]
         return lambda x: torch.cat([part(x) for part in parts], -1)
+    for layer in layers:
+        if type(layer) not in (torch.nn.Linear, Conv1D):  # quantised, say, or another's adapter
+            raise TypeError(f"a {type(layer).__name__} in a linear layer's place")
+    if len({layer.bias is None for layer in layers}) > 1:
+        raise TypeError("a bias on some of the layers that read the same x")
     weights = [
         (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).to(dtype)
         for layer in layers

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .caches import OwnCache, TransformersCache
+from .lora import adapters_in_place
 from .padding import context_of
 from .precision import dropout_off, float64_device
 from .proof import can_decode
@@ -114,8 +115,9 @@ def generate(
 
     # Samples of one prompt share its pass. `prompts` are the different ones, and `prompt_of` (B,)
     # says which is whose.
+    used = attention_mask.any(0)  # columns of padding alone would count as positions
     real_ids = input_ids.masked_fill(~attention_mask, 0)  # a pad id may lie outside the embedding
-    ids_and_mask = torch.cat([real_ids, attention_mask.long()], dim=1)
+    ids_and_mask = torch.cat([real_ids[:, used], attention_mask[:, used].long()], dim=1)
     prompts, prompt_of = ids_and_mask.unique(dim=0, return_inverse=True)
     ids, prompt_mask = prompts.chunk(2, dim=1)
     B, shape, like = len(input_ids), (len(input_ids), max_new_tokens), {"device": input_ids.device}
@@ -145,13 +147,14 @@ def generate(
     def step() -> None:
         draw_next(cache.next(rows.ids))
 
-    with dropout_off(model):  # with dropout, the samples would be those of another policy
-        if can_decode(model):  # packing weights costs the time of two tokens
+    # With dropout, the samples would be those of another policy.
+    with dropout_off(model), adapters_in_place(model) as whole:
+        if can_decode(whole):  # packing weights costs the time of two tokens
             cache = OwnCache(
-                model, ids, prompt_mask.bool(), max_new_tokens, pack=max_new_tokens > 4
+                whole, ids, prompt_mask.bool(), max_new_tokens, pack=max_new_tokens > 4
             )
         else:
-            cache = TransformersCache(model, ids, prompt_mask.bool())
+            cache = TransformersCache(whole, ids, prompt_mask.bool())
         cache.keep(prompt_of)
         draw_next(cache.logits[prompt_of])
         for done in range(1, max_new_tokens):

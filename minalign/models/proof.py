@@ -16,30 +16,39 @@ from .lora import AdapterView
 from .padding import context_of
 from .precision import dropout_off
 
-_PROVED: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_PROVED: weakref.WeakKeyDictionary[PreTrainedModel, tuple] = weakref.WeakKeyDictionary()
 _SAID: set[str] = set()
 
 
 def can_decode(model: PreTrainedModel | AdapterView) -> bool:
     """Whether decoder.py may run in place of this model's own forward pass.
 
-    If not, transformers runs it, and one line says why. Hooks on the model are never passed by.
+    If not, transformers runs it, and one line says why. It is tried out anew once the model's
+    configuration or the class of a module has changed.
     """
     if isinstance(model, AdapterView):
         model = model.model
     used = model if model.get_output_embeddings() is not None else model.base_model
-    for module in used.modules():
-        replaced = "forward" in vars(module) and not is_checkpointed(module)
-        if replaced or module._forward_hooks or module._forward_pre_hooks:
-            return False
-    if model not in _PROVED:
-        reason = _mismatch(model)
-        _PROVED[model] = not reason
-        line = f"  note: {model.config.model_type}: {reason}: transformers' own passes are taken"
-        if reason and line not in _SAID:
-            _SAID.add(line)
-            print(line)
-    return _PROVED[model]
+    modules = list(used.modules())
+    kinds = ((type(module), vars(module).get("is_causal")) for module in modules)
+    state = (repr(vars(model.config)), model.dtype, *kinds)
+    if any(map(_is_changed, modules)):
+        reason = "hooks, or a forward pass that was replaced"
+    else:
+        if model not in _PROVED or _PROVED[model][0] != state:
+            _PROVED[model] = state, _mismatch(model)
+        reason = _PROVED[model][1]
+    line = f"  note: {model.config.model_type}: {reason}: transformers' own passes are taken"
+    if reason and line not in _SAID:
+        _SAID.add(line)
+        print(line)
+    return not reason
+
+
+def _is_changed(module: torch.nn.Module) -> bool:
+    """Whether a module does more than its class says."""
+    replaced = "forward" in vars(module) and not is_checkpointed(module)
+    return bool(replaced or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _mismatch(model: PreTrainedModel) -> str:
@@ -52,7 +61,7 @@ def _mismatch(model: PreTrainedModel) -> str:
         if is_out_of_memory(error):
             raise
         return f"minalign's decoder does not fit ({type(error).__name__}: {first_line(error)})"
-    allowed = 1e-4 if model.dtype == torch.float32 else 0.05
+    allowed = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.05
     return "" if gap <= allowed else f"minalign's decoder is off by {gap:.1g} of the largest logit"
 
 
