@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     out: (B, n, H d) -> (B, n, D).
     mlp: (B, n, D) -> (B, n, D).
     scale: of the scores.
-    kind: which angles turn queries and keys; None turns none.
+    angle_kind: which angles turn queries and keys; None turns none.
     window: how many tokens one sees, itself included; None is all.
     """
 
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     out: Function
     mlp: Function
     scale: float
-    kind: str | None
+    angle_kind: str | None
     window: int | None
 
 
@@ -91,18 +91,18 @@ def forward(
     h = decoder.embed(ids, positions)
     for i, layer in enumerate(decoder.layers):
         heads = layer.qkv(layer.norms[0](h)).transpose(1, 2)  # (B, H + 2 H_kv, n, d)
+        # Queries and keys are normed and turned together.
         qk, v = heads.split([heads.shape[1] - decoder.kv_heads, decoder.kv_heads], 1)
         qk = layer.qk_norm(qk)
-        if layer.kind is not None:
-            qk = rotate(qk, *angles[layer.kind]).to(v.dtype)
+        if layer.angle_kind is not None:
+            qk = rotate(qk, *angles[layer.angle_kind]).to(v.dtype)
         q, k = qk.split([qk.shape[1] - decoder.kv_heads, decoder.kv_heads], 1)
         if remember:
             k, v = remember(i, k, v)
         seen = attend(q.to(k.dtype), k, v, biases[layer.window], layer.scale, decoder.softcap)
         attended = layer.norms[1](layer.out(seen.transpose(1, 2).flatten(2)))
-        read = h if decoder.parallel else h + attended
-        change = layer.norms[3](layer.mlp(layer.norms[2](read)))
-        h = h + attended + change if decoder.parallel else read + change
+        before, h = h, h + attended
+        h = h + layer.norms[3](layer.mlp(layer.norms[2](before if decoder.parallel else h)))
     return decoder.norm(h)
 
 
@@ -166,11 +166,12 @@ def attention_biases(decoder: Decoder, mask: torch.Tensor, dtype: torch.dtype) -
     columns, whole, biases = torch.arange(n, device=mask.device), bool(mask.all()), {}
     distance = columns[:, None] - columns  # (n, n)
     for window in {layer.window for layer in decoder.layers}:
+        if whole and (window or n) >= n and not decoder.softcap:
+            biases[window] = None
+            continue
         seen = (distance >= 0) & (distance < (window or n)) & mask[:, None]  # (B, n, n)
         bias = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
         biases[window] = bias.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-        if whole and (window or n) >= n and not decoder.softcap:
-            biases[window] = None
     return biases
 
 

@@ -20,7 +20,7 @@ class Family(NamedTuple):
     activation: the setting that names f.
     rms_offset: what is added to the weights of an RMS norm.
     windows: which layers have config.sliding_window: "", "all", or "layer_types", as that says.
-    kinds: angles go by layer_types, too.
+    angles_by_layer: angles go by layer_types, too.
     softcaps: config may cap the scores of attention, and the logits.
     """
 
@@ -39,7 +39,7 @@ class Family(NamedTuple):
     activation: str = "hidden_act"
     rms_offset: float = 0.0
     windows: str = ""
-    kinds: bool = False
+    angles_by_layer: bool = False
     softcaps: bool = False
 
 
@@ -61,7 +61,7 @@ FAMILIES = {
     "qwen3": BY_LAYER,
     "smollm3": BY_LAYER,
     "gemma2": GEMMA,
-    "gemma3_text": GEMMA._replace(kinds=True),
+    "gemma3_text": GEMMA._replace(angles_by_layer=True),
     "phi3": LLAMA._replace(qkv=("qkv_proj",), up=("gate_up_proj",), windows="all"),
     "gpt2": Family(
         embedding="wte",
@@ -101,10 +101,11 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), gel
 
 
 def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
-    """The decoder that a transformers model is; its weights are not copied.
+    """The decoder that a transformers model is.
 
-    Under autocast the matrices are rounded to its dtype once, here. What is not a matrix product
-    stays as it is, as autocast has it: the sum h, norms and angles.
+    Its weights are not copied, unless packed. Under autocast the matrices are rounded to its dtype
+    once, here. What is not a matrix product stays as it is, as autocast has it: the sum h, norms
+    and angles.
 
     Args:
         model: one of FAMILIES: a language model, or a classifier, whose head is left out.
@@ -145,8 +146,8 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
 
         qk_norm = same
         if hasattr(attention, "q_norm"):
-            heads_of = (config.num_attention_heads, config.num_key_value_heads)
-            qk_norm = norm_of([attention.q_norm, attention.k_norm], family.rms_offset, heads_of)
+            counts = (config.num_attention_heads, config.num_key_value_heads)
+            qk_norm = norm_of([attention.q_norm, attention.k_norm], family.rms_offset, counts)
         windowed = family.windows == "layer_types" and kinds[i] == "sliding_attention"
         turns = not family.positions and getattr(attention, "use_rope", True)
         return Layer(
@@ -156,18 +157,19 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
             out=out,
             mlp=mlp,
             scale=attention.scaling,
-            kind=(kinds[i] if family.kinds else "") if turns else None,
+            angle_kind=(kinds[i] if family.angles_by_layer else "") if turns else None,
             window=config.sliding_window if windowed or family.windows == "all" else None,
         )
 
     def embed(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        h = getattr(body, family.embedding)(ids)
+        h = getattr(body, family.embedding)(ids)  # Gemma's multiplies by sqrt(D) itself
         return h + getattr(body, family.positions)(positions) if family.positions else h
 
     def angles(positions: torch.Tensor) -> Angles:
         like, tables = body.get_input_embeddings().weight, {}
-        for kind in {layer.kind for layer in layers} - {None}:
-            cos, sin = body.rotary_emb(like, positions, *[kind] * family.kinds)  # (B, n, r)
+        for kind in {layer.angle_kind for layer in layers} - {None}:
+            given = [kind] if family.angles_by_layer else []
+            cos, sin = body.rotary_emb(like, positions, *given)  # (B, n, r)
             first, second = sin.chunk(2, -1)
             tables[kind] = (cos[:, None], torch.cat([-first, second], -1)[:, None])
         return tables
@@ -193,7 +195,7 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
         head_size=size,
         parallel=family.interleaved and config.use_parallel_residual,
         # Gemma 3's attention has none, whatever its config says.
-        softcap=None if family.kinds else capped("attn_logit_softcapping"),
+        softcap=None if family.angles_by_layer else capped("attn_logit_softcapping"),
         dtype=dtype,
     )
 
@@ -204,11 +206,11 @@ def same(x: torch.Tensor) -> torch.Tensor:
 
 
 def norm_of(modules: list[torch.nn.Module], offset: float, heads: tuple[int, ...] = ()) -> Function:
-    """Layer norm (arXiv 1607.06450) or RMS norm, w x / sqrt(mean(x^2) + eps) (arXiv 1910.07467).
+    """Layer norm (arXiv 1607.06450), or RMS norm: (c + w) x / sqrt(mean(x^2) + eps) (1910.07467).
 
     Args:
         modules: one norm. With `heads`, two RMS norms, of so many heads each: (B, heads, n, d).
-        offset: added to the weights w.
+        offset: c.
     """
     weight = modules[0].weight
     if isinstance(modules[0], torch.nn.LayerNorm):
@@ -241,10 +243,11 @@ def linear(layers: list[torch.nn.Module], dtype: torch.dtype, pack: bool) -> Fun
     ]
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
     multiply, rest = F.linear, ()
-    bfloat16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    on_cpu = weights[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
+    known = weights[0].device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if known and dtype != torch.float32:
+        known = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     # Without gradients oneDNN may multiply, which is faster than what torch takes (MKL).
-    if on_cpu and not torch.is_grad_enabled() and (dtype == torch.float32 or bfloat16):
+    if known and not torch.is_grad_enabled():
         multiply, rest = torch.ops.mkldnn._linear_pointwise, ("none", [], "")
         if pack:
             whole = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
