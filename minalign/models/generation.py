@@ -136,7 +136,7 @@ def generate(
     def draw_next(logits: torch.Tensor) -> None:
         """Draw a token of each row into column t; nothing goes to the host."""
         uniform = rows.uniforms.index_select(1, t.to(rows.uniforms.device))
-        drawn, logprobs = draw(logits / temperature, uniform)  # (b, 1) each
+        drawn, logprobs = draw(logits, uniform, temperature)  # (b, 1) each
         rows.tokens.index_copy_(1, t, drawn)
         rows.logprobs.index_copy_(1, t, logprobs)
         rows.mask.index_copy_(1, t, rows.running)
@@ -207,31 +207,36 @@ class Rows(NamedTuple):
             whole[self.number] = part
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One id per row, by one uniform number and the distribution function; and its log-prob.
 
-        y = the first v with P(id <= v) > u
+        y = the first v with P(id <= v) > u,  P = softmax(z / tau)
 
     First the block of 128 ids is found, then the id within it. Both sums are float64, since
     rounding would otherwise move the probability of rare ids; over the whole vocabulary they would
     cost a quarter of a small model's step. Not torch.multinomial, which draws a number for each id.
 
     Args:
-        logits: (N, V) float32, divided by the temperature.
+        logits: (N, V) float32.
         uniform: (N, 1) float64 in [0, 1); where it lies, float64 is computed.
+        temperature: tau > 0.
     Returns:
         ids: (N, 1) long.
         logprobs: (N, 1) float32, nats.
     """
     (N, V), size = logits.shape, 128
     top = logits.amax(1, keepdim=True)
-    weights = logits.new_zeros(N, -(-V // size), size)
-    torch.exp(logits - top, out=weights.view(N, -1)[:, :V])
+    weights = (logits - top).div_(temperature).exp_()
+    if V % size:
+        weights = torch.nn.functional.pad(weights, (0, -V % size))
+    weights = weights.view(N, -1, size)
     sums = weights.sum(2).to(uniform.device).double()
     cdf = sums.cumsum(1)  # (N, blocks)
     goal = uniform * cdf[:, -1:]
     block = torch.searchsorted(cdf, goal, right=True).clamp(max=cdf.shape[1] - 1)
-    chosen = weights[torch.arange(N, device=logits.device), block[:, 0].to(logits.device)]
+    chosen = weights.take_along_dim(block[:, :, None].to(logits.device), 1)[:, 0]
     inner = chosen.to(uniform.device).double().cumsum(1)  # (N, 128)
     # What is left within the block; rounding must not take it out of there.
     left = (goal - (cdf - sums).gather(1, block)).clamp(min=0)
@@ -239,7 +244,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, tor
     place = torch.searchsorted(inner, left, right=True)
     drawn = (block * size + place).clamp(max=V - 1).to(logits.device)
     total = cdf[:, -1:].log().float().to(logits.device)
-    return drawn, logits.gather(1, drawn) - top - total
+    return drawn, (logits.gather(1, drawn) - top) / temperature - total
 
 
 def draw_uniforms(
