@@ -137,6 +137,9 @@ def ours(shape: str, early: bool = False, dtype: str = "float32", **settings) ->
     with torch.no_grad(), autocast(device(), precision):
         check = round(rollout.completion_logprobs(model, *batch, 1.0).sum().item(), 2)
     facts = dict(tokens_per_row=[row["length"] for row in rows], fixed_batch=check)
+    for name in ("importance", "importance_clipped"):  # where samples are drawn in bfloat16
+        if name in rows[0]:
+            facts[name] = round(sum(row[name] for row in rows) / len(rows), 4)
     report(seconds, memory, **facts, spent=shares)
 
 
@@ -209,6 +212,7 @@ SIDES = {
     "bfloat16: TRL, no checkpointing": functools.partial(half, gradient_checkpointing=False),
     "bfloat16, early: ours": functools.partial(ours, dtype="bfloat16", early=True),
     "bfloat16, early: TRL": functools.partial(half, early=True),
+    "float32, sampled in bfloat16: ours": functools.partial(ours, sampler_dtype="bfloat16"),
 }
 
 if __name__ == "__main__":

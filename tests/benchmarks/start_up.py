@@ -108,8 +108,8 @@ def trl(shape: str, again: bool = False) -> None:
 if __name__ == "__main__":
     sides = {
         "ours": ours,
-        "ours, again": lambda shape: ours(shape, again=True),
+        "again: ours": lambda shape: ours(shape, again=True),
         "TRL": trl,
-        "TRL, again": lambda shape: trl(shape, again=True),
+        "again: TRL": lambda shape: trl(shape, again=True),
     }
     compare(__file__, __doc__, sides)
