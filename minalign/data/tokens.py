@@ -83,12 +83,12 @@ class TokenItems(Sequence[Item]):
         return np.diff(self.ends)[self.places]
 
     def fingerprint(self) -> str:
-        """A short hash of all items, in their order."""
+        """A short hash of all items, in their order; "ids-" says that it is one of ids."""
         digest = hashlib.sha256(self.lengths.tobytes())
         for place in self.places.flat:
             digest.update(self._ids(place))
         digest.update(repr(list(self.extras)).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()[:16]
+        return f"ids-{digest.hexdigest()[:16]}"
 
 
 def tokenised(

@@ -183,6 +183,11 @@ def require_same_fingerprints(path: Path, config: typing.Any, found: dict[str, s
         print(f"--resume: {path} has no fingerprints: whether data or models changed is unknown")
         return
     changed = {name for name in began | found if began.get(name) != found.get(name)}
+    # Of a run of before they were hashed otherwise.
+    older = {n for n in changed if found.get(n, "")[:4] == "ids-" != str(began.get(n, "ids-"))[:4]}
+    if older:
+        print(f"--resume: whether {', '.join(sorted(older))} changed is unknown: {path} is older")
+        changed -= older
     if "code" in changed:
         print(f"--resume: the code of minalign has changed since {path.parent} ran")
     if ran.get("eval_prompts") != getattr(config, "eval_prompts", None):

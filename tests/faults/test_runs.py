@@ -276,6 +276,17 @@ def test_another_version_of_the_code_is_said_and_goes_on(resumed, capsys):
     assert "the code of minalign has changed since o ran" in capsys.readouterr().out
 
 
+def test_data_that_an_older_version_hashed_otherwise_are_said_to_be_unknown(resumed, capsys):
+    resumed("policy")
+    older = {"training data": "0" * 16}
+    edit("o/config.json", lambda c: c | {"fingerprints": c["fingerprints"] | older})
+    SCRIPTS["policy"]("--resume")
+    line = "--resume: whether training data changed is unknown: o/config.json is older\n"
+    assert line in capsys.readouterr().out
+    tiny.rows(Path("p.jsonl"), {"prompt": "who made the {n} film ?"})
+    assert "training data" in refusal(capsys, SCRIPTS["policy"], "--resume")
+
+
 # --- flags that may change
 
 
