@@ -345,16 +345,14 @@ def merge_policies(
                 torch.sub(theta.to(dtype), theta_init, out=delta)
             yield theta_init, deltas
 
-    def dot_products(names: list[str], dtype: torch.dtype, kept: dict | None) -> torch.Tensor:
-        """Of the task vectors of a group, (M, M) in float64; `kept` gets the blocks by name."""
+    def dot_products(names: list[str], dtype: torch.dtype) -> torch.Tensor:
+        """Of the task vectors of a group, (M, M) in float64."""
         gram = init_state[names[0]].new_zeros(len(states), len(states), dtype=torch.float64)
         for name in names:
-            for theta_init, deltas in blocks(name, dtype):
+            for _, deltas in blocks(name, dtype):
                 # Not `deltas @ deltas.T`: its float32 sums are 30 times less exact.
                 for m, delta in enumerate(deltas):
                     gram[m, m:] += (delta * deltas[m:]).sum(1)
-                if kept is not None:
-                    kept.setdefault(name, []).append((theta_init, deltas))
         return gram.triu() + gram.triu(1).T
 
     def widest(name: str) -> torch.dtype:
@@ -410,10 +408,8 @@ def merge_policies(
         # grow. And a policy that is the whole merge comes back bit for bit.
         exact = len(states) == 1 or lam in (0, 1)
         exact = exact or any(widest(name) == torch.float64 for name in floating)
-        count = len(states) * sum(init_state[name].numel() for name in floating)
         for dtype in [torch.float64] if exact else [torch.float32, torch.float64]:
-            kept = {}  # the blocks of a group of 256 MiB at most, which is then visited once
-            gram = dot_products(floating, dtype, kept if count <= 2**26 else None)
+            gram = dot_products(floating, dtype)
             weights = coefficients(gram)
             if weights.abs().max() <= 10 and (cosines(gram).abs() < 1 - 1e-4).all():
                 break
@@ -427,8 +423,7 @@ def merge_policies(
         for name in floating:
             merged = torch.empty(shapes[name], dtype=widest(name), device=gram.device)
             parts = merged.view(-1).split(2**18)
-            every = kept.get(name) or blocks(name, dtype)
-            for part, (theta_init, deltas) in zip(parts, every):
+            for part, (theta_init, deltas) in zip(parts, blocks(name, dtype)):
                 torch.add(theta_init, weights.to(dtype) @ deltas, out=part)
             out[name] = merged
         angles = cosines(gram).acos().rad2deg()

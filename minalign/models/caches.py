@@ -38,8 +38,9 @@ class OwnCache:
         self.decoder, device = read_decoder(model, pack), ids.device
         (B, P), self.columns = ids.shape, torch.arange(ids.shape[1] + room, device=device)
         self.fixed = device.type == "cuda" if fixed is None else fixed
-        # A CPU multiplies short rows in bfloat16 more slowly than in float32.
-        dtype = torch.float32 if device.type == "cpu" else self.decoder.dtype
+        dtype = self.decoder.dtype
+        if device.type == "cpu":  # which multiplies short rows in bfloat16 more slowly
+            dtype = torch.promote_types(dtype, torch.float32)
         shape = (B, self.decoder.kv_heads, len(self.columns), self.decoder.head_size)
         self.buffers = [  # of each layer, keys and values
             tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -75,9 +76,14 @@ class OwnCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows, (B,) long, alone; a row may be there more than once."""
-        self.buffers = [
-            tuple(buffer.index_select(0, rows) for buffer in of_layer) for of_layer in self.buffers
-        ]
+
+        def of_rows(buffer: torch.Tensor) -> torch.Tensor:
+            # On a CPU, zeros take no memory before they are written.
+            kept = buffer.new_zeros(len(rows), *buffer.shape[1:])
+            kept[:, :, : self.end] = buffer[:, :, : self.end].index_select(0, rows)
+            return kept
+
+        self.buffers = [tuple(map(of_rows, of_layer)) for of_layer in self.buffers]
         self.bias, self.positions = self.bias[rows], self.positions[rows]
 
     def _logits(

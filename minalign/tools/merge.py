@@ -135,13 +135,17 @@ def merge_folders(config: Config) -> dict[str, dict]:
                 shutil.copy(file, folder)
         if (copied / TEMPLATES).is_dir():
             shutil.copytree(copied / TEMPLATES, folder / TEMPLATES)
-        shards = Shards(folder, init, config.eta)
+        shards, threads = Shards(folder, init, config.eta), torch.get_num_threads()
+        # One core writes. The threads of a product wait for each other, and would wait for it.
+        torch.set_num_threads(max(1, threads - 1))
         try:
             how = (config.method, config.scope, config.lam)
             _, report = merge_policies(init, states, *how, out=shards)
         except ValueError as error:
             policies = ", ".join(f"policy {m} {path}" for m, path in enumerate(config.models, 1))
             raise UserError(f"init {config.init}, {policies}: {error}") from error
+        finally:
+            torch.set_num_threads(threads)
         shards.finish()
         if inputs[0].generation:
             ends = sorted({end for model in inputs for end in model.ends})
