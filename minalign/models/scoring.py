@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..logprobs import position_ids_from_mask, token_logprobs, token_logprobs_from_hidden
-from .decoder import read_texts
+from .decoder import Decoder, read_texts
 from .families import read_decoder
 from .lora import adapters_in_place
 from .padding import length_parts, tokens_per_pass
@@ -62,7 +62,7 @@ def _side_by_side(
 
 
 def last_hidden_states(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, decoder: Decoder | None = None
 ) -> torch.Tensor:
     """What a model's body makes of texts: the hidden states that its head reads.
 
@@ -71,9 +71,12 @@ def last_hidden_states(
     Args:
         model: a language model or a classifier, in the mode that it should run in.
         ids, mask: (B, n) long; padding may stand on either side.
+        decoder: the model's, where it was read before.
     Returns:
         (B, n, D).
     """
+    if decoder:
+        return read_texts(decoder, ids, mask)
     if not torch.is_grad_enabled() and can_decode(model):
         with adapters_in_place(model) as whole:
             return read_texts(read_decoder(whole), ids, mask)
@@ -90,6 +93,7 @@ def completion_logprobs(
     mask: torch.Tensor,
     temperature: float,
     known_grad: torch.Tensor | None = None,
+    decoder: Decoder | None = None,
 ) -> torch.Tensor:
     """Log-probs of sampled completions in one pass with gradients, without full logits.
 
@@ -105,6 +109,7 @@ def completion_logprobs(
         tokens, mask: (B, T) of a Rollout.
         temperature: tau > 0, the one that the tokens were sampled at.
         known_grad: (B, T) or None, see `token_logprobs_from_hidden`.
+        decoder: see `last_hidden_states`.
     Returns:
         (B, T) float32, nats, 0 outside the mask.
     """
@@ -115,7 +120,8 @@ def completion_logprobs(
     real_tokens = tokens[:, :width].masked_fill(~real, 0)
     if has_plain_head(model):
         with dropout_off(model):
-            hidden = last_hidden_states(model, *_side_by_side(*prompts, real_tokens, real))
+            texts = _side_by_side(*prompts, real_tokens, real)
+            hidden = last_hidden_states(model, *texts, decoder)
         hidden = hidden[:, -width - 1 : -1]  # (B, T, D)
         logprobs = token_logprobs_from_hidden(
             hidden[real][None],
@@ -146,9 +152,11 @@ def frozen_logprobs(
     """
     logprobs = torch.zeros_like(mask, dtype=torch.float32)
     lengths = (attention_mask.sum(1) + mask.sum(1)).tolist()
-    for part in length_parts(lengths, micro_batch_size, tokens_per_pass(model)):
-        rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
-        logprobs[part] = completion_logprobs(model, *rows, temperature)
+    with adapters_in_place(model) as whole:
+        decoder = read_decoder(whole) if can_decode(whole) else None  # rounded once for all parts
+        for part in length_parts(lengths, micro_batch_size, tokens_per_pass(model)):
+            rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
+            logprobs[part] = completion_logprobs(whole, *rows, temperature, decoder=decoder)
     return logprobs
 
 
