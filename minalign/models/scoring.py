@@ -153,7 +153,8 @@ def frozen_logprobs(
     logprobs = torch.zeros_like(mask, dtype=torch.float32)
     lengths = (attention_mask.sum(1) + mask.sum(1)).tolist()
     with adapters_in_place(model) as whole:
-        decoder = read_decoder(whole) if can_decode(whole) else None  # rounded once for all parts
+        ours = has_plain_head(whole) and can_decode(whole)  # else full logits, by transformers
+        decoder = read_decoder(whole) if ours else None  # rounded once for all parts
         for part in length_parts(lengths, micro_batch_size, tokens_per_pass(model)):
             rows = (tensor[part] for tensor in (input_ids, attention_mask, tokens, mask))
             logprobs[part] = completion_logprobs(whole, *rows, temperature, decoder=decoder)
