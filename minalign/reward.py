@@ -46,11 +46,14 @@ class Scores(NamedTuple):
     rewards: (B,) float32.
     variance: (B,), scores squared, where the reward is an ordinal model's; elsewhere None.
     parts: where the reward is a sum, each part's own rewards (B,) by name.
+    applies: (B,) bool, which completions the reward says anything of; None where it is all. The
+        others' rewards are 0 and mean nothing.
     """
 
     rewards: torch.Tensor
     variance: torch.Tensor | None
     parts: dict[str, torch.Tensor]
+    applies: torch.Tensor | None = None
 
 
 class RewardModel:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import re
+import typing
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -30,10 +31,14 @@ class TokenizedPrompt(NamedTuple):
     Attributes:
         ids: its token ids; of a plain text, they may be a beginning.
         messages: None where the prompt is plain text.
+        row: which prompt of the data it is: what a baseline per prompt goes by.
+        columns: what else its row of the data has, by name: what reward functions ask for.
     """
 
     ids: list[int]
     messages: Messages | None = None
+    row: int = 0
+    columns: dict[str, typing.Any] | None = None
 
 
 class Text(NamedTuple):
