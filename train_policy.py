@@ -21,7 +21,7 @@ import functools
 import math
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -45,8 +45,8 @@ from minalign.running.run import Run, open_run
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
     import torch
 
+    from minalign.data.chat import TokenizedPrompt
     from minalign.measuring.policies import Measured
-    from minalign.reinforce import MovingAverageBaseline
     from minalign.task import Task
 
 
@@ -68,7 +68,16 @@ class Config(TaskFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
         10, "steps over which the learning rate rises; then it is constant", "[0, inf)"
     )
     beta: float = flag(
-        0.1, "weight of KL(policy || anchor) in the reward, reward units per nat", "[0, inf)"
+        0.1,
+        "weight of KL(policy || anchor) in the reward, reward units per nat; with --target-kl its "
+        "first value and its floor",
+        "[0, inf)",
+    )
+    target_kl: float | None = flag(
+        None, "beta rises and falls to keep KL(policy || start) at so many nats", "(0, inf)"
+    )
+    kl_horizon: int | None = flag(
+        None, "completions over which beta may move by a fifth (default: 5 batches)", "[1, inf)"
     )
     anchor: str = flag(
         "fixed",
@@ -80,11 +89,15 @@ class Config(TaskFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     )
     baseline: str = flag(
         "moving",
-        "mean of all earlier rewards, exponential, of the group",
-        ("moving", "ema", "rloo", "none"),
+        "mean of all earlier rewards; exponential; of each prompt; of the group; that shrunk to "
+        "the batch's",
+        ("moving", "ema", "prompt", "rloo", "shrink", "none"),
     )
     baseline_decay: float | None = flag(
-        None, "ema baseline: decay of the average (default: 0.9)", "[0, 1)"
+        None, "ema, prompt, shrink baselines: decay of their averages (default: 0.9)", "[0, 1)"
+    )
+    standardize_advantages: bool = flag(
+        False, "divide by their deviation in the batch: lr then does not depend on reward scales"
     )
     uncertainty: str = flag(
         "none",
@@ -100,26 +113,66 @@ class Config(TaskFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
     sampler_dtype: str = flag(
         "auto",
         "precision that samples are drawn in: auto is --dtype's; importance weights make up for it",
-        ("auto", "float32", "bfloat16"),
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    importance: str = flag(
+        "sequence",
+        "those weights: one ratio per completion, one per token, or none above the limit",
+        ("sequence", "token", "mask"),
+    )
+    importance_limit: float | None = flag(
+        None, "largest of those weights (default: 2, for mask 3)", "(0, inf)"
     )
     eval_every: int = flag(50, "steps between evaluations on held-out prompts", "[1, inf)")
+    stop_on_decline: bool = flag(
+        False, "end where held-out reward - beta KL falls twice below its best, beyond its error"
+    )
 
 
 def resolve(config: Config) -> Config:
     """Fill in what depends on other flags; UserError for flags that make no sense together."""
     require(config.anchor == "ema" or config.mu is None, "--mu needs --anchor ema")
+    averaged = config.baseline in ("ema", "prompt", "shrink")
     require(
-        config.baseline == "ema" or config.baseline_decay is None,
-        "--baseline-decay needs --baseline ema",
+        averaged or config.baseline_decay is None,
+        "--baseline-decay needs --baseline ema, prompt or shrink",
     )
-    toy_world, rloo = not config.dataset, config.baseline == "rloo"
+    require(bool(config.target_kl) or not config.kl_horizon, "--kl-horizon needs --target-kl")
+    require(
+        not config.target_kl or config.anchor == "fixed",
+        "--target-kl needs --anchor fixed: no beta pulls back a policy whose anchor follows it",
+    )
+    require(
+        not config.target_kl or config.beta > 0,
+        "--target-kl: expected --beta above 0: it moves by factors",
+    )
+    toy_world, grouped = not config.dataset, config.baseline in ("rloo", "shrink")
     fill_in(config, lr=5e-4 if toy_world else 1e-5, micro_batch_size=config.batch_size)
-    fill_in(config, group_size=4 if rloo else 1)
+    fill_in(config, group_size=4 if grouped else 1)
+    fill_in(config, importance_limit=3.0 if config.importance == "mask" else 2.0)
+    if config.target_kl:
+        fill_in(config, kl_horizon=5 * config.batch_size)
+        require(
+            config.kl_horizon >= config.batch_size,
+            f"--kl-horizon {config.kl_horizon}: expected --batch-size {config.batch_size} or more",
+        )
     if config.anchor == "ema":
         fill_in(config, mu=0.01)
-    if config.baseline == "ema":
+    if averaged:
         fill_in(config, baseline_decay=0.9)
-    require(not rloo or config.group_size > 1, "--baseline rloo needs --group-size 2 or more")
+    require(
+        not grouped or config.group_size > 1,
+        f"--baseline {config.baseline} needs --group-size 2 or more",
+    )
+    require(
+        config.baseline != "shrink" or config.batch_size > config.group_size,
+        f"--baseline shrink: expected --batch-size above --group-size {config.group_size}: it "
+        "leans on other prompts",
+    )
+    require(
+        not config.standardize_advantages or config.batch_size > 1,
+        "--standardize-advantages: expected --batch-size 2 or more: one has no deviation",
+    )
     require(
         config.batch_size % config.group_size == 0,
         f"--batch-size {config.batch_size}: expected a multiple of --group-size "
@@ -156,13 +209,14 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
     from minalign import merge, rollout
     from minalign.data.prompts import prompt_batches
     from minalign.measuring.batches import finite_mean, measures
-    from minalign.models.anchors import trained_and_anchor
+    from minalign.models.anchors import start_and_anchor_logprobs, trained_and_anchor
     from minalign.models.precision import autocast
     from minalign.models.sampler import Sampler
     from minalign.reinforce import (
-        MovingAverageBaseline,
+        adapted_beta,
         kl_penalized_rewards,
         reinforce_loss,
+        standardized_advantages,
         uncertainty_weights,
     )
     from minalign.running.optimizer import Optimizer, warmup_factor
@@ -171,12 +225,14 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
     mine = run.ranks.share(config.batch_size)  # this process's rows of it
     trained, anchor = trained_and_anchor(policy, task.start, config.anchor)
     moving = list(anchor.parameters()) if config.anchor == "ema" else []
+    frozen = functools.partial(start_and_anchor_logprobs, task.start, anchor)
     sampler = Sampler(policy, task.eos_token_ids, config, run.dtype, mine)
     optimizer = Optimizer(policy, trained, config, run.ranks)
     score, size = task.reward.score_rollout, config.micro_batch_size
     log_pi = optimizer.forward(rollout.completion_logprobs, run.dtype)
-    baseline = MovingAverageBaseline(config.baseline_decay)
-    advantages_of, clip = advantage_estimator(config, baseline), config.reward_clip or math.inf
+    advantages_of, baseline = advantage_estimator(config)
+    clip, run.counts["beta"] = config.reward_clip or math.inf, config.beta
+    target = (config.target_kl, config.batch_size / (config.kl_horizon or 1), config.beta)
     batches = prompt_batches(
         task.train_prompts, task.prompt_tokens, config.batch_size, config.group_size, config.seed
     )
@@ -192,32 +248,31 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
             # r(x, y), in the text format that the reward model was trained on
             scores = score(task.tokenizer, samples.prompts, samples.completions, size)
             # log pi(y|x) of the start policy, for the x axis, and of the anchor, for the penalty
-            passes = (*samples.rows(), config.temperature, size)
-            start_logprobs = anchor_logprobs = rollout.frozen_logprobs(task.start, *passes)
-            if anchor is not task.start:
-                anchor_logprobs = rollout.frozen_logprobs(anchor, *passes)
+            start_logprobs, anchor_logprobs = frozen(samples.rows(), config.temperature, size)
 
         # r_beta = r - beta log(pi_theta(y|x) / pi_anchor(y|x)): k1 in the reward, summed, detached
         rewards = scores.rewards.clamp(-clip, clip) - config.missing_eos_penalty * ~samples.ended
         logprobs = (samples.logprobs, anchor_logprobs, samples.mask)
-        shaped = gather(kl_penalized_rewards(rewards, *logprobs, config.beta))
-        importance = gather(samples.importance)  # all 1 where the policy itself drew
+        shaped = gather(kl_penalized_rewards(rewards, *logprobs, run.counts["beta"]))
+        applies = gather(scores.applies)  # which samples have a reward; None where all have
         metrics, sample = measures(run, task, samples, scores, start_logprobs, anchor_logprobs)
-        metrics |= {"shaped_reward": finite_mean(shaped).item(), "baseline": baseline.value}
-        if not (shaped + importance).isfinite().all():
+        shaped_mean = finite_mean(shaped, applies).item()
+        metrics |= {"shaped_reward": shaped_mean, "baseline": baseline.value}
+        if not (shaped + gather(samples.importance.sum(1))).isfinite().all():
             run.skip("a reward, KL or importance weight that is not finite")
             write_logs(run, task, policy, metrics | {"lr": optimizer.lr}, sample)
             continue
 
         # A = r_beta - b, with b from rewards other than the sample's own
-        advantages = advantages_of(shaped)
+        advantages = advantages_of(shaped, prompts, applies)
+        if config.standardize_advantages:
+            advantages = standardized_advantages(advantages)
         if config.uncertainty != "none":
-            weights = uncertainty_weights(gather(scores.variance), config.uncertainty)
-            advantages = advantages * weights
-        A = (advantages * importance)[mine]
+            advantages *= uncertainty_weights(gather(scores.variance), config.uncertainty)
+        A = advantages[mine, None] * samples.importance  # (B, T): all 1 where the policy drew
 
         # theta <- theta + lr A grad log pi_theta(y|x): summed over tokens, averaged over the batch
-        known_grad = -A[:, None] * samples.mask / config.batch_size  # (B, T): d loss / d logprobs
+        known_grad = -A * samples.mask / config.batch_size  # (B, T): d loss / d logprobs
         for rows, weight in optimizer.micro_batches(samples.lengths):
             with optimizer.retry_in_halves():
                 loss = None  # a second try must not hold the graph of the first
@@ -228,26 +283,55 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
 
         # ema <- (1 - mu) ema + mu theta, after the policy's own update
         if not math.isfinite(grad_norm):
-            run.skip("a gradient that is not finite")
+            run.skip("a gradient that is not finite", overflow=optimizer.overflowed)
         elif config.anchor == "ema":
             merge.ema_update_(moving, trained, config.mu)
+        elif config.target_kl:  # beta <- beta (1 + clip(KL / target - 1, -.2, .2) n / horizon)
+            run.counts["beta"] = adapted_beta(run.counts["beta"], metrics["kl_anchor"], *target)
         metrics |= {"advantage_std": advantages.std(correction=0).item(), "grad_norm": grad_norm}
         write_logs(run, task, policy, metrics | {"lr": optimizer.lr}, sample)
     return run.last or {}
 
 
-def advantage_estimator(
-    config: Config, baseline: MovingAverageBaseline
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The one that --baseline names: rewards (B,) of the whole batch -> advantages (B,)."""
-    from minalign.reinforce import leave_one_out_advantages
+def advantage_estimator(config: Config) -> tuple[Callable[..., torch.Tensor], typing.Any]:
+    """What --baseline names, and the part of it that remembers earlier batches.
 
-    return {
-        "moving": baseline.advantages,
-        "ema": baseline.advantages,
-        "rloo": functools.partial(leave_one_out_advantages, group_size=config.group_size),
-        "none": lambda rewards: rewards,
-    }[config.baseline]
+    The first is a function of the whole batch: (rewards (B,), B prompts, (B,) bool which of them
+    have a reward, None for all) -> advantages (B,), 0 where there is none.
+    """
+    import torch
+
+    from minalign import reinforce
+
+    decay, group_size = config.baseline_decay, config.group_size
+    baseline = reinforce.MovingAverageBaseline(decay)
+    if config.baseline == "prompt":
+        baseline = reinforce.PromptBaseline(decay)
+    if config.baseline == "shrink":
+        baseline = reinforce.ShrinkageBaseline(group_size, decay)
+    grouped = {
+        "rloo": functools.partial(reinforce.leave_one_out_advantages, group_size=group_size),
+        "shrink": baseline.advantages,
+    }
+
+    def advantages_of(
+        rewards: torch.Tensor, prompts: Sequence[TokenizedPrompt], applies: torch.Tensor | None
+    ) -> torch.Tensor:
+        if config.baseline in grouped:
+            return grouped[config.baseline](rewards, applies=applies)
+        applies = torch.ones_like(rewards, dtype=torch.bool) if applies is None else applies
+        advantages, kept = torch.zeros_like(rewards), rewards[applies]
+        if not len(kept):
+            return advantages
+        if config.baseline == "prompt":
+            rows = [prompt.row for prompt, one in zip(prompts, applies.tolist()) if one]
+            kept = baseline.advantages(kept, rows)
+        elif config.baseline != "none":
+            kept = baseline.advantages(kept)
+        advantages[applies] = kept
+        return advantages
+
+    return advantages_of, baseline
 
 
 COLUMNS = {  # of the printed table: metric -> heading
@@ -269,18 +353,20 @@ def write_logs(
     run: Run, task: Task, policy: torch.nn.Module, metrics: dict[str, float], sample: dict
 ) -> None:
     """The step's row and sample; every --eval-every steps also what held-out prompts say."""
+    from minalign.measuring.progress import judge
+
     if not run.first:
         return
     config, metrics = run.config, metrics | {"skipped": run.counts["skipped"]}
     evaluating = run.step % config.eval_every == 0 or run.step == config.steps
     if evaluating:
-        held_out = evaluate(run, task, policy)[0]
-        metrics |= {f"eval_{name}": value for name, value in held_out.items()}
-        run.is_best(held_out["reward"] - config.beta * held_out["kl_sft"])
-    run.log(metrics, COLUMNS)
+        measured = evaluate(run, task, policy)
+        metrics |= {f"eval_{name}": value for name, value in measured.metrics.items()}
+    run.log(metrics, COLUMNS | ({"beta": "beta"} if config.target_kl else {}))
     if evaluating:
-        said = "  ".join(f"{name} {value:z.3f}" for name, value in held_out.items())
+        said = "  ".join(f"{name} {value:z.3f}" for name, value in measured.metrics.items())
         tqdm.write(f"held out: {said}")
+        judge(run, measured)
     run.log_line("samples", sample)
 
 
@@ -387,10 +473,12 @@ def main(argv: list[str] | None = None) -> None:
     check_functions(config.rm)
     with open_run(config, "policy") as run:
         from minalign.measuring.policies import before_after_table, show_samples
+        from minalign.measuring.progress import judge, objective, of_these_prompts
 
         policy, task = policy_of(config, load(run))
         if run.first:
-            before, samples, _ = evaluate(run, task, policy)
+            before, samples, _ = measured = evaluate(run, task, policy)
+            judge(run, measured)
             show_samples("before", samples)
             print()
         try:
@@ -403,14 +491,19 @@ def main(argv: list[str] | None = None) -> None:
             return
         after, samples, _ = evaluate(run, task, policy)
         show_samples("after", samples)
-        print("\n" + before_after_table(before, after))
-        write_json(run.folder / "results.json", {"before": before, "after": after})
-        last = after["reward"] - config.beta * after["kl_sft"]
-        best, best_step = (run.counts.get(name) for name in ("best", "best_step"))
-        if best_step and not last >= best:
+        best, results = of_these_prompts(run, "best"), {"before": before, "after": after}
+        if best and objective(after, run) >= objective(best["metrics"], run):
+            best = None
+        if best:
+            results["best"] = {"step": best["step"]} | best["metrics"]
+        write_json(run.folder / "results.json", results)
+        between = (best["step"], best["metrics"]) if best else None
+        print("\n" + before_after_table(before, after, between))
+        if best:
             print(
-                f"\nheld-out reward - beta KL: {last:.3f} at the last step, worse than {best:.3f} "
-                f"at step {best_step}, which is {run.folder}/best"
+                f"\nheld-out reward - beta KL: {objective(after, run):.3f} at the last step, worse "
+                f"than {objective(best['metrics'], run):.3f} at step {best['step']}, which is "
+                f"{run.folder}/best"
             )
         print(f"\nsaved {run.folder}/model")
 

@@ -62,10 +62,11 @@ def test_a_copy_needs_no_other_name_than_functions_of_its_file(module, name, sou
     assert global_names(source) <= known
 
 
-def test_only_the_slerps_and_merge_policies_name_a_neighbour():
+def test_only_slerps_merge_policies_and_two_baselines_name_a_neighbour():
     """All other functions are copied alone."""
     needing = {name for name, values in NAMES.items() if set(neighbours(*values[::2])) - {name}}
-    assert needing == {"slerp", "slerp_many", "merge_policies"}
+    baselines = {"PromptBaseline", "ShrinkageBaseline"}
+    assert needing == {"slerp", "slerp_many", "merge_policies"} | baselines
     assert set(neighbours(*NAMES["slerp"][::2])) == {"slerp_coefficients"}
 
 

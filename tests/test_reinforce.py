@@ -14,10 +14,14 @@ import torch
 from minalign.logprobs import completion_mask, kl_k1, kl_k2, kl_k3, token_logprobs
 from minalign.reinforce import (
     MovingAverageBaseline,
+    PromptBaseline,
+    ShrinkageBaseline,
+    adapted_beta,
     importance_weights,
     kl_penalized_rewards,
     leave_one_out_advantages,
     reinforce_loss,
+    standardized_advantages,
     uncertainty_weights,
 )
 
@@ -522,3 +526,229 @@ STATE_OF_ANOTHER, FIRST = MovingAverageBaseline().state_dict(), LOGPROBS[:, 0]
 def test_errors_say_what_was_got_and_expected(function, arguments, got):
     with pytest.raises(ValueError, match=f"got .*{got}.*expected"):
         function(*arguments)
+
+
+# --- baselines over several prompts, in a world of two prompts and three answers
+
+ANSWERS = torch.tensor([[0.2, -0.4, 0.9], [-1.1, 0.3, 0.5]])  # logits
+WORTH = torch.tensor([[3.0, 1.0, -2.0], [10.0, 8.0, 12.5]])  # rewards
+DRAWS = torch.cartesian_prod(*[torch.arange(3)] * 4)  # two answers to each prompt: 81 batches
+ASKED = torch.tensor([0, 0, 1, 1])
+
+
+def expected_bandit_gradient(advantages_of, rewards=WORTH):
+    """E[-gradient of the mean loss] over all batches; `advantages_of` has its past already."""
+    logits = ANSWERS.double().requires_grad_()
+    logprobs = logits.log_softmax(1)[ASKED, DRAWS]  # (81, 4)
+    batches = rewards[ASKED, DRAWS]
+    advantages = torch.stack([advantages_of()(batch) for batch in batches]).double()
+    objective = (logprobs.detach().sum(1).exp() * (advantages * logprobs).mean(1)).sum()
+    return torch.autograd.grad(objective, logits)[0]
+
+
+def true_bandit_gradient(rewards=WORTH):
+    logits = ANSWERS.double().requires_grad_()
+    return torch.autograd.grad((logits.softmax(1) * rewards).sum() / 2, logits)[0]
+
+
+PAST = [torch.tensor([1.0, 3.0, 7.0, 12.0]), torch.tensor([2.0, 2.5, 9.0, 8.0])]
+
+
+def shrunk():
+    baseline = ShrinkageBaseline(2, 0.5)
+    for batch in PAST:
+        baseline.advantages(batch)
+    assert 0.01 < baseline.value < 0.99
+    return baseline.advantages
+
+
+def by_prompt():
+    baseline = PromptBaseline(0.5)
+    for batch in PAST:
+        baseline.advantages(batch, ["x", "x", "x", "y"])
+    return lambda rewards: baseline.advantages(rewards, ["x", "x", "z", "z"])
+
+
+@pytest.mark.parametrize(
+    "advantages_of", [shrunk, by_prompt, lambda: ShrinkageBaseline(2).advantages]
+)
+def test_expected_gradient_over_prompts_is_that_of_the_reward(advantages_of):
+    close(expected_bandit_gradient(advantages_of), true_bandit_gradient(), rtol=1e-6, atol=1e-6)
+
+
+def test_shrinkage_that_knows_this_batch_is_biased():
+    """Variances of the batch itself hold the sample."""
+
+    def advantages_of():
+        def of_this_batch(rewards):
+            shrunk = ShrinkageBaseline(2, 0.0)
+            shrunk.advantages(rewards)
+            return shrunk.advantages(rewards)
+
+        return of_this_batch
+
+    assert (expected_bandit_gradient(advantages_of) - true_bandit_gradient()).abs().max() > 0.02
+
+
+def test_a_prompts_own_mean_leans_on_all_by_its_count():
+    """By hand: decay .5; g is the exponential mean of batch means, b = (S + g) / (W + 1)."""
+    baseline = PromptBaseline(0.5)
+    close(baseline.advantages(torch.tensor([4.0, 0.0]), ["a", "b"]), torch.tensor([4.0, -4.0]))
+    # g = 2; a: (4 + 2) / 2 = 3; c is new: 2
+    close(baseline.advantages(torch.tensor([5.0, 5.0]), ["a", "c"]), torch.tensor([2.0, 3.0]))
+    # g = (.5 * 1 + .5 * 5) / .75 = 4; a: (.5 * 4 + 5 + 4) / (1.5 + 1) = 4.4
+    close(baseline.advantages(torch.tensor([0.0]), ["a"]), torch.tensor([-4.4]))
+    with pytest.raises(ValueError, match="got 1 prompts for 2 rewards"):
+        baseline.advantages(torch.tensor([0.0, 1.0]), ["a"])
+
+
+def test_shrinkage_by_hand():
+    """Decay 0: the last batch alone. Rewards 1, 3 | 7, 12: within (2 + 12.5) / 2 = 7.25."""
+    baseline = ShrinkageBaseline(2, 0.0)
+    first = torch.tensor([1.0, 3.0, 7.0, 12.0])
+    close(baseline.advantages(first), leave_one_out_advantages(first, 2))
+    error, between = 7.25, (9.5 - 2.0) ** 2 / 2 - 7.25 / 2
+    lean = error / (error + between)
+    assert baseline.value == pytest.approx(lean)
+    second = torch.tensor([2.0, 4.0, 6.0, 8.0])
+    expected = [
+        2 - (1 - lean) * 4 - lean * 7,
+        4 - (1 - lean) * 2 - lean * 7,
+        6 - (1 - lean) * 8 - lean * 3,
+        8 - (1 - lean) * 6 - lean * 3,
+    ]
+    close(baseline.advantages(second), torch.tensor(expected))
+    offset = ShrinkageBaseline(2, 0.0)
+    offset.advantages(first + 1e5)
+    close(offset.advantages(second + 1e5), torch.tensor(expected), atol=0.02)
+
+
+def test_shrinkage_has_less_variance_than_both_that_it_mixes():
+    """64 prompts, 4 samples, variance 1 within and .1 between: b = .33 b_rloo + ... (2511.03710)"""
+    random = torch.Generator().manual_seed(0)
+    shrunk, moving = ShrinkageBaseline(4), MovingAverageBaseline()
+    squares = torch.zeros(3)
+    for step in range(300):
+        levels = 0.1**0.5 * torch.randn(64, 1, generator=random)
+        rewards = (levels + torch.randn(64, 4, generator=random)).flatten()
+        found = [shrunk.advantages(rewards), leave_one_out_advantages(rewards, 4)]
+        found.append(moving.advantages(rewards))
+        if step >= 20:
+            squares += torch.stack(found).square().mean(1) / 280
+    a, b2 = 1 / 3, 0.1
+    close(squares, torch.tensor([1 + a * b2 / (a + b2), 1 + a, 1 + b2]), rtol=0.02)
+
+
+@pytest.mark.parametrize("make", [lambda: PromptBaseline(0.7), lambda: ShrinkageBaseline(2, 0.7)])
+def test_a_restored_baseline_of_prompts_resumes_exactly(make):
+    baseline, other = make(), make()
+    asked = [["a", "a", "b", "b"]] * isinstance(baseline, PromptBaseline)
+    for batch in PAST:
+        baseline.advantages(batch, *asked)
+    other.load_state_dict(baseline.state_dict())
+    for batch in PAST:
+        assert torch.equal(baseline.advantages(batch, *asked), other.advantages(batch, *asked))
+    with pytest.raises(ValueError, match="decay"):
+        type(baseline)(*[2] * isinstance(baseline, ShrinkageBaseline), 0.2).load_state_dict(
+            other.state_dict()
+        )
+
+
+def test_left_out_samples_are_nobodys_others():
+    rewards, applies = torch.tensor([1.0, 1e9, 4.0, NAN]), torch.tensor([1, 0, 1, 0]).bool()
+    close(
+        leave_one_out_advantages(torch.cat([rewards, rewards]), 4, torch.cat([applies] * 2)),
+        torch.tensor([-3.0, 0.0, 3.0, 0.0] * 2),
+    )
+    # alone in its group: no others, no advantage
+    close(leave_one_out_advantages(rewards, 2, applies), torch.zeros(4))
+    shrunk = ShrinkageBaseline(4, 0.0)
+    for _ in range(2):
+        found = shrunk.advantages(torch.cat([rewards, rewards + 4]), torch.cat([applies] * 2))
+        assert found.isfinite().all() and not found[[1, 3, 5, 7]].any()
+    # within 4.5 (4.5 / 2 of a mean), between 8 - 2.25: each leans on the other prompt's mean
+    error = 4.5 / 3
+    lean = error / (error + 8 - 2.25)
+    close(found[0], torch.tensor(1 - (1 - lean) * 4 - lean * 6.5))
+
+
+# --- scale, KL target, importance
+
+
+def test_standardized_advantages_do_not_know_the_rewards_scale(device):
+    advantages = torch.tensor([3.0, -1.0, 0.5, 0.0], device=device)
+    for scale in (1e-6, 1.0, 1e6):
+        found = standardized_advantages(scale * advantages)
+        close(found, standardized_advantages(advantages))
+        close(found.std(correction=0), torch.tensor(1.0))
+        close(found / found[0], advantages / 3.0)  # not centred
+    for equal in (0.0, 0.1, -1e5):
+        assert not standardized_advantages(torch.full((7,), equal, device=device)).any()
+
+
+def test_beta_follows_the_kl_by_the_equation():
+    assert adapted_beta(0.1, 2.0, 2.0, 1.0) == 0.1
+    assert adapted_beta(0.1, 2.2, 2.0, 0.5) == pytest.approx(0.1 * (1 + 0.1 * 0.5))
+    assert adapted_beta(0.1, 100.0, 2.0, 0.5) == pytest.approx(0.1 * 1.1)  # clipped
+    assert adapted_beta(0.1, -5.0, 2.0, 0.5) == pytest.approx(0.1 * 0.9)  # a noisy k1
+    assert adapted_beta(0.1, 0.0, 2.0, 1.0, floor=0.09) == 0.09
+    beta = 0.1
+    for _ in range(100):  # a policy whose KL is .3 / beta
+        beta = adapted_beta(beta, 0.3 / beta, 1.5, 0.5)
+    assert beta == pytest.approx(0.2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (0.1, NAN, 1, 1),
+        (0.1, INF, 1, 1),
+        (0.1, 1, 0, 1),
+        (0.1, 1, NAN, 1),
+        (0.1, 1, 1, 0),
+        (0.1, 1, 1, 1.1),
+        (0.1, 1, 1, 1, 0.2),
+        (INF, 1, 1, 1),
+        (0.1, 1, 1, 1, -1),
+    ],
+)
+def test_a_beta_that_means_nothing_is_refused(arguments):
+    with pytest.raises(ValueError, match="got .*expected"):
+        adapted_beta(*arguments)
+
+
+def test_three_kinds_of_importance_by_hand(device):
+    log_ratio = torch.tensor([[math.log(2), math.log(3)], [math.log(0.5), NAN]], device=device)
+    mask = torch.tensor([[True, True], [True, False]], device=device)
+    zero = torch.zeros_like(log_ratio)
+    for kind, limit, expected in (
+        ("sequence", 4.0, [4.0, 0.5]),
+        ("mask", 4.0, [0.0, 0.5]),
+        ("mask", 6.5, [6.0, 0.5]),
+        ("token", 2.5, [[2.0, 2.5], [0.5, 1.0]]),
+    ):
+        close(importance_weights(log_ratio, zero, mask, limit, kind), torch.tensor(expected))
+
+
+def test_weights_of_tokens_have_their_gradient():
+    """(B, T) advantages: d loss / d logprobs = -A_t, 0 outside the mask whatever stands there."""
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    weights = torch.tensor([[1.0, 2.0, NAN], [0.5, INF, NAN]])
+    reinforce_loss(logprobs, mask, weights).sum().backward()
+    close(logprobs.grad, -torch.tensor([[1.0, 2.0, 0.0], [0.5, 0.0, 0.0]]))
+    same = torch.tensor([[3.0] * 3, [-1.0] * 3])
+    close(reinforce_loss(logprobs, mask, same), reinforce_loss(logprobs, mask, same[:, 0]))
+
+
+def test_token_weights_are_exact_for_one_token_and_sequence_weights_for_all():
+    """E_mu[w f] over all completions; of the first token alone both are exact."""
+    policy, drawn = completion_logprobs(THETA), completion_logprobs(ANCHOR)
+    logprobs, sampling = (token_logprobs(t[ROWS], TOKENS, TEMPERATURE) for t in (THETA, ANCHOR))
+    value = (policy.exp() * REWARDS).sum()
+    whole = importance_weights(logprobs, sampling, MASK, INF)
+    close((drawn.exp() * whole * REWARDS).sum(), value)
+    first = MASK & (torch.arange(MAX_TOKENS) == 0)
+    tokens = importance_weights(logprobs, sampling, first, INF, "token")[:, 0]
+    start = torch.tensor([c[0] for c in COMPLETIONS]).double()
+    close((drawn.exp() * tokens * start).sum(), (policy.exp() * start).sum())

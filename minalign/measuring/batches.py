@@ -29,7 +29,8 @@ def measures(
     """What metrics.jsonl has of the batch, each a mean over all processes' samples; and one sample.
 
     kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
-    tokens. importance_clipped: share of samples whose weight is cut. Numbers that are not finite
+    tokens. importance_ess: effective over actual number of samples. importance_clipped: share of
+    weights that the limit cuts. kl_peak: the largest kl_sft so far. Numbers that are not finite
     are left out of the means, and their samples are counted: not_finite. The sample is the first,
     or the first of those.
     """
@@ -45,9 +46,9 @@ def measures(
         "length": samples.mask.sum(1),
         "ended": samples.ended,
     } | {f"reward {name}": values for name, values in scores.parts.items()}
-    if run.dtype != torch.float32 or run.config.sampler_dtype == "bfloat16":
-        rows["importance"] = samples.importance
-        rows["importance_clipped"] = samples.importance >= 2.0  # the limit of importance_weights
+    weighted = run.dtype != torch.float32 or run.config.sampler_dtype not in ("auto", "float32")
+    if weighted:
+        rows |= weight_columns(samples, run.config)
     table = torch.stack([row.float() for row in rows.values()], 1)
     broken = ~table.isfinite().all(1)  # (b,)
     means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))
@@ -64,6 +65,12 @@ def measures(
         "advantage_std": 0.0,  # these two of a step that is left out
         "grad_norm": 0.0,
     }
+    peak = max(run.counts.get("kl_peak", 0.0), metrics["kl_sft"])  # max keeps it where that is NaN
+    run.counts["kl_peak"] = metrics["kl_peak"] = peak
+    if run.config.target_kl:
+        metrics["beta"] = run.counts["beta"]
+    if weighted:
+        name_fading_weights(run, metrics)
     prompt, completion = decode_parts(task.tokenizer, pairs[shown][0].ids, pairs[shown][1])
     sample = {"prompt": prompt, "completion": completion}
     reward, kl = table[shown, :2].tolist()
@@ -74,7 +81,36 @@ def measures(
     return metrics, sample | {"reward": reward, "kl": kl}
 
 
-def finite_mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over the rows that are finite: one that is not does not take the others with it."""
+def weight_columns(samples: Samples, config: typing.Any) -> dict[str, torch.Tensor]:
+    """Of each completion (b,): mean weight, its square's mean, and the share that the limit cut."""
+    weights, count = samples.importance, samples.mask.sum(1).clamp(min=1)  # (b, T)
+    cut = (weights >= config.importance_limit) | (weights == 0)
+    columns = {"importance": weights, "importance_ess": weights**2, "importance_clipped": cut}
+    return {name: (x * samples.mask).sum(1) / count for name, x in columns.items()}
+
+
+def name_fading_weights(run: Run, metrics: dict[str, float]) -> None:
+    """Turn the mean square into ESS, and say once per run that weights are far below 1 on average.
+
+    ESS / n = (mean w)^2 / mean w^2
+    (Kish 1965)
+    """
+    mean, square = metrics["importance"], metrics["importance_ess"]
+    metrics["importance_ess"] = mean**2 / square if square else 0.0
+    if mean < 0.9 and not run.counts.get("fading") and run.first:
+        run.counts["fading"] = run.step
+        tqdm.write(
+            f"step {run.step}: importance weights are {mean:.2f} on average, so gradients shrink: "
+            "--importance token, or --sampler-dtype float32"
+        )
+
+
+def finite_mean(values: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the rows that are finite: one that is not does not take the others with it.
+
+    Args:
+        rows: (B,) bool, those that count; None for all.
+    """
+    values = values if rows is None else values[rows]
     finite = values.isfinite()
     return values.where(finite, 0.0).sum(0) / finite.sum(0)

@@ -148,18 +148,27 @@ def _standard_error(values: Sequence[float]) -> float:
     return torch.tensor(values, dtype=torch.double).std().item() / len(values) ** 0.5
 
 
-def before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
+def before_after_table(
+    before: dict[str, float], after: dict[str, float], best: tuple[int, dict] | None = None
+) -> str:
     """The table that a run ends with.
+
+    Args:
+        best: a step and its metrics, which stand between.
 
     >>> print(before_after_table({"reward": 0.5, "kl_sft": 0.0}, {"reward": 1.25, "kl_sft": 2.0}))
     held-out prompts      before     after
     reward                 0.500     1.250
     kl_sft                 0.000     2.000
     """
-    width = max(18, 2 + max(map(len, before)))
-    lines = [f"{'held-out prompts':{width}}{'before':>10}{'after':>10}"]
-    for name in {**before, **after}:  # the count of what is not finite may be in one alone
-        lines.append(f"{name:{width}}{before.get(name, 0):z10.3f}{after.get(name, 0):z10.3f}")
+    columns = {"before": before} | ({f"step {best[0]}": best[1]} if best else {})
+    columns["after"] = after
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    width = max(18, 2 + max(map(len, names)))
+    lines = [f"{'held-out prompts':{width}}" + "".join(f"{head:>10}" for head in columns)]
+    for name in names:  # the count of what is not finite may be in one alone
+        values = "".join(f"{metrics.get(name, 0):z10.3f}" for metrics in columns.values())
+        lines.append(f"{name:{width}}{values}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from .. import rollout
 from .lora import AdapterView, adapter_parameters, lora_layers
 
 
@@ -31,3 +32,22 @@ def trained_and_anchor(
     if kind == "fixed" and all(torch.equal(a, b) for a, b in zip(trained, start.parameters())):
         return trained, start
     return trained, copy.deepcopy(policy).requires_grad_(False)
+
+
+def start_and_anchor_logprobs(
+    start: torch.nn.Module | AdapterView,
+    anchor: torch.nn.Module | AdapterView,
+    samples: tuple[torch.Tensor, ...],
+    temperature: float,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(y_t|x, y_<t) of both models (B, T), nats; in one pass where they are the same.
+
+    Args:
+        samples: input_ids, attention_mask, tokens, mask, see rollout.frozen_logprobs.
+        batch_size: rows per pass, at most.
+    """
+    found = rollout.frozen_logprobs(start, *samples, temperature, batch_size)
+    if anchor is start:
+        return found, found
+    return found, rollout.frozen_logprobs(anchor, *samples, temperature, batch_size)

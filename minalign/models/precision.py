@@ -1,4 +1,4 @@
-"""How a forward pass runs: without dropout, in bfloat16."""
+"""How a forward pass runs: without dropout, in 16 bits."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
     Log-probs, losses and scores leave it for float32 by themselves.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()

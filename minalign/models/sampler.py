@@ -22,7 +22,7 @@ class Samples(NamedTuple):
         input_ids, attention_mask: (B, P) long, the prompts padded on the left.
         tokens, mask: (B, T) of a Rollout, end tokens included.
         logprobs: (B, T) float32, nats, the policy's own; 0 outside the mask, without a graph.
-        importance: (B,) float32, what each sample counts; 1 where the policy itself drew it.
+        importance: (B, T) float32, what each token counts; 1 where the policy itself drew it.
     """
 
     prompts: list[TokenizedPrompt]
@@ -48,7 +48,7 @@ class Samples(NamedTuple):
 class Sampler:
     """Draws y ~ pi_theta(.|x), and takes log pi_theta(y|x).
 
-    In float32 the policy itself draws. In bfloat16 it draws with rounded weights. The log-probs are
+    In float32 the policy itself draws. In 16 bits it draws with rounded weights. The log-probs are
     then taken once more, in the pass that an anchor's come from, and each sample counts by
     `reinforce.importance_weights`.
 
@@ -56,7 +56,8 @@ class Sampler:
         policy: pi_theta.
         eos_token_ids: as in rollout.generate.
         config: has seed (of all draws), temperature, max_new_tokens, micro_batch_size (rows of a
-            pass where log-probs are taken again) and sampler_dtype ("auto" is `dtype`).
+            pass where log-probs are taken again), sampler_dtype ("auto" is `dtype`), importance
+            and importance_limit (kind and limit of the weights).
         dtype: of the forward passes.
         mine: this process's rows of a batch. Every process draws the whole batch's numbers.
     """
@@ -96,11 +97,14 @@ class Sampler:
             )
         batch = (input_ids, attention_mask, tokens, mask)
         sampling_logprobs = logprobs
-        if torch.bfloat16 in (self.dtype, self.drawn_in):
+        if {self.dtype, self.drawn_in} != {torch.float32}:
             with precision.autocast(device, self.dtype):
                 logprobs = rollout.frozen_logprobs(
                     self.policy, *batch, config.temperature, config.micro_batch_size
                 )
-        importance = reinforce.importance_weights(logprobs, sampling_logprobs, mask)
+        how = (config.importance_limit, config.importance)
+        importance = reinforce.importance_weights(logprobs, sampling_logprobs, mask, *how)
+        if importance.ndim == 1:
+            importance = importance[:, None].expand_as(logprobs)
         completions, ended = rollout.split_end(tokens, mask, self.eos_token_ids)
         return Samples(prompts, completions, ended, *batch, logprobs, importance)

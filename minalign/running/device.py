@@ -45,7 +45,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     Weights stay float32. GPUs before Ampere emulate bfloat16, more slowly than float32: it is said.
 
     Args:
-        name: "auto", "float32" or "bfloat16".
+        name: "auto", "float32", "bfloat16" or "float16".
     """
     import torch
 
@@ -53,5 +53,5 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         with torch.cuda.device(device) if device.index else contextlib.nullcontext():
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 return torch.bfloat16
-        print("--dtype auto: this GPU has no bfloat16 of its own: float32")
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+        print("--dtype auto: this GPU has no bfloat16 of its own: float32 (float16 is faster)")
+    return torch.float32 if name == "auto" else getattr(torch, name)

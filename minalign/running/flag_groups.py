@@ -155,7 +155,9 @@ class DeviceFlags:
 
     device: str = flag("auto", "auto, cpu, cuda or mps")
     dtype: str = flag(
-        "auto", "forward precision: auto is bfloat16 on CUDA", ("auto", "float32", "bfloat16")
+        "auto",
+        "forward precision: auto is bfloat16 on CUDA; float16 with a loss scale",
+        ("auto", "float32", "bfloat16", "float16"),
     )
 
 
@@ -218,6 +220,10 @@ def resolve_training(config: typing.Any) -> None:
         config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank
         config.lora_save = config.lora_save or "merged"
     if config.shard:
+        require(
+            config.dtype != "float16",
+            "--shard --dtype float16: its loss scale knows no weights in pieces: take bfloat16",
+        )
         require(
             processes() > 1,
             "--shard: one process has nobody to share with: start it with torchrun, or leave it "

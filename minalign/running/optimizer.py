@@ -56,6 +56,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=config.lr, weight_decay=weight_decay, fused=fused
         )
+        self.scaler, self.overflowed = torch.amp.GradScaler(enabled=False), False
         self._out_of_memory = ""
 
     @property
@@ -70,13 +71,17 @@ class Optimizer:
     def forward(self, function: Callable, dtype: torch.dtype) -> Callable:
         """`function` with the trained model as its first argument: what losses are made of.
 
-        It runs in `dtype`. The backward pass lies outside of it, and need not be told.
+        It runs in `dtype`. The backward pass lies outside of it, and need not be told. float16 has
+        no numbers below 6e-8: losses are then scaled up, and gradients down again.
 
         Args:
             function: (model, *args) -> a tensor with gradient.
         Returns:
             (*args) -> that tensor.
         """
+        if dtype == torch.float16:
+            self.scaler = torch.amp.GradScaler(self.model.device.type)
+            self.scaler.scale(torch.ones(1, device=self.model.device))  # makes its scale
         of_learner = functools.partial(function, self.learner)
         if self.sharded:
             of_learner = shard.as_forward(self.learner, of_learner)
@@ -91,6 +96,8 @@ class Optimizer:
         self, lengths: Sequence[int], weight: float = 1.0
     ) -> Iterator[tuple[list[int], float]]:
         """(rows, weight): which rows of this process's batch go together, and what they count.
+
+        In float16 the weight has the loss scale in it, which `step` takes out again.
 
         Rows of like length go together, at most `micro_batch_size` and padding.tokens_per_pass.
         With --shard every pass is a sum over the processes, so a process with fewer passes repeats
@@ -108,7 +115,7 @@ class Optimizer:
             self.adamw.zero_grad()
             tokens = padding.tokens_per_pass(self.learner)
             parts = padding.length_parts(lengths, self.micro_batch_size, tokens)
-            passes = [(part, weight) for part in parts]
+            passes = [(part, weight * self.scaler.get_scale()) for part in parts]
             if self.sharded:
                 idle = self.ranks.most(len(passes), self.model.device) - len(passes)
                 passes += [(parts[-1][:1], 0.0)] * idle
@@ -159,10 +166,14 @@ class Optimizer:
         """
         if not self.sharded:
             self.ranks.sum_([p.grad for p in self.parameters if p.grad is not None])
+        self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         norm = shard.whole(norm).item()
+        # With a scale of 1 the gradient itself is not finite
+        self.overflowed = not math.isfinite(norm) and self.scaler.get_scale() > 1
         if math.isfinite(norm) and not skip:
-            self.adamw.step()
+            self.scaler.step(self.adamw)
+        self.scaler.update()
         self.adamw.zero_grad()  # now, so that sampling has their memory
         shard.unshard_(self.model, self.learner)
         return norm
@@ -170,12 +181,16 @@ class Optimizer:
     def state_dict(self) -> dict:
         """AdamW's state, whole tensors, the same with and without --shard.
 
-        Collective. Rank 0 alone gets the tensors.
+        Collective. Rank 0 alone gets the tensors. In float16 with the loss scale.
         """
-        return shard.whole_state(self.adamw, keep=self.ranks.first)
+        state = shard.whole_state(self.adamw, keep=self.ranks.first)
+        return state | ({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Resume from `state`, with or without --shard."""
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        state = {name: value for name, value in state.items() if name != "scaler"}
         shard.load_whole_state_(self.adamw, state)
 
 

@@ -64,9 +64,12 @@ class Ranks:
         mine = batch[self.index :: self.count]
         return (mine, 1.0) if mine else (batch[:1], 0.0)
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors (rows, ...), all of one shape, concatenated in the ranks' order."""
-        if self.count == 1:
+    def gather(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """The ranks' tensors (rows, ...), all of one shape, concatenated in the ranks' order.
+
+        What is None on all of them stays None.
+        """
+        if self.count == 1 or tensor is None:
             return tensor
         import torch
 

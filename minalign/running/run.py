@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
-import math
 import platform
 import signal
 import subprocess
@@ -49,7 +48,8 @@ if typing.TYPE_CHECKING:
 class Run:
     """What a training loop needs of the machine it runs on, and nothing that a paper would mention.
 
-    `counts` holds numbers and names that a checkpoint keeps. A loop may add to it.
+    `counts` holds numbers and names that a checkpoint keeps. A loop may add to it. Run itself reads
+    best_step, whose checkpoint stays, and ended, the last step whatever was planned.
 
     Args:
         folder: of the run.
@@ -137,14 +137,13 @@ class Run:
         state = state | {"counts": self.counts}
         resume = self.config.resume
         self.done = resume_(self.folder, state, self.ranks, self.device) if resume else 0
-        held_out = self.made_of.get("held-out data")
-        if self.counts.get("best_of", held_out) != held_out:
-            print("other held-out prompts than before: the best step is sought anew")
-            self.counts.update(best=-math.inf, best_step=None)
         if self.first:
             self.logs["metrics"] = MetricsLog(self.folder, self.done, self.config.tensorboard)
         for _ in range(self.done):
             next(batches)
+        if self.counts.get("ended"):
+            print(f"--resume: the run ended at step {self.counts['ended']}")
+            total = self.done
         remaining = range(self.done + 1, total + 1)
         bar = dict(desc=name, unit="step", initial=self.done, total=total)
         for step in tqdm(remaining, **bar, disable=not self.first or None):
@@ -153,10 +152,13 @@ class Run:
             self.require_in_place()
             stopping = self.ranks.any(self.stop.is_set() or launcher_is_gone(), self.device)
             best = self.counts.get("best_step")  # known to the first process alone
-            due = step % self.config.save_every == 0 or step in (total, best) or stopping
+            ended = self.ranks.any("ended" in self.counts, self.device)
+            due = step % self.config.save_every == 0 or step in (total, best) or stopping or ended
             if self.ranks.any(self.first and due, self.device):
                 keep = self.config.keep
                 save_checkpoint(self.folder, step, state, keep, best, writing=self.first)
+            if ended:
+                return
             if stopping and step < total:
                 raise KeyboardInterrupt(f"after step {step} of {total}")
 
@@ -187,29 +189,24 @@ class Run:
                 self.logs[name] = JsonLines(path, rows_until(path, self.done))
             self.logs[name].append({"step": self.step} | row)
 
-    def skip(self, problem: str, kept: str = "") -> None:
+    def skip(self, problem: str, kept: str = "", overflow: bool = False) -> None:
         """Say and count that this step is left out.
 
         Args:
             problem: what is not finite.
             kept: what is kept of the model, in words.
+            overflow: of float16: part of how its loss scale is found, and no reason to end.
         Raises:
-            UserError: with --on-nonfinite stop, always.
+            UserError: with --on-nonfinite stop, but for an overflow.
         """
-        if self.config.on_nonfinite == "stop":
+        if self.config.on_nonfinite == "stop" and not overflow:
             kept = kept or f"{self.folder} keeps the last good model"
             raise UserError(f"step {self.step}: {problem}: {kept}: lower --lr")
+        if overflow:
+            problem = "a gradient beyond float16, whose loss scale is halved"
         self.counts["skipped"] += 1
         skipped = self.counts["skipped"]
         tqdm.write(f"step {self.step}: {problem}: the step is skipped, {skipped} so far")
-
-    def is_best(self, value: float) -> bool:
-        """Whether `value` is above those of all earlier steps. If so, this checkpoint is kept."""
-        better = value > self.counts.get("best", -math.inf)
-        if better:
-            held_out = self.made_of.get("held-out data")
-            self.counts |= {"best_step": self.step, "best": value, "best_of": held_out}
-        return better
 
 
 @contextlib.contextmanager

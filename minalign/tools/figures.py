@@ -33,6 +33,8 @@ POLICY_PANELS = [  # metric, what the axis says, its scale
     ("reward", "reward, training batch", "linear"),
     ("eval_reward", "reward, held-out prompts", "linear"),
     ("kl_sft", "KL(policy || start)\n(nats per sequence)", "linear"),
+    ("kl_peak", "largest KL so far\n(nats per sequence)", "linear"),
+    ("beta", "beta (reward per nat)", "linear"),
     ("length", "length (tokens)", "linear"),
     ("entropy", "entropy (nats per token)", "linear"),
     ("grad_norm", "gradient norm", "log"),

@@ -42,17 +42,22 @@ def test_checkpoints_are_saved_when_due_and_the_best_is_kept(tmp_path):
     run, values = make(tmp_path, save_every=3, keep=1), {1: 0.0, 2: 5.0, 4: 4.0}
 
     def on_step(step):
-        if step in values:
-            assert run.is_best(values[step]) == (step < 4)
+        if values.get(step, -1.0) > values.get(run.counts.get("best_step"), -1.0):
+            run.counts["best_step"] = step
 
     numbers(run, 7, on_step=on_step)
     assert steps_saved(tmp_path) == [2, 7]  # the best, and the last
-    assert run.counts["best_step"] == 2 and run.counts["best"] == 5.0
 
 
-def test_a_nan_is_never_the_best(tmp_path):
-    run = make(tmp_path)
-    assert not run.is_best(float("nan")) and run.is_best(-1.0) and not run.is_best(-1.0)
+def test_a_run_that_ended_early_is_saved_and_stays_ended(tmp_path, capsys):
+    run = make(tmp_path, save_every=9)
+    seen = numbers(
+        run, 7, on_step=lambda step: run.counts.update({"ended": 3} if step == 3 else {})
+    )
+    assert [step for step, _ in seen] == [1, 2, 3] and steps_saved(tmp_path) == [3]
+    again = make(tmp_path, save_every=9, resume=True)
+    assert numbers(again, 9) == [] and again.done == 3
+    assert "the run ended at step 3" in capsys.readouterr().out
 
 
 def test_a_resumed_run_takes_the_batches_from_where_it_stopped(tmp_path):

@@ -77,7 +77,7 @@ def test_the_ratio_is_that_of_the_policy_to_what_drew(tmp_path, monkeypatch):
     """Weights of zero draw every word alike."""
     seen = []
 
-    def record(logprobs, sampling_logprobs, mask):
+    def record(logprobs, sampling_logprobs, mask, *how):
         seen.append((logprobs[mask], sampling_logprobs[mask]))
         return torch.ones(len(mask))
 

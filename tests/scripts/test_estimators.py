@@ -4,24 +4,59 @@ import pytest
 import torch
 
 import train_policy
-from minalign.reinforce import MovingAverageBaseline, leave_one_out_advantages
+from minalign.data.chat import TokenizedPrompt
+from minalign.reinforce import ShrinkageBaseline, leave_one_out_advantages
 
 FIRST, SECOND = torch.tensor([1.0, 3.0, 2.0, 6.0]), torch.tensor([4.0, 0.0, 8.0, 5.0])
+PROMPTS = [TokenizedPrompt([1, 2], row=row) for row in (7, 7, 9, 9)]
 
 
-@pytest.mark.parametrize("name", ["moving", "ema", "rloo", "none"])
+def shrunk():
+    baseline = ShrinkageBaseline(2)
+    baseline.advantages(FIRST)
+    return baseline.advantages(SECOND)
+
+
+def estimate(name, applies=None, **flags):
+    """Advantages of the second batch, when those with a memory have a past."""
+    config = train_policy.Config(baseline=name, batch_size=4, **flags)
+    advantages_of, baseline = train_policy.advantage_estimator(train_policy.resolve(config))
+    advantages_of(FIRST, PROMPTS, None)
+    return advantages_of(SECOND, PROMPTS, applies), baseline
+
+
+@pytest.mark.parametrize("name", ["moving", "ema", "rloo", "none", "prompt", "shrink"])
 def test_each_baseline_is_the_function_of_its_name(name):
-    """On the second batch, when the moving ones have a past: means 3 and, with decay .9, 3, too."""
-    config = train_policy.resolve(train_policy.Config(baseline=name, batch_size=4))
-    baseline = MovingAverageBaseline(config.baseline_decay)
-    estimate = train_policy.advantage_estimator(config, baseline)
-    estimate(FIRST)
+    """Means of the first batch are 3 and, with decay .9, 3, too; by prompt 3.7 / 1.9, 7.8 / 1.9."""
+    group = {"group_size": 4 if name == "rloo" else 2} if name in ("rloo", "shrink") else {}
+    advantages, baseline = estimate(name, **group)
+    of_prompt = torch.tensor([(0.9 + 3 + 3) / 2.9, (0.9 * 2 + 6 + 3) / 2.9])
     expected = {
         "moving": SECOND - 3.0,
         "ema": SECOND - 3.0,
         "rloo": leave_one_out_advantages(SECOND, 4),
         "none": SECOND,
+        "prompt": SECOND - of_prompt.repeat_interleave(2),
     }
-    torch.testing.assert_close(estimate(SECOND), expected[name])
-    past = {"moving": 29 / 8, "ema": (0.09 * 3.0 + 0.1 * 4.25) / 0.19}
-    assert baseline.value == pytest.approx(past.get(name, 0.0))  # decay .9, bias-corrected
+    torch.testing.assert_close(advantages, expected[name] if name in expected else shrunk())
+    past = {"moving": 29 / 8} | dict.fromkeys(["ema", "prompt"], (0.09 * 3.0 + 0.1 * 4.25) / 0.19)
+    if name != "shrink":
+        assert baseline.value == pytest.approx(past.get(name, 0.0))  # decay .9, bias-corrected
+
+
+@pytest.mark.parametrize("name", ["moving", "ema", "rloo", "none", "prompt", "shrink"])
+def test_samples_without_a_reward_are_left_out(name):
+    """They get 0, and what their rewards are changes nothing, now and later."""
+    group = {"group_size": 2} if name in ("rloo", "shrink") else {}
+    config = train_policy.Config(baseline=name, batch_size=4, **group)
+    applies = torch.tensor([True, False, True, True])
+    found = []
+    for rubbish in (0.0, 1e6):
+        advantages_of, _ = train_policy.advantage_estimator(train_policy.resolve(config))
+        first = torch.tensor([4.0, rubbish, 8.0, 5.0])
+        found.append((advantages_of(first, PROMPTS, applies), advantages_of(SECOND, PROMPTS, None)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other)
+    assert found[0][0][1] == 0 and (found[0][0][2:] != 0).all()
+    nobody = advantages_of(SECOND, PROMPTS, torch.zeros(4, dtype=torch.bool))
+    assert not nobody.any()
