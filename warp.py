@@ -203,6 +203,7 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
     """
     import torch
 
+    from minalign.measuring.progress import judge
     from minalign.models.lora import add_lora_, merge_lora_
     from minalign.models.saving import save_policy
 
@@ -211,6 +212,8 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
     if config.lora_rank:
         torch.manual_seed(config.seed)
         add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
+    if run.first:
+        judge(run, train_policy.evaluate(run, task, policy))  # where a decline is measured from
     train_policy.train(run, task, policy)
     merge_lora_(policy)
     if run.first:
