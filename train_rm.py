@@ -324,16 +324,15 @@ def write_logs(
         bad = ", ".join(name for name, value in measured.items() if not math.isfinite(value))
         require(not bad, f"step {run.step}: not finite: {bad}: {kept}: lower --lr")
         metrics |= measured
-        shorter = metrics.get("eval_accuracy_shorter")
         tqdm.write(
             "step {step:4d}/{steps}  loss {loss:.4f}  held out: loss {eval_loss:.4f} (constant "
-            "{eval_floor:.4f})  accuracy {eval_accuracy:.3f}{shorter}  margin {eval_margin:.2f}  "
-            "ece {eval_ece:.3f}  reward {reward_mean:.2f} +- {reward_std:.2f}  corr with length "
-            "{eval_length_corr:.2f}".format(
-                step=run.step,
-                steps=steps,
-                shorter="" if shorter is None else f" ({shorter:.3f} where the shorter is better)",
-                **{"eval_length_corr": math.nan} | metrics,
+            "{eval_floor:.4f})  accuracy {eval_accuracy:.3f} (longer wins {eval_longer_wins:.3f}, "
+            "where shorter is better {eval_accuracy_shorter:.3f})  margin {eval_margin:.2f}  ece "
+            "{eval_ece:.3f}  reward {reward_mean:.2f} +- {reward_std:.2f}  corr with length "
+            "{eval_length_corr:.2f}".format_map(
+                {"step": run.step, "steps": steps}
+                | dict.fromkeys(("eval_accuracy_shorter", "eval_length_corr"), math.nan)
+                | metrics
             )
         )
         if best is None or metrics["eval_loss"] < best["eval_loss"]:
@@ -377,7 +376,6 @@ def load(
     from minalign.data.chat import wants_chat
     from minalign.data.prompts import parse_span
     from minalign.data.splits import Split
-    from minalign.measuring.pairs import length_baseline
     from minalign.models.activations import checkpoint_activations_
     from minalign.models.lora import add_lora_
     from minalign.models.saving import try_save
@@ -427,7 +425,6 @@ def load(
             f"{dashed(name)}: is of pairs, and {config.dataset} ranks up to {longest} texts: leave "
             "it out",
         )
-    print(f"  {length_baseline(held_out)}")
     if config.rating_coef:
         ratings = [ratings for part in (examples, held_out) for ratings, *_ in part.extras]
         pairs.require_rating_range(config.dataset or "toy world", ratings, *config.rating_range)

@@ -2,58 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from ..data.pairs import Example
 from ..models.heads import Objective, by_place
 from ..reward import RewardModel
-
-
-class _Pairs(NamedTuple):
-    """All pairs of B lists whose texts lie one list after another, (P,) each.
-
-    better, worse: places of the two texts.
-    weight: 1 over the pairs of the list: each list counts the same.
-    probability: that the first is the better one.
-    """
-
-    better: torch.Tensor
-    worse: torch.Tensor
-    weight: torch.Tensor
-    probability: torch.Tensor
-
-    def won(self, values: torch.Tensor) -> torch.Tensor:
-        """(P,) 1 where the better text has the larger value, 1/2 for a tie, on either side."""
-        gap = (values[self.better] - values[self.worse]) * (self.probability > 0.5)
-        return (gap > 0) + 0.5 * (gap == 0)
-
-
-def _pairs_of(examples: Sequence[Example]) -> _Pairs:
-    rows, start = [], 0
-    for example in examples:
-        count = len(example.texts)
-        pairs = list(itertools.combinations(range(start, start + count), 2))
-        rows += [(*pair, 1 / len(pairs), example.probability) for pair in pairs]
-        start += count
-    better, worse, *numbers = zip(*rows)
-    return _Pairs(torch.tensor(better), torch.tensor(worse), *map(torch.tensor, numbers))
-
-
-def _lengths_of(examples: Sequence[Example]) -> torch.Tensor:
-    return torch.tensor([len(text) for example in examples for text in example.texts]).float()
-
-
-def _mean(values: torch.Tensor, weight: torch.Tensor) -> float:
-    return ((values * weight).sum() / weight.sum()).item()
-
-
-def length_baseline(examples: Sequence[Example]) -> str:
-    """How often the longer text is the better one, in words: what knows no more gets so far."""
-    pairs, lengths = _pairs_of(examples), _lengths_of(examples)
-    longer = _mean(pairs.won(lengths), pairs.weight)
-    return f"held out: the longer text is the better one in {longer:.3f} (a tie: half)"
 
 
 def expected_calibration_error(
@@ -105,30 +59,50 @@ def evaluate_pairs(
     """
     examples = list(examples)
     logits = reward_model.logits([text for e in examples for text in e.texts]).cpu()  # (N, labels)
-    rewards, lengths = reward_model.read_out(logits), _lengths_of(examples)  # (N,)
+    rewards = reward_model.read_out(logits)  # (N,)
+    lengths = torch.tensor([len(text) for e in examples for text in e.texts]).float()
     by_text = by_place(logits, examples)
-    better, worse, weight, probability = pairs = _pairs_of(examples)
-    right, longer = pairs.won(rewards), pairs.won(lengths)
-    gap = (rewards[better] - rewards[worse]) * (probability > 0.5)
+    better, worse, weight, probability = pairs_of(examples)  # (P,) each
+
+    def gaps(values: torch.Tensor) -> torch.Tensor:
+        return (values[better] - values[worse]) * (probability > 0.5)
+
+    def share_won(gap: torch.Tensor, weight: torch.Tensor = weight) -> float:
+        return (((gap > 0) + 0.5 * (gap == 0)) * weight).sum().item() / weight.sum().item()
+
+    gap, shorter = gaps(rewards), weight * (gaps(lengths) < 0)
     wins = objective.win_probabilities(logits[better], logits[worse])
     metrics = {
         "eval_loss": objective.order_losses(by_text, examples).mean().item(),
         "eval_floor": objective.order_losses(torch.zeros_like(by_text), examples).mean().item(),
-        "eval_accuracy": _mean(right, weight),
-        "eval_margin": _mean(gap, weight),
+        "eval_accuracy": share_won(gap),
+        "eval_margin": ((gap * weight).sum() / weight.sum()).item(),
         "eval_ece": expected_calibration_error(wins, truth=probability, weight=weight),
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std(correction=0).item(),
-        "eval_longer_wins": _mean(longer, weight),
+        "eval_longer_wins": share_won(gaps(lengths)),
     }
-    if (longer == 0).any():
-        metrics["eval_accuracy_shorter"] = _mean(right, weight * (longer == 0))
-    counts = [len(example.texts) for example in examples]
-    centred = [
-        torch.cat([part - part.mean() for part in values.double().split(counts)])
-        for values in (rewards, lengths)
+    if shorter.any():
+        metrics["eval_accuracy_shorter"] = share_won(gap, shorter)
+    lists = [
+        values.double().split([len(e.texts) for e in examples]) for values in (rewards, lengths)
     ]
-    norms = [values.norm().item() for values in centred]
-    if min(norms) > 0:
-        metrics["eval_length_corr"] = (centred[0] @ centred[1]).item() / (norms[0] * norms[1])
+    one, other = (torch.cat([part - part.mean() for part in parts]) for parts in lists)
+    if (scale := (one.norm() * other.norm()).item()) > 1e-9:
+        metrics["eval_length_corr"] = (one @ other).item() / scale
     return metrics
+
+
+def pairs_of(examples: Sequence[Example]) -> tuple[torch.Tensor, ...]:
+    """All P pairs of lists whose texts lie one list after another.
+
+    Returns:
+        Places of the better and of the worse text; 1 over the pairs of their list, so that each
+        list counts the same; the probability that the better one is it. (P,) each.
+    """
+    rows, start = [], 0
+    for example in examples:
+        places = range(start, start := start + len(example.texts))
+        pairs = list(itertools.combinations(places, 2))
+        rows += [(*pair, 1 / len(pairs), example.probability) for pair in pairs]
+    return tuple(map(torch.tensor, zip(*rows)))
