@@ -291,8 +291,8 @@ def encode_pairs(
     fits[list(reasons)] = False
     too_long = fits & (lengths.max(1) > max_tokens)  # never cut: the difference may lie there
     fits &= ~too_long
-    alike = np.sort(lengths, 1)  # two texts of one length may be one
-    alike = np.flatnonzero(fits & ((np.diff(alike, axis=1) == 0) & (alike[:, 1:] > 0)).any(1))
+    alike = (np.diff(np.sort(lengths, 1), axis=1) == 0).any(1)  # in length: two may be one text
+    alike = np.flatnonzero(fits & alike)
     identical = [n for n in alike if len(set(map(tuple, rows[n]))) < len(rows[n])]
     fits[identical] = False
     note_special_tokens(tokenizer, words, kind)

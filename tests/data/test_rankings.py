@@ -6,8 +6,10 @@ import random
 
 import pytest
 from messages import assistant, user
+from tiny_runs import tiny_model
 
-from minalign.data import tokens
+import train_rm
+from minalign.data import tokens, toy
 from minalign.data.columns import Pair, Ranking
 from minalign.data.pairs import encode_pairs, load_pairs
 from minalign.data.prompts import load_prompts
@@ -342,3 +344,50 @@ def test_without_texts_in_common_nothing_is_dropped(read, capsys):
     train, held = read(rows, share=0.1)
     assert len(train) + len(held) == 200 and math.isclose(len(held), 20, abs_tol=10)
     assert "dropped" not in capsys.readouterr().out
+
+
+# --- a run
+
+
+@pytest.mark.parametrize("loss", ["bradley-terry", pytest.param("ordinal", marks=pytest.mark.slow)])
+def test_lists_of_any_length_train_and_resume_bit_for_bit(loss, tmp_path, monkeypatch):
+    """And flags that are of pairs alone are refused."""
+    monkeypatch.chdir(tmp_path)
+    rng, (model, tokenizer) = random.Random(0), tiny_model()
+    for part in (model, tokenizer):
+        part.save_pretrained("start")
+    rows = []
+    for n in range(60):
+        prompt = toy.write_prompt(rng)
+        answers = list({toy.write_completion(rng, prompt): None for _ in range(2 + n % 3)})
+        ratings = [max(1, min(10, 5 + toy.gold_reward(prompt + text))) for text in answers]
+        rows.append({"prompt": prompt, "responses": answers, "ratings": ratings})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--model start --dataset d.jsonl --eval-share 0.3 --device cpu --batch-size 8 --lr 0.01"
+    flags = [*flags.split(), "--loss", loss, "--save-every", "2"]
+    flags += ["--rating-coef", "0.5"] * (loss == "ordinal")
+    train_rm.main([*flags, "--steps", "4", "--micro-batch-size", "3", "--out", "whole"])
+    with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
+            real, calls = train_rm.pair_losses, []
+
+            def losses(*args):
+                calls.append(0)
+                if len(calls) > 7:
+                    raise KeyboardInterrupt
+                return real(*args)
+
+            patch.setattr(train_rm, "pair_losses", losses)
+            train_rm.main([*flags, "--steps", "4", "--micro-batch-size", "3", "--out", "parts"])
+    train_rm.main([*flags, "--steps", "4", "--micro-batch-size", "3", "--out", "parts", "--resume"])
+    logs = []
+    for folder in ("whole", "parts"):
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        logs.append([{**json.loads(line), "seconds": 0} for line in lines])
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    assert {"eval_longer_wins", "eval_length_corr"} <= logs[0][-1].keys()
+    for flag in ("--margin", "--label-smoothing"):
+        if loss == "ordinal" and flag == "--margin":
+            continue
+        with pytest.raises(UserError, match=f"^{flag}: is of pairs, and d.jsonl ranks up to 4"):
+            train_rm.main([*flags, flag, "0.1", "--out", "refused"])
