@@ -4,14 +4,16 @@
     python train_rm.py --loss ordinal                       a distribution over the scores 1..10
     python train_rm.py --model path-or-id --dataset pairs.jsonl
 
-A data set has the columns chosen and rejected (and prompt, chosen_rating, rejected_rating, margin),
-or text and rating (or label). Prompts and answers may be chat messages. The run's folder holds
+A data set has the columns chosen and rejected (and prompt, chosen_rating, rejected_rating, margin,
+probability), ranked (the best text first), responses and ratings, or text and rating (or label).
+Prompts and answers may be chat messages. The run's folder holds
 config.json, metrics.jsonl, model/, a standard sequence classifier (the best by held-out loss), and
 checkpoints/, from which `--out that-folder --resume` goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import typing
@@ -71,10 +73,18 @@ class Config(DataFlags, OptimizerFlags, LoraFlags, RunFlags, MachineFlags):
         "[0, inf)",
     )
     center_coef: float | None = flag(
-        None, "bradley-terry: weight of (r_c + r_r)^2 (default: 0.01)", "[0, inf)"
+        None,
+        "bradley-terry: weight of (r_c + r_r)^2, of a list 4 mean(r)^2 (default: 0.01)",
+        "[0, inf)",
+    )
+    label_smoothing: float = flag(
+        0.0,
+        "share e of the labels taken to be wrong: a pair trains as (1 - e) p + e (1 - p) certain, "
+        "p being the column probability, or 1",
+        "[0, 0.5)",
     )
     steps: int | None = flag(None, "optimizer steps (default: one epoch)", "[1, inf)")
-    batch_size: int = flag(32, "pairs per step", "[1, inf)")
+    batch_size: int = flag(32, "pairs, or lists, per step", "[1, inf)")
     lr: float | None = flag(
         None, "peak learning rate of AdamW (default: 1e-5, in the toy world 2e-3)", "(0, inf)"
     )
@@ -131,50 +141,82 @@ def objective_of(config: Config) -> Objective:
 
 
 def bradley_terry(config: Config) -> Objective:
-    """-log sigmoid(r_c - r_r - margin) + center_coef (r_c + r_r)^2; r is the head's one output."""
+    """-log sigmoid(r_c - r_r - margin) + center_coef (r_c + r_r)^2; r is the head's one output.
+
+    Of a list of K > 2 texts: -sum_k log(e^r_k / sum_{j >= k} e^r_j) + center_coef 4 mean(r)^2.
+    """
     import torch
 
-    from minalign.losses import bradley_terry_loss, centering_penalty
-    from minalign.models.heads import Objective
-
-    def margins(examples: Sequence[Example]) -> torch.Tensor:
-        return config.margin * torch.tensor([example.gap for example in examples])
+    from minalign.losses import bradley_terry_loss, centering_penalty, plackett_luce_loss
+    from minalign.models.heads import Objective, place_mask
 
     def order_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
-        return bradley_terry_loss(*logits[:, :, 0], margins(examples).to(logits.device))
+        rewards = logits[:, :, 0]  # (K, B)
+        if len(rewards) > 2:
+            return plackett_luce_loss(rewards, place_mask(logits, examples))
+        gaps = torch.tensor([example.gap for example in examples], device=logits.device)
+        return bradley_terry_loss(*rewards, config.margin * gaps, probabilities(examples))
+
+    def centering(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+        mean = logits[:, :, 0].sum(0) / place_mask(logits, examples).sum(0)
+        return config.center_coef * centering_penalty(mean, mean)
 
     return Objective(
         labels=1,
         order_losses=order_losses,
-        penalties=lambda logits, _: config.center_coef * centering_penalty(*logits[:, :, 0]),
-        floor=lambda examples: torch.nn.functional.softplus(margins(examples)).mean().item(),
-        win_probabilities=lambda logits: (logits[0, :, 0] - logits[1, :, 0]).sigmoid(),
+        penalties=centering,
+        win_probabilities=lambda one, other: (one[:, 0] - other[:, 0]).sigmoid(),
     )
 
 
+def probabilities(examples: Sequence[Example]) -> torch.Tensor | None:
+    """(B,) that the first text of each pair is the better one; None where all are certain."""
+    import torch
+
+    soft = [example.probability for example in examples]
+    return torch.tensor(soft) if min(soft) < 1 else None
+
+
 def ordinal(config: Config) -> Objective:
-    """-log[P(S_c > S_r) + P(S_c = S_r) / 2] + rating_coef RPS; S ~ softmax(head)."""
+    """-log[P(S_c > S_r) + P(S_c = S_r) / 2] + rating_coef RPS; S ~ softmax(head).
+
+    Of a list of K > 2 texts: the mean over its pairs; the ratings' loss is twice the mean over its
+    texts, which is the sum of a pair's.
+    """
     import torch
 
     from minalign.losses import ordinal_pairwise_loss, ordinal_rating_loss
-    from minalign.models.heads import Objective
+    from minalign.models.heads import Objective, place_mask
+
+    def order_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+        pairs = list(itertools.combinations(range(len(logits)), 2))  # (better, worse)
+        losses = [ordinal_pairwise_loss(logits[i], logits[j], config.ties) for i, j in pairs]
+        soft = probabilities(examples)
+        if soft is not None:  # these are pairs
+            soft, other = (
+                soft.to(logits.device),
+                ordinal_pairwise_loss(*logits.flip(0), config.ties),
+            )
+            losses = [soft * losses[0] + (1 - soft) * other]
+        there = place_mask(logits, examples)[[j for _, j in pairs]]  # (pairs, B)
+        return torch.stack(losses).where(there, 0.0).sum(0) / there.sum(0)
 
     def rating_losses(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor | float:
         if not config.rating_coef:
             return 0.0
         low, high = config.rating_range
-        ratings = torch.tensor([example.ratings for example in examples], device=logits.device)
-        # (B, 2), on 1..num_scores
-        scores = 1 + (ratings - low) / (high - low) * (config.num_scores - 1)
-        return config.rating_coef * sum(map(ordinal_rating_loss, logits, scores.T))
+        ratings = [torch.tensor(example.ratings, device=logits.device) for example in examples]
+        ratings = torch.nn.utils.rnn.pad_sequence(ratings, padding_value=low)  # (K, B)
+        scores = 1 + (ratings - low) / (high - low) * (config.num_scores - 1)  # 1..num_scores
+        losses = torch.stack(list(map(ordinal_rating_loss, logits, scores)))
+        there = place_mask(logits, examples)
+        return 2 * config.rating_coef * losses.where(there, 0.0).sum(0) / there.sum(0)
 
-    constant = 0.5 if config.ties == "half" else (1 - 1 / config.num_scores) / 2
     return Objective(
         labels=config.num_scores,
-        order_losses=lambda logits, _: ordinal_pairwise_loss(*logits, config.ties),
+        order_losses=order_losses,
         penalties=rating_losses,
-        floor=lambda _: -math.log(constant),
-        win_probabilities=lambda logits: (-ordinal_pairwise_loss(*logits, "half")).exp(),
+        win_probabilities=lambda one, other: (-ordinal_pairwise_loss(one, other, "half")).exp(),
     )
 
 
@@ -192,6 +234,7 @@ def train(
     import torch
 
     from minalign.data.batches import length_grouped_batches
+    from minalign.models.heads import by_place
     from minalign.reward import RewardModel
     from minalign.running.optimizer import Optimizer, warmup_and_decay
 
@@ -222,8 +265,8 @@ def train(
             with optimizer.retry_in_halves():
                 loss = None  # a second try must not hold the graph of the first
                 micro = [pairs[i] for i in rows]
-                texts = [pair.texts[k] for k in range(2) for pair in micro]  # both in one forward
-                loss = pair_losses(objective, logits_of(texts).unflatten(0, (2, -1)), micro)
+                texts = [text for pair in micro for text in pair.texts]  # all in one forward
+                loss = pair_losses(objective, by_place(logits_of(texts), micro), micro)
                 (weight * loss.sum() / len(batch)).backward()
                 losses[rows] = loss.detach()
         loss = run.ranks.gather((losses.sum() * (counts / len(batch)))[None]).sum().item()
@@ -237,7 +280,7 @@ def train(
     if run.first:
         print(
             f"kept the model of step {best['step']} ({reward_model.reading}): accuracy "
-            f"{best['eval_accuracy']:.3f} on {len(held_out)} held-out pairs"
+            f"{best['eval_accuracy']:.3f} on {len(held_out)} held-out examples"
         )
     return best
 
@@ -283,9 +326,13 @@ def write_logs(
         metrics |= measured
         tqdm.write(
             "step {step:4d}/{steps}  loss {loss:.4f}  held out: loss {eval_loss:.4f} (constant "
-            "{eval_floor:.4f})  accuracy {eval_accuracy:.3f}  margin {eval_margin:.2f}  ece "
-            "{eval_ece:.3f}  reward {reward_mean:.2f} +- {reward_std:.2f}".format(
-                step=run.step, steps=steps, **metrics
+            "{eval_floor:.4f})  accuracy {eval_accuracy:.3f} (longer wins {eval_longer_wins:.3f}, "
+            "where shorter is better {eval_accuracy_shorter:.3f})  margin {eval_margin:.2f}  ece "
+            "{eval_ece:.3f}  reward {reward_mean:.2f} +- {reward_std:.2f}  corr with length "
+            "{eval_length_corr:.2f}".format_map(
+                {"step": run.step, "steps": steps}
+                | dict.fromkeys(("eval_accuracy_shorter", "eval_length_corr"), math.nan)
+                | metrics
             )
         )
         if best is None or metrics["eval_loss"] < best["eval_loss"]:
@@ -363,14 +410,23 @@ def load(
         crop_words=parse_span("--crop-words", config.crop_words),
     )
     tokenizer = reward_model.tokenizer
-    examples = pairs.encode_pairs(train_pairs, tokenizer, max_pairs=config.max_pairs, **drawing)
-    held_out = pairs.encode_pairs(eval_pairs, tokenizer, max_pairs=config.max_eval_pairs, **drawing)
+    drawing["max_pairs"], smoothing = config.max_pairs, config.label_smoothing
+    examples = pairs.encode_pairs(train_pairs, tokenizer, label_smoothing=smoothing, **drawing)
+    drawing["max_pairs"] = config.max_eval_pairs
+    held_out = pairs.encode_pairs(eval_pairs, tokenizer, **drawing)
     require(
         bool(examples and held_out),
         "no pairs left to train or evaluate on: all are identical, or longer than --max-tokens",
     )
+    longest = max(part.places.shape[1] for part in (examples, held_out))
+    for name in ("margin", "label_smoothing"):
+        require(
+            longest == 2 or not getattr(config, name),
+            f"{dashed(name)}: is of pairs, and {config.dataset} ranks up to {longest} texts: leave "
+            "it out",
+        )
     if config.rating_coef:
-        ratings = [ratings for part in (examples, held_out) for ratings, _ in part.extras]
+        ratings = [ratings for part in (examples, held_out) for ratings, *_ in part.extras]
         pairs.require_rating_range(config.dataset or "toy world", ratings, *config.rating_range)
 
     if config.lora_rank:

@@ -1,9 +1,9 @@
-"""Reward-model losses and read-outs on plain tensors: Bradley-Terry and ordinal.
+"""Reward-model losses and read-outs on plain tensors: Bradley-Terry, Plackett-Luce, ordinal.
 
-Shapes: B pairs or texts, K scores 1..K. Every function takes any floating dtype, computes and
-returns float32, and leaves its inputs alone. It needs nothing but `import torch` to be pasted
-elsewhere. Losses are per pair, in nats. The rating loss is per text and has no unit. The caller
-averages.
+Shapes: B pairs, rankings or texts, K scores 1..K (or K ranked texts). Every function takes any
+floating dtype, computes and returns float32, and leaves its inputs alone. It needs nothing but
+`import torch` to be pasted elsewhere. Losses are per pair or ranking, in nats. The rating loss is
+per text and has no unit. The caller averages.
 """
 
 import torch
@@ -13,23 +13,27 @@ def bradley_terry_loss(
     chosen_rewards: torch.Tensor,
     rejected_rewards: torch.Tensor,
     margin: torch.Tensor | float | None = None,
+    probability: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """Negative log-likelihood of preferring the chosen text under Bradley-Terry.
 
         L = -log sigmoid(r_c - r_r - margin)
         (Bradley & Terry 1952; margin: Llama 2, arXiv 2307.09288, eq. 2)
+        with a probability p: -p log sigmoid(d) - (1 - p) log sigmoid(-d), d = r_c - r_r - margin
 
     A constant reward has L = ln 2 = .6931 without a margin. With one, its floor is higher:
-    log(1 + e^margin).
+    log(1 + e^margin) where p = 1. The least loss of a soft label is its entropy, at sigmoid(d) = p.
 
     Args:
         chosen_rewards, rejected_rewards: (B,).
         margin: (B,) or a number, in reward units: by how much the chosen reward should win. None
             is 0.
+        probability: (B,) or a number in [0, 1], that the chosen text is the better one. None is 1.
     Returns:
         (B,) float32, nats; finite for any finite input.
     Raises:
-        ValueError: the two (or the margin) differ in shape.
+        ValueError: the two (or the margin, or the probability) differ in shape, or a probability
+            is none.
 
     >>> bradley_terry_loss(torch.tensor([2.0, -200.0]), torch.tensor([2.0, 0.0]))
     tensor([  0.6931, 200.0000])
@@ -40,11 +44,12 @@ def bradley_terry_loss(
             f"{tuple(rejected_rewards.shape)}, expected the same (B,): squeeze the last dimension "
             "of a one-label head"
         )
-    if isinstance(margin, torch.Tensor) and margin.ndim and margin.shape != chosen_rewards.shape:
-        raise ValueError(
-            f"got margin {tuple(margin.shape)}, expected {tuple(chosen_rewards.shape)}: "
-            "one margin per pair"
-        )
+    for name, given in (("margin", margin), ("probability", probability)):
+        if isinstance(given, torch.Tensor) and given.ndim and given.shape != chosen_rewards.shape:
+            raise ValueError(
+                f"got {name} {tuple(given.shape)}, expected {tuple(chosen_rewards.shape)}: "
+                f"one {name} per pair"
+            )
     # Half precision goes up to float32. float64 stays, as its rewards may not fit into float32.
     dtype = torch.promote_types(chosen_rewards.dtype, torch.float32)
     margin = 0.0 if margin is None else margin
@@ -52,7 +57,56 @@ def bradley_terry_loss(
     # Two huge rewards can differ by more than float32 holds. Up to there logsigmoid is exact,
     # unlike log(1 + exp(-x)).
     limit = torch.finfo(torch.float32).max
-    return -torch.nn.functional.logsigmoid(difference.clamp(-limit, limit).float())
+    difference = difference.clamp(-limit, limit).float()
+    loss = -torch.nn.functional.logsigmoid(difference)
+    if probability is None:
+        return loss
+    p = torch.as_tensor(probability, dtype=torch.float32, device=loss.device)
+    if not bool(((p >= 0) & (p <= 1)).all()):
+        raise ValueError(
+            f"got a probability {p.min().item():g} to {p.max().item():g}, expected 0 to 1: the "
+            "probability that the chosen text is the better one"
+        )
+    # -log sigmoid(-d) = d - log sigmoid(d), so that p = 1 is the loss above, bit for bit
+    return loss + (1 - p) * difference
+
+
+def plackett_luce_loss(scores: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Negative log-likelihood of a ranking of K texts, the best first, under Plackett-Luce.
+
+        L = -sum_{k < K} log(e^(r_k) / sum_{j >= k} e^(r_j))
+        (Plackett 1975; Luce 1959)
+
+    The best is drawn from all texts, the second from the others, and so on. Each draw is a
+    Bradley-Terry comparison of text k with log sum_{j > k} e^(r_j), so K = 2 is bradley_terry_loss.
+    The probabilities of all K! rankings sum to 1, and a constant reward has L = log K!.
+
+    Args:
+        scores: (K, B) rewards, row 0 of the best texts.
+        mask: (K, B) bool, False beyond the end of a shorter ranking; None where all have K texts.
+    Returns:
+        (B,) float32, nats.
+    Raises:
+        ValueError: scores are not (K, B) with K >= 2, or the mask differs in shape, has a gap, or
+            leaves fewer than two texts.
+
+    >>> plackett_luce_loss(torch.zeros(3, 1))
+    tensor([1.7918])
+    """
+    if scores.ndim != 2 or len(scores) < 2 or mask is not None and mask.shape != scores.shape:
+        raise ValueError(
+            f"got scores {tuple(scores.shape)} and mask {mask if mask is None else mask.shape}, "
+            "expected (K, B) with K >= 2, and None or the same (K, B)"
+        )
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
+    if not bool(mask[:2].all()) or bool((mask[1:] & ~mask[:-1]).any()):
+        raise ValueError("got a mask with a gap, or with fewer than two texts of a ranking")
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    limit = torch.finfo(torch.float32).max
+    scores = scores.masked_fill(~mask, -limit)
+    gaps = torch.stack([scores[k] - scores[k + 1 :].logsumexp(0) for k in range(len(scores) - 1)])
+    losses = -torch.nn.functional.logsigmoid(gaps.clamp(-limit, limit).float())  # (K - 1, B)
+    return losses.where(mask[1:], 0.0).sum(0)
 
 
 def centering_penalty(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
@@ -211,3 +265,39 @@ def score_variance(logits: torch.Tensor) -> torch.Tensor:
     probabilities = logits.float().softmax(1)
     mean = (probabilities * score).sum(1, keepdim=True)
     return (probabilities * (score - mean).square()).sum(1)
+
+
+def risk_adjusted_score(logits: torch.Tensor, tau: float) -> torch.Tensor:
+    """Certainty equivalent of the score distribution at risk tolerance tau: a pessimistic reward.
+
+        r~ = -tau log sum_k softmax(z)_k e^(-k / tau)          (arXiv 2606.09073)
+
+    tau -> inf is expected_score, tau -> 0 the lowest score. For large tau it is about
+    E[S] - Var[S] / (2 tau).
+
+    Args:
+        logits: (B, K), column k - 1 is score k.
+        tau: > 0, in scores; inf is the mean.
+    Returns:
+        (B,) float32 in [1, E[S]].
+    Raises:
+        ValueError: logits are not (B, K), or tau is not above 0.
+
+    >>> certain_to_a_tenth = torch.tensor([[0.1, 1e-9, 0.9]]).log()
+    >>> [round(risk_adjusted_score(certain_to_a_tenth, tau).item(), 3) for tau in (0.1, 1.0, 1e6)]
+    [1.23, 2.506, 2.8]
+    """
+    if not tau > 0:
+        raise ValueError(f"got tau {tau}, expected a number above 0, or inf: the mean")
+    if logits.ndim != 2:
+        raise ValueError(f"got logits {tuple(logits.shape)}, expected (B, K)")
+    score = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    probabilities = logits.float().softmax(1)
+    mean = (probabilities * score).sum(1)
+    if tau == float("inf"):
+        return mean
+    tau = min(max(tau, 1e-30), 1e12)  # beyond, float32 knows no difference
+    if tau < logits.shape[1]:
+        return 1 - tau * (logits.float().log_softmax(1) - (score - 1) / tau).logsumexp(1)
+    # The logarithm is near 0, and would be lost in rounding: taken about the mean, it is not
+    return mean - tau * (probabilities * torch.expm1((mean[:, None] - score) / tau)).sum(1).log1p()

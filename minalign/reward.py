@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from transformers import (
 
 from .data.chat import TokenizedPrompt, encode, encode_sampled, encode_whole
 from .data.messages import Prompt, to_messages
-from .losses import expected_score, score_variance
+from .losses import expected_score, risk_adjusted_score, score_variance
 from .models.broken import loading_errors
 from .models.folders import model_folder
 from .models.heads import (
@@ -45,7 +46,8 @@ class Scores(NamedTuple):
 
     rewards: (B,) float32.
     variance: (B,), scores squared, where the reward is an ordinal model's; elsewhere None.
-    parts: where the reward is a sum, each part's own rewards (B,) by name.
+    parts: where the reward is a sum, each part's own rewards (B,) by name; where it is adjusted to
+        a risk, the plain "mean" score.
     applies: (B,) bool, which completions the reward says anything of; None where it is all. The
         others' rewards are 0 and mean nothing.
     """
@@ -72,6 +74,8 @@ class RewardModel:
         model: a transformers sequence classifier, on its device.
         tokenizer: the model's own.
 
+    Its `risk` makes the ordinal reward a pessimistic one, see losses.risk_adjusted_score.
+
     >>> from minalign.data import toy
     >>> tokenizer = toy.make_tokenizer()
     >>> backbone = toy.make_model(tokenizer, seed=0)
@@ -93,6 +97,7 @@ class RewardModel:
         # Some heads find the end of a text by this id, so it must be what fills up.
         self.pad_token_id = max(0, config.pad_token_id or 0)
         self.padding_side, self.together = "right", True  # unless `try_out` finds otherwise
+        self.risk = math.inf  # the mean of the scores
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device | str = "cpu") -> RewardModel:
@@ -159,7 +164,8 @@ class RewardModel:
             return "scalar"
         if self.num_labels == 2:
             return f"logit difference of 2 labels, {names[1]} - {names[0]}"
-        return f"expected score 1..{self.num_labels}, from label {names[0]} to {names[-1]}"
+        what = "expected" if self.risk == math.inf else f"risk-adjusted (tau {self.risk:g})"
+        return f"{what} score 1..{self.num_labels}, from label {names[0]} to {names[-1]}"
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """The one text format, as token ids.
@@ -228,7 +234,9 @@ class RewardModel:
         rows = self.encode_rollout(tokenizer, prompts, completions)
         logits = self.logits(rows, batch_size)  # (B, K)
         variance = score_variance(logits[:, self.order]) if self.num_labels > 2 else None
-        return Scores(self.read_out(logits), variance, {})
+        adjusted = self.num_labels > 2 and self.risk < math.inf
+        parts = {"mean": expected_score(logits[:, self.order])} if adjusted else {}
+        return Scores(self.read_out(logits), variance, parts)
 
     def forward(self, rows: Sequence[list[int]], batch_size: int | None = None) -> torch.Tensor:
         """Logits of token rows, with gradients: what training and scoring both call.
@@ -287,7 +295,7 @@ class RewardModel:
         logits = logits[:, self.order]
         if self.num_labels == 2:
             return logits[:, 1] - logits[:, 0]
-        return expected_score(logits)
+        return risk_adjusted_score(logits, self.risk)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> torch.Tensor:
         """Rewards of completions, from texts.

@@ -72,7 +72,7 @@ def load_task(
     data = Split.from_flags(flags)
     start, tokenizer = load_policy(model or toy.start_policy_folder())
     start = start.to(device).requires_grad_(False)
-    parts = load_rewards(rewards, device, flags.rm_average)
+    parts = load_rewards(rewards, device, flags.rm_average, flags.risk)
     for name, reward in parts.items():
         print(f"reward {name}: {reward.reading}")
     models = [reward for reward in parts.values() if isinstance(reward, RewardModel)]

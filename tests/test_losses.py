@@ -1,5 +1,6 @@
 """The reward-model losses against plain loops over scores, closed forms and known floors."""
 
+import itertools
 import math
 from functools import partial
 
@@ -12,6 +13,8 @@ from minalign.losses import (
     expected_score,
     ordinal_pairwise_loss,
     ordinal_rating_loss,
+    plackett_luce_loss,
+    risk_adjusted_score,
     score_variance,
 )
 
@@ -71,6 +74,108 @@ def test_a_margin_raises_the_floor_of_a_constant_reward():
     assert bradley_terry_loss(constant, constant).item() == pytest.approx(0.6931, abs=1e-4)
     with_margin = bradley_terry_loss(constant, constant, margin=0.76)
     assert with_margin.item() == pytest.approx(1.144, abs=1e-3)
+
+
+def test_a_soft_label_mixes_the_losses_of_both_orders(device):
+    """Cross-entropy: its gradient is the model's probability less the label's."""
+    difference = torch.tensor([1.0, -2.0, 0.5, 30.0, -30.0], device=device, requires_grad=True)
+    p, margin = torch.tensor([0.7, 0.2, 0.5, 1.0, 0.0]), 0.25
+    zero = torch.zeros(5, device=device)
+    losses = bradley_terry_loss(difference, zero, margin, p)
+    losses.sum().backward()
+    for loss, grad, d, q in zip(losses, difference.grad, difference.tolist(), p.tolist()):
+        d -= margin
+        by_hand = q * math.log1p(math.exp(-d)) + (1 - q) * math.log1p(math.exp(d))
+        assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+        assert grad.item() == pytest.approx(1 / (1 + math.exp(-d)) - q, abs=1e-6)
+    for number in (0.3, 1.0, 0.0):
+        swapped = bradley_terry_loss(-difference, zero, -margin, 1 - number)
+        close(bradley_terry_loss(difference, zero, margin, number), swapped)
+    # certain, and up to the largest numbers: the loss without it, bit for bit
+    far = torch.tensor([FLOAT_MAX, -FLOAT_MAX, 3.0], device=device)
+    assert torch.equal(bradley_terry_loss(far, -far, None, 1.0), bradley_terry_loss(far, -far))
+    assert bradley_terry_loss(far, -far, None, 0.4).isfinite().all()
+
+
+@pytest.mark.parametrize("p", [62, -0.1, float("nan"), torch.tensor([0.5, 1.5])])
+def test_a_probability_is_none_beyond_0_and_1(p):
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        bradley_terry_loss(torch.zeros(2), torch.zeros(2), probability=p)
+    with pytest.raises(ValueError, match="one probability per pair"):
+        bradley_terry_loss(torch.zeros(2), torch.zeros(2), probability=torch.ones(3))
+
+
+# --- Plackett-Luce
+
+
+def ranking_probability(scores):
+    """By drawing the best, then the best of the others, and so on, in double precision."""
+    probability = 1.0
+    for k in range(len(scores)):
+        weights = [math.exp(score) for score in scores[k:]]
+        probability *= weights[0] / sum(weights)
+    return probability
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_the_probabilities_of_all_rankings_sum_to_1(count, device):
+    scores = 2 * torch.randn(count)
+    orders = list(itertools.permutations(range(count)))
+    ranked = torch.stack([scores[list(order)] for order in orders], 1).to(device)  # (K, K!)
+    losses = plackett_luce_loss(ranked)
+    expected = [ranking_probability([scores[i].item() for i in order]) for order in orders]
+    close(losses.neg().exp(), torch.tensor(expected))
+    assert losses.double().neg().exp().sum().item() == pytest.approx(1, abs=1e-6)
+    constant = plackett_luce_loss(torch.full((count, 1), 3.0, device=device))
+    assert constant.item() == pytest.approx(math.log(math.factorial(count)))
+
+
+def test_two_ranked_texts_are_a_pair_of_bradley_terry(device):
+    scores = torch.tensor([[1.0, -300.0, FLOAT_MAX, 0.0, 40.0], [0.5, 200.0, -1.0, 0.0, -40.0]])
+    one, other = (scores.to(device).requires_grad_() for _ in range(2))
+    losses = plackett_luce_loss(one)
+    assert torch.equal(losses, bradley_terry_loss(*other))
+    losses.sum().backward()
+    bradley_terry_loss(*other).sum().backward()
+    assert torch.equal(one.grad, other.grad)
+
+
+def test_the_gradient_of_a_ranking_is_that_of_the_closed_form():
+    """d L / d r_j = sum over the draws that j is in of P(j is drawn), less 1 where it was."""
+    scores = torch.randn(4, 3, requires_grad=True)
+    plackett_luce_loss(scores).sum().backward()
+    expected = torch.zeros(4, 3)
+    for k in range(3):
+        expected[k:] += scores.detach()[k:].softmax(0)
+        expected[k] -= 1
+    close(scores.grad, expected)
+
+
+def test_beyond_a_shorter_ranking_anything_changes_nothing(device):
+    scores = torch.randn(4, 3)
+    mask = torch.arange(4)[:, None] < torch.tensor([4, 2, 3])
+    expected = [plackett_luce_loss(scores[:n, b : b + 1]).item() for b, n in enumerate([4, 2, 3])]
+    for filler in (0.0, 1e9, float("nan"), float("inf")):
+        padded = scores.masked_fill(~mask, filler).to(device).requires_grad_()
+        losses = plackett_luce_loss(padded, mask.to(device))
+        losses.sum().backward()
+        close(losses, torch.tensor(expected))
+        assert (padded.grad.cpu()[~mask] == 0).all() and padded.grad.isfinite().all()
+    half = plackett_luce_loss(scores.half(), mask)
+    assert half.dtype == torch.float32 and half.isfinite().all()
+
+
+def test_what_is_no_ranking_is_refused():
+    one, gap = torch.tensor([[True], [False]]), torch.tensor([[True], [True], [False], [True]])
+    for scores, mask in (
+        (torch.zeros(1, 3), None),
+        (torch.zeros(3), None),
+        (torch.zeros(2, 1), one),
+        (torch.zeros(4, 1), gap),
+        (torch.zeros(4, 1), gap[:3]),
+    ):
+        with pytest.raises(ValueError, match="^got "):
+            plackett_luce_loss(scores, mask)
 
 
 def test_centering_penalty_pulls_the_sum_of_a_pair_to_zero(device):
@@ -267,3 +372,66 @@ def test_any_dtype_is_computed_in_float32_and_inputs_stay_as_they_were(
 def test_errors_say_what_was_got_and_expected(function, arguments, got):
     with pytest.raises(ValueError, match=f"got .*{got}.*expected"):
         function(*arguments)
+
+
+# --- risk
+
+
+def exact_risk(logits, tau):
+    """In double precision, with the lowest exponent taken out."""
+    p = softmax(logits)
+    inner = sum(q * math.expm1(-k / tau) for k, q in enumerate(p)) / sum(p)
+    return 1 - tau * math.log1p(inner)
+
+
+@pytest.mark.parametrize("num_scores", [2, 10, 200])
+@pytest.mark.parametrize("tau", [1e-3, 0.1, 1.0, 9.99, 10.0, 1e3, 1e6])
+def test_risk_is_the_certainty_equivalent(device, tau, num_scores):
+    logits = 2 * torch.randn(6, num_scores)
+    got = risk_adjusted_score(logits.to(device), tau)
+    close(got, torch.tensor([exact_risk(row, tau) for row in logits]))
+    assert got.dtype == torch.float32
+
+
+def test_risk_goes_from_the_lowest_score_to_the_mean(device):
+    logits = (3 * torch.randn(8, 10)).to(device)
+    mean, variance = expected_score(logits), score_variance(logits)
+    assert torch.equal(risk_adjusted_score(logits, math.inf), mean)
+    for tau in (1e12, 1e30, 1e300):
+        close(risk_adjusted_score(logits, tau), mean)
+    close(risk_adjusted_score(logits, 1e3), mean - variance / 2e3, atol=2e-6)
+    for tau in (1e-9, 1e-45, 5e-324):
+        close(risk_adjusted_score(logits, tau), torch.ones(8))
+    taus = [1e-3, 1e-2, 0.1, 1, 3, 9.9, 10.1, 30, 1e3, 1e6]
+    ladder = torch.stack([risk_adjusted_score(logits, tau) for tau in taus])
+    assert (
+        (ladder.diff(dim=0) > -1e-5).all() and (ladder >= 1).all() and (ladder <= mean + 1e-5).all()
+    )
+
+
+def test_risk_by_hand():
+    """p = .9 at 8 and .1 at 2: the mean is 7.4, and at tau .1 nearly the lower one is left."""
+    logits = torch.full((1, 10), -1e4)
+    logits[0, 7], logits[0, 1] = math.log(0.9), math.log(0.1)
+    assert expected_score(logits).item() == pytest.approx(7.4, abs=1e-5)
+    assert risk_adjusted_score(logits, 0.1).item() == pytest.approx(2.2303, abs=1e-4)
+    certain = one_hot([4], sharpness=1e4)
+    for tau in (1e-3, 1.0, 1e6):
+        assert risk_adjusted_score(certain, tau).item() == pytest.approx(4, abs=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.0, -1.0, float("nan"), -math.inf])
+def test_no_risk_but_above_0(tau):
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        risk_adjusted_score(torch.zeros(1, 3), tau)
+
+
+@pytest.mark.parametrize("tau", [0.5, 20.0])
+def test_the_gradient_of_risk_is_that_of_finite_differences(tau):
+    logits = torch.randn(1, 10, requires_grad=True)
+    risk_adjusted_score(logits, tau).backward()
+    for k in range(10):
+        step = torch.zeros(1, 10, dtype=torch.double)
+        step[0, k] = 1e-5
+        up, down = (exact_risk((logits.detach() + s * step)[0], tau) for s in (1, -1))
+        assert logits.grad[0, k].item() == pytest.approx((up - down) / 2e-5, abs=2e-4)

@@ -3,6 +3,7 @@
 What is wrong in a row is a UserError, by which `read_items` drops and counts it.
 """
 
+import itertools
 import re
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -29,6 +30,7 @@ CHOSEN_RATINGS = ("chosen_rating", "rating_chosen", "chosen_score", "score_chose
 KNOWN = (
     *PROMPT_COLUMNS,
     *("rejected", "completion", "rating", "label", "margin"),
+    *("probability", "ranked", "responses", "ratings"),
     *CHOSEN_RATINGS,
     *(name.replace("chosen", "rejected") for name in CHOSEN_RATINGS),
 )
@@ -40,7 +42,7 @@ Item = typing.TypeVar("Item")
 class Pair(NamedTuple):
     """One preference: two completions of a prompt, ratings and margin where the data has them.
 
-    The prompt may be "".
+    The prompt may be "". The probability is that of chosen being the better one, .5 to 1.
     """
 
     prompt: Prompt
@@ -49,6 +51,12 @@ class Pair(NamedTuple):
     chosen_rating: float | None = None
     rejected_rating: float | None = None
     margin: float | None = None
+    probability: float = 1.0
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """The better one first."""
+        return self.chosen, self.rejected
 
     @property
     def ratings(self) -> tuple[float, float] | None:
@@ -67,6 +75,32 @@ class Pair(NamedTuple):
         return self.ratings[0] - self.ratings[1] if self.ratings else 0.0
 
 
+class Ranking(NamedTuple):
+    """Completions of a prompt (which may be ""), the best first; ratings where the data has them.
+
+    Gap and probability are those of a pair that says nothing of them.
+    """
+
+    prompt: Prompt
+    answers: tuple[str, ...]
+    ratings: tuple[float, ...] | None = None
+    gap: float = 0.0
+    probability: float = 1.0
+
+    def parts(self) -> list["Ranking | Pair"]:
+        """What it says: itself, or pairs, where it is one or has equal ratings: those that differ.
+
+        >>> ranking = Ranking("", ("a", "b", "c"), (2.0, 1.0, 1.0))
+        >>> [(pair.chosen, pair.rejected) for pair in ranking.parts()]
+        [('a', 'b'), ('a', 'c')]
+        """
+        ratings = self.ratings or (None,) * len(self.answers)
+        if len(self.answers) > 2 and (not self.ratings or len(set(ratings)) == len(ratings)):
+            return [self]
+        pairs = itertools.combinations(zip(self.answers, ratings), 2)
+        return [Pair(self.prompt, a, b, r, s) for (a, r), (b, s) in pairs if r is None or r > s]
+
+
 def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     """--columns as our name -> the data's.
 
@@ -78,7 +112,7 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
         ours, _, theirs = part.partition("=")
         require(
             ours in KNOWN and bool(theirs) and ours not in names,
-            f"--columns {part:.60}: expected each of {', '.join(KNOWN[:9])} or chosen_rating at "
+            f"--columns {part:.60}: expected each of {', '.join(KNOWN[:13])} or chosen_rating at "
             "most once, with a column of the data, as prompt=question",
         )
         names[ours] = theirs
@@ -171,6 +205,7 @@ def read_pair(
     ratings: tuple[str, ...] = (),
     needs: str = "",
     chat: bool | None = False,
+    soft: bool = False,
 ) -> Pair:
     """The pair in one row of chosen and rejected.
 
@@ -178,23 +213,74 @@ def read_pair(
         row, where, note: see read_items.
         ratings: the columns of the chosen and the rejected rating, or ().
         needs, chat: see pairs.load_pairs.
+        soft: whether there is a column probability, that chosen is the better one. Where it is
+            below .5 the two are exchanged, so that the likelier better one is first.
     """
-    prompt, chosen = read_dialogue(row, "chosen", note)
-    other, rejected = read_dialogue(row, "rejected", note)
-    require(turns_of(prompt) == turns_of(other), "chosen and rejected answer different prompts")
-    require(bool(chosen.strip() and rejected.strip()), "an empty answer")
-    chosen, rejected = without_prompt(prompt, [chosen, rejected], note)
+    told = [read_dialogue(row, column, note) for column in ("chosen", "rejected")]
+    asked, answers = _one_prompt(told, "chosen and rejected", where, note, chat)
     # A gap is an error only where the number is needed.
     numbers = [number_cell(row, name, may_be_none=True) for name in ratings] or [None, None]
     margin = number_cell(row, "margin", may_be_none=True)
     has = not needs or None not in numbers or needs == "margin" and margin is not None
     require(has, f"no two ratings that are numbers{', no margin' * (needs == 'margin')}")
+    probability = number_cell(row, "probability") if soft else 1.0
+    require(
+        0 <= probability <= 1,
+        f"column 'probability': got {probability:g}, expected P(chosen is better), from 0 to 1",
+    )
+    if probability < 0.5:
+        note("probability below .5: rejected is taken for the better one")
+        answers, numbers, probability = answers[::-1], numbers[::-1], 1 - probability
+        margin = None if margin is None else -margin
+    return Pair(asked, *answers, *numbers, margin, probability)
+
+
+def read_ranking(
+    row: dict, where: str, note: Note, column: str, chat: bool | None = False
+) -> Ranking:
+    """The completions in one row of ranked, or of responses and ratings.
+
+    Args:
+        row, where, note: see read_items.
+        column: of the completions.
+        chat: see pairs.load_pairs.
+    """
+    texts, ratings = row[column], None
+    got = f"a list of {len(texts)}" if isinstance(texts, list) else type(texts).__name__
+    fits = isinstance(texts, list) and len(texts) > 1
+    require(fits, f"column {column!r}: got {got}, expected a list of two texts or more")
+    told = [read_dialogue(row | {column: text}, column, note) for text in texts]
+    asked, answers = _one_prompt(told, f"those of {column!r}", where, note, chat)
+    require(len(set(answers)) == len(answers), f"column {column!r}: a text twice")
+    if column == "responses":
+        cells = row["ratings"]
+        got = f"{len(cells)} ratings" if isinstance(cells, list) else type(cells).__name__
+        fits = isinstance(cells, list) and len(cells) == len(texts)
+        require(fits, f"column 'ratings': got {got}, expected one for each of {len(texts)} texts")
+        ratings = [number_cell({"ratings": cell}, "ratings") for cell in cells]
+        require(len(set(ratings)) > 1, "column 'ratings': all are equal")
+        order = sorted(range(len(texts)), key=lambda i: -ratings[i])
+        answers, ratings = [answers[i] for i in order], tuple(ratings[i] for i in order)
+    return Ranking(asked, tuple(answers), ratings)
+
+
+def _one_prompt(
+    told: list[tuple[Prompt, str]], what: str, where: str, note: Note, chat: bool | None
+) -> tuple[Prompt, list[str]]:
+    """The prompt of several (prompt, answer), which must be the same, and the answers, as asked."""
+    prompt, answers = told[0][0], [answer for _, answer in told]
+    turns = turns_of(prompt)
+    require(
+        all(turns_of(other) == turns for other, _ in told[1:]), f"{what} answer different prompts"
+    )
+    require(all(map(str.strip, answers)), "an empty answer")
+    answers = without_prompt(prompt, answers, note)
     asked = as_asked(prompt, where, chat)
     if isinstance(asked, list):
-        chosen, rejected = chosen.strip(), rejected.strip()
+        answers = [answer.strip() for answer in answers]
     elif asked != prompt:  # in text, the answer follows "Assistant:"
-        chosen, rejected = f" {chosen.strip()}", f" {rejected.strip()}"
-    return Pair(asked, chosen, rejected, *numbers, margin)
+        answers = [f" {answer.strip()}" for answer in answers]
+    return asked, answers
 
 
 def read_prompt(row: dict, where: str, note: Note, column: str, chat: bool | None) -> Prompt:

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import itertools
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..running.errors import UserError, require
 from .cells import number_cell, report, shown, text_cell
 from .chat import Text, note_special_tokens, whole_text
-from .columns import CHOSEN_RATINGS, Pair, name_unread, read_pair
+from .columns import CHOSEN_RATINGS, Pair, Ranking, name_unread, read_pair, read_ranking
 from .messages import Note, Prompt, first_turn, place_of
 from .splits import Split, both_splits, divide, require_both
 from .tokens import TokenItems, tokenised
@@ -65,13 +66,16 @@ class RatedPairs:
 
 def load_pairs(
     data: Split, *, chat: bool | None = False, min_rating_gap: float = 1.0, needs: str = ""
-) -> tuple[Sequence[Pair], Sequence[Pair]]:
-    """Training and held-out pairs, split by prompt (by text where there are no prompts).
+) -> tuple[Sequence[Pair | Ranking], Sequence[Pair | Ranking]]:
+    """Training and held-out pairs or rankings, split by prompt (by text where there are none).
 
-    How the columns are read is printed. Two kinds of data are recognised by them:
+    How the columns are read is printed. Three kinds of data are recognised by them:
     - chosen, rejected: completions of `prompt`, or whole dialogues (messages, or the text of
       hh-rlhf) that share their prompt. There may be ratings (chosen_rating and rejected_rating, or
-      score_chosen and score_rejected; see columns.CHOSEN_RATINGS) or a margin.
+      score_chosen and score_rejected; see columns.CHOSEN_RATINGS), a margin, or a probability that
+      chosen is better.
+    - ranked: a list of such completions, the best first; or responses and their ratings. A row with
+      equal ratings becomes the pairs whose ratings differ.
     - text, rating (or label): all pairs with a gap of at least `min_rating_gap`, see RatedPairs.
 
     Rows of no use, as one with an empty answer, are dropped and counted.
@@ -90,7 +94,14 @@ def load_pairs(
     rows, known, columns = both_splits(data)
     rating = next((name for name in ("rating", "label") if name in known), None)
     are_rated = "text" in known and rating
-    if {"chosen", "rejected"} <= known and not (are_rated and "text" in data.names):
+    lists = [name for name in ("ranked", "responses") if name in known]
+    lists = [name for name in lists if name == "ranked" or "ratings" in known]
+    are_pairs = {"chosen", "rejected"} <= known
+    twice = [*lists, *["chosen"] * are_pairs]
+    require(len(twice) < 2, f"{data.dataset}: has both {' and '.join(twice)}: expected one of them")
+    if lists:
+        parts, read, reading = _ready_lists(data, rows, known, chat, needs, lists[0])
+    elif are_pairs and not (are_rated and "text" in data.names):
         parts, read, reading = _ready_pairs(data, rows, known, chat, needs)
     elif are_rated:
         parts, read = _rated_pairs(data, rows, rating, min_rating_gap), {"text", rating}
@@ -98,14 +109,16 @@ def load_pairs(
     else:
         raise UserError(
             f"{data.dataset}: has columns {shown(columns)}: expected chosen and rejected, as "
-            '{"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", "rejected": " No idea."}, or '
+            '{"prompt": "Who wrote Emma?", "chosen": " Jane Austen.", "rejected": " No idea."}, '
+            "ranked (a list of texts, the best first), responses and ratings, or "
             'text and rating (or label), as {"text": "Fun for all ages.", "rating": 2.4} '
             "(--columns gives other names)"
         )
     train, evaluation = map(len, parts)
-    print(f"{data.dataset}: read as {reading}: {train} training and {evaluation} held-out pairs")
+    what = "lists" if lists else "pairs"
+    print(f"{data.dataset}: read as {reading}: {train} training and {evaluation} held-out {what}")
     name_unread(data.dataset, columns, read, data.names)
-    require_both(data, parts, "pairs")
+    require_both(data, parts, what)
     return parts[0], parts[1]
 
 
@@ -115,37 +128,83 @@ def _ready_pairs(
     """(training, held-out) pairs of chosen and rejected, the columns read, and how."""
     ratings = ((name, name.replace("chosen", "rejected")) for name in CHOSEN_RATINGS)
     ratings = next((names for names in ratings if known.issuperset(names)), ())
-    flag = "--rating-coef" if needs == "ratings" else "--margin"
     require(
         bool(ratings) or not needs or needs == "margin" and "margin" in known,
         f"{data.dataset}: no chosen_rating and rejected_rating{', no margin' * (needs == 'margin')}"
-        f": {flag} needs them",
+        f": {_needed_by(needs)} needs them",
     )
     reading = "chosen / rejected"
     reading += f" rated by {ratings[0]}" if ratings else ""
-    reading += ", margin" * ("margin" in known)
-    read = functools.partial(read_pair, ratings=ratings, needs=needs, chat=chat)
-
-    def key(pair: Pair) -> str:
-        return first_turn(pair.prompt) if pair.prompt else pair.chosen
-
-    parts = divide(data, rows, read, key)
+    soft = "probability" in known
+    reading += ", margin" * ("margin" in known) + ", probability" * soft
+    read = functools.partial(read_pair, ratings=ratings, needs=needs, chat=chat, soft=soft)
+    parts, how = _in_one_format(data, divide(data, rows, read, _key, _texts), chat)
     pairs = [*parts[0], *parts[1]]
-    bare = [pair for pair in pairs if not pair.prompt]
-    talk = bool(chat) and len(bare) < len(pairs)
-    if talk:  # one format for all pairs
-        reason = "no prompt, where others have one"
-        dropped = [(reason, place_of(pair.chosen)) for pair in bare]
-        report(f"{data.dataset}: ", "rows dropped", dropped, len(pairs))
-        parts = tuple([pair for pair in part if pair.prompt] for part in parts)
     gaps = [pair.ratings[0] - pair.ratings[1] for pair in pairs if pair.ratings]
     if gaps:
         above, equal = (count / len(gaps) for count in (sum(g > 0 for g in gaps), gaps.count(0)))
         reading += f" (above the rejected one's in {above:.1%}, equal in {equal:.1%})"
-    without = f", {len(bare)} of {len(pairs)} without a prompt" * bool(bare)
-    reading += ", as chat" if talk else without
-    used = {"prompt", "chosen", "rejected", "margin", *ratings} & known
-    return parts, used, reading
+    used = {"prompt", "chosen", "rejected", "margin", "probability", *ratings} & known
+    return parts, used, reading + how
+
+
+def _needed_by(needs: str) -> str:
+    return "--rating-coef" if needs == "ratings" else "--margin"
+
+
+def _ready_lists(
+    data: Split, rows: list[list[dict]], known: set[str], chat: bool | None, needs: str, column: str
+) -> tuple[tuple[list, list], set[str], str]:
+    """(training, held-out) rankings, and pairs, of `column`, the columns read, and how."""
+    rated = column == "responses"
+    require(
+        not needs or rated,
+        f"{data.dataset}: ranked texts have no ratings: {_needed_by(needs)} needs responses and "
+        "ratings",
+    )
+    require(
+        "probability" not in known,
+        f"{data.dataset}: a column probability beside {column}: it is of pairs, chosen and "
+        "rejected: leave it out",
+    )
+    read = functools.partial(read_ranking, column=column, chat=chat)
+    found, how = _in_one_format(data, divide(data, rows, read, _key, _texts), chat)
+    parts = tuple([item for ranking in part for item in ranking.parts()] for part in found)
+    tied = [r for part in found for r in part if rated and len(set(r.ratings)) < len(r.ratings)]
+    if tied:
+        equal = sum(math.comb(len(r.answers), 2) - len(r.parts()) for r in tied)
+        print(
+            f"{data.dataset}: {equal} pairs of equal ratings dropped: {len(tied)} rows with them "
+            f"train as their {sum(len(r.parts()) for r in tied)} other pairs"
+        )
+    counts = sorted({len(ranking.answers) for part in found for ranking in part}) or [0]
+    many = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    reading = f"{column}{' ranked by ratings' * rated}, {many} texts each{how}"
+    return parts, {"prompt", column, *["ratings"] * rated} & known, reading
+
+
+def _texts(item: Pair | Ranking) -> list[str]:
+    """What a split keeps on one side: the prompt, or every text of an item that has none."""
+    return [first_turn(text) for text in ([item.prompt] if item.prompt else item.answers)]
+
+
+def _key(item: Pair | Ranking) -> str:
+    """What a split goes by: the prompt, or the best text."""
+    return first_turn(item.prompt or item.answers[0])
+
+
+def _in_one_format(
+    data: Split, parts: tuple[list, list], chat: bool | None
+) -> tuple[tuple[list, list], str]:
+    """Training and held-out items, in chat only those with a prompt if any has one; and how."""
+    items = [*parts[0], *parts[1]]
+    bare = [item for item in items if not item.prompt]
+    if not chat or len(bare) == len(items):
+        return parts, f", {len(bare)} of {len(items)} without a prompt" * bool(bare)
+    reason = "no prompt, where others have one"
+    dropped = [(reason, place_of(item.answers[0])) for item in bare]
+    report(f"{data.dataset}: ", "rows dropped", dropped, len(items))
+    return tuple([item for item in part if item.prompt] for part in parts), ", as chat"
 
 
 def _rated_pairs(
@@ -176,24 +235,27 @@ class Example(NamedTuple):
     Attributes:
         texts: token ids; a pair has two texts.
         ratings: one per text, or None where the data has none.
-        gap: by how much the first text is better.
+        gap: by how much the first text of a pair is better.
+        probability: that it is, in training and in evaluation.
     """
 
     texts: list[list[int]]
     ratings: tuple[float, ...] | None
     gap: float
+    probability: float = 1.0
 
 
 def encode_pairs(
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair | Ranking],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
     max_pairs: int,
     seed: int,
     crop_words: tuple[int, int] | None = None,
+    label_smoothing: float = 0.0,
 ) -> TokenItems[Example]:
-    """At most `max_pairs` pairs, drawn by `seed`, as token ids.
+    """At most `max_pairs` pairs or rankings, drawn by `seed`, as token ids.
 
     Those that are identical, over-long, or refused by the chat template are dropped and counted.
 
@@ -205,6 +267,8 @@ def encode_pairs(
         seed: of that draw and of the crops.
         crop_words: (low, high) keeps the beginning of each completion, low..high words drawn anew
             each time: for a reward model that will score short continuations, not whole reviews.
+        label_smoothing: e, the share of labels taken to be wrong. A probability p that the first
+            text is better becomes (1 - e) p + e (1 - p).
     Raises:
         UserError: more than half are refused.
     """
@@ -212,7 +276,8 @@ def encode_pairs(
     indices = range(len(pairs))
     if max_pairs < len(pairs):
         indices = rng.sample(indices, max_pairs)
-    words = [pair[:3] for pair in map(pairs.__getitem__, indices)]
+    words = [(pair.prompt, *pair.answers) for pair in map(pairs.__getitem__, indices)]
+    kind = "lists" if max(map(len, words), default=3) > 3 else "pairs"
 
     def texts_of(rng: random.Random, prompt: Prompt, *answers: str) -> Iterator[Text]:
         for answer in answers:
@@ -221,23 +286,28 @@ def encode_pairs(
             yield whole_text(tokenizer, prompt, answer)
 
     drawing = {"rng": rng, "settings": crop_words} if crop_words else {}
-    rows, reasons = tokenised(tokenizer, words, texts_of, end=True, kind="pairs", **drawing)
+    rows, reasons = tokenised(tokenizer, words, texts_of, end=True, kind=kind, **drawing)
     lengths, fits = rows.lengths, np.ones(len(rows), bool)
     fits[list(reasons)] = False
     too_long = fits & (lengths.max(1) > max_tokens)  # never cut: the difference may lie there
     fits &= ~too_long
-    alike = np.flatnonzero(fits & (lengths.min(1) == lengths.max(1)))
-    identical = [n for n in alike if rows[n][0] == rows[n][1]]
+    alike = (np.diff(np.sort(lengths, 1), axis=1) == 0).any(1)  # in length: two may be one text
+    alike = np.flatnonzero(fits & alike)
+    identical = [n for n in alike if len(set(map(tuple, rows[n]))) < len(rows[n])]
     fits[identical] = False
-    note_special_tokens(tokenizer, words, "pairs")
+    note_special_tokens(tokenizer, words, kind)
     refused = [(why, place_of(words[n][0] or words[n][1])) for n, why in reasons.items()]
-    report("  ", "pairs dropped", refused, len(words))
+    report("  ", f"{kind} dropped", refused, len(words))
     print(
-        f"  kept {fits.sum()} of {len(words)} pairs: {len(identical)} identical and "
+        f"  kept {fits.sum()} of {len(words)} {kind}: {len(identical)} identical and "
         f"{too_long.sum()} longer than {max_tokens} tokens dropped"
     )
     kept = np.flatnonzero(fits)
-    others = [(pair.ratings, pair.gap) for pair in (pairs[indices[n]] for n in kept)]
+    certain = 1 - 2 * label_smoothing
+    others = [
+        (pair.ratings, pair.gap, label_smoothing + certain * pair.probability)
+        for pair in (pairs[indices[n]] for n in kept)
+    ]
     return replace(
         rows,
         places=rows.places[kept],

@@ -72,35 +72,45 @@ def divide(
     rows: list[list[dict]],
     read: Callable[[dict, str, Note], Item],
     key: Callable[[Item], str],
+    texts: Callable[[Item], Sequence[str]] | None = None,
 ) -> tuple[list[Item], list[Item]]:
     """Items (training, held out) read from rows.
 
-    One whose key is held out never trains. Rows that are dropped are counted and printed.
+    The hash of an item's key decides, or the split that it is of. An item that shares a text with
+    one that is held out never trains: no text is on both sides. Rows that are dropped are counted
+    and printed.
 
     Args:
         data: what the rows were read from.
         rows: of both_splits.
         read: see columns.read_items.
         key: item -> the text that a split goes by.
+        texts: item -> all that must not be on both sides; None where it is the key alone.
     """
+    texts = texts or (lambda item: [key(item)])
     of_split = [f" of {split}" * (len(rows) > 1) for split in (data.split, data.eval_split)]
     parts = [read_items(part, read, data.dataset, name) for part, name in zip(rows, of_split)]
     train = [item for item in parts[0] if item is not None]
     if len(parts) == 1:
         is_held = [held_out(key(item), data.seed, data.eval_share) for item in train]
         evaluation = [item for item, is_out in zip(train, is_held) if is_out]
-        return [item for item, is_out in zip(train, is_held) if not is_out], evaluation
-    evaluation = [item for item in parts[1] if item is not None]
-    held = {key(item) for item in evaluation}
-    # A row that is no pair has a prompt that a policy is judged on all the same.
-    held |= {_asked_in(row) for row, item in zip(rows[1], parts[1]) if item is None}
-    kept = [item for item in train if key(item) not in held]
+        train = [item for item, is_out in zip(train, is_held) if not is_out]
+    else:
+        evaluation = [item for item in parts[1] if item is not None]
+    held = {text for item in evaluation for text in texts(item)}
+    if len(parts) > 1:  # a row that is no pair has a prompt that a policy is judged on all the same
+        held |= {_asked_in(row) for row, item in zip(rows[1], parts[1]) if item is None}
+    kept = [item for item in train if held.isdisjoint(texts(item))]
     if len(kept) < len(train):
-        print(f"{data.dataset}: {len(train) - len(kept)} rows dropped: in the held-out split, too")
+        where = "in the held-out split, too" if len(parts) > 1 else "a text of theirs is held out"
+        print(f"{data.dataset}: {len(train) - len(kept)} rows dropped: {where}")
+    whole = f"all of --split {data.split}"
     require(
         bool(kept) or not train,
-        f"{data.dataset}: all of --split {data.split} is in --eval-split {data.eval_split}, too: "
-        "expected others",
+        f"{data.dataset}: {whole} is in --eval-split {data.eval_split}, too: expected others"
+        if data.eval_split
+        else f"{data.dataset}: {whole} shares texts with the pairs held out: expected others, or a "
+        "smaller --eval-share",
     )
     return kept, evaluation
 

@@ -48,7 +48,8 @@ class TokenItems(Sequence[Item]):
 
     Args:
         source: all ids as int32, one text after another: a file, or bytes in memory.
-        ends: (number of texts + 1,) where in it each text begins, and the last one ends.
+        ends: (number of texts + 1,) where in it each text begins, and the last one ends. The last
+            text, of no ids, stands for none.
         places: (N, K) which texts item n has.
         extras: N, what else it has.
         make: (its K lists of ids, its extra) -> the item.
@@ -66,7 +67,8 @@ class TokenItems(Sequence[Item]):
     def __getitem__(self, n: int | slice) -> "Item | TokenItems[Item]":
         if isinstance(n, slice):
             return replace(self, places=self.places[n], extras=self.extras[n])
-        return self.make([self._ids(place).tolist() for place in self.places[n]], self.extras[n])
+        there = (place for place in self.places[n] if place < len(self.ends) - 2)
+        return self.make([self._ids(place).tolist() for place in there], self.extras[n])
 
     def _ids(self, place: int) -> np.ndarray:
         start, end = (4 * int(self.ends[place + i]) for i in (0, 1))
@@ -79,7 +81,7 @@ class TokenItems(Sequence[Item]):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N, K) int64: tokens of each text of each item."""
+        """(N, K) int64: tokens of each text of each item; 0 where it has none."""
         return np.diff(self.ends)[self.places]
 
     def fingerprint(self) -> str:
@@ -115,7 +117,7 @@ def tokenised(
         rng: what texts_of draws from, if it does.
         settings: numbers and texts.
     Returns:
-        Lists of token ids of each input; and n -> why input n was refused: its lists are empty.
+        Lists of token ids of each input; and n -> why input n was refused: it has none.
     """
     digest, size, kept = hashlib.sha256(), 0, None
     kinds = {roles_of(given[0]): given for given in reversed(inputs) if isinstance(given[0], list)}
@@ -152,7 +154,7 @@ def tokenised(
         index = encode(file)
         kept = file.getvalue(), index
     source, (lengths, places, reasons) = kept
-    # One more text, an empty one, is that of what was refused
+    # One more text, an empty one, is that of what was refused, or has fewer texts than others
     ends = np.cumsum([0, *lengths, 0], dtype=np.int64)
     refused = {int(n): str(reasons[-1 - places[n, 0]]) for n in np.flatnonzero(places[:, 0] < 0)}
     places = np.where(places < 0, len(lengths), places)
@@ -210,7 +212,7 @@ def _encode(
             waiting = 0
     tokenise()
     width = max(map(len, rows), default=1)
-    places = [row if len(row) == width else row * width for row in rows]
+    places = [row + [-1] * (width - len(row)) for row in rows]
     places = np.array(places, np.int32).reshape(len(rows), width)
     return np.array(lengths, np.int64), places, np.array(list(reasons), str)
 

@@ -36,20 +36,35 @@ SIDES |= {"very positive": 2}
 class Objective(NamedTuple):
     """What a reward model is trained for, over K texts in order, the best first (a pair: K = 2).
 
-    Logits are (K, B, labels). There are B examples, and a loss has one value for each.
+    Logits are (K, B, labels), those of `by_place`. There are B examples, and a loss has one value
+    for each.
 
     labels: outputs of the head.
     order_losses: (logits, examples) -> (B,) -log P(this order), nats.
     penalties: (logits, examples) -> (B,) or a number, what training adds to the order losses.
-    floor: examples -> the mean order loss of a constant model, nats.
-    win_probabilities: logits -> (B,), the probability that the first text beats the second.
+    win_probabilities: logits (N, labels) of N texts and of N others -> (N,), the probability that
+        the first is better.
     """
 
     labels: int
     order_losses: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor]
     penalties: Callable[[torch.Tensor, Sequence[Example]], torch.Tensor | float]
-    floor: Callable[[Sequence[Example]], float]
-    win_probabilities: Callable[[torch.Tensor], torch.Tensor]
+    win_probabilities: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def by_place(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+    """Logits (N, labels) of the texts of one example after another -> (K, B, labels).
+
+    Row k has those of each example's text k; 0 where its list is shorter, see `place_mask`.
+    """
+    counts = [len(example.texts) for example in examples]
+    return torch.nn.utils.rnn.pad_sequence(logits.split(counts))
+
+
+def place_mask(logits: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+    """(K, B) bool: which of the logits of `by_place` are those of a text."""
+    counts = torch.tensor([len(example.texts) for example in examples], device=logits.device)
+    return torch.arange(len(logits), device=logits.device)[:, None] < counts
 
 
 def load_classifier(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -100,7 +100,8 @@ class RewardSum:
         scales = zip(self.weights, self.means, self.stds)
         for (name, reward), (weight, mean, std) in zip(self.rewards.items(), scales):
             scores = reward.score_rollout(tokenizer, prompts, completions, batch_size)
-            parts[name] = scores.rewards
+            parts |= {name: scores.rewards}
+            parts |= {f"{name} {part}": values for part, values in scores.parts.items()}
             total = total + weight * (scores.rewards - mean) / std
             if variance is None or scores.variance is None:
                 variance = None
@@ -164,7 +165,7 @@ def average_weights(models: Sequence[RewardModel]) -> RewardModel:
 
 
 def load_rewards(
-    names: Sequence[str], device: torch.device, average: bool = False
+    names: Sequence[str], device: torch.device, average: bool = False, risk: float | None = None
 ) -> dict[str, RewardModel | RewardFunction]:
     """Each reward by its name.
 
@@ -172,15 +173,23 @@ def load_rewards(
         names: each module:function, file.py:function, or a reward model.
         device: where they score.
         average: return one reward model instead, the mean of all.
+        risk: see losses.risk_adjusted_score; None is the mean score.
     Raises:
-        UserError: a name is given twice or cannot be loaded, or `average` finds fewer than two
-            reward models, or a function among them.
+        UserError: a name is given twice or cannot be loaded, `average` finds fewer than two reward
+            models, or a function among them, or `risk` one without a distribution over scores.
     """
     rewards = {}
     for name in names:
         require(name not in rewards, f"--rm {name}: given twice")
         kind = RewardFunction.from_name if is_function(name) else RewardModel.from_pretrained
         rewards[name] = kind(name, device)
+        if risk is not None:
+            require(
+                rewards[name].num_labels > 2,
+                f"--risk {risk:g}: --rm {name}: no distribution over scores "
+                f"({rewards[name].reading}): train one with --loss ordinal, or leave --risk out",
+            )
+            rewards[name].risk = risk
     if not average:
         return rewards
     require(

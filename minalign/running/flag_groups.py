@@ -1,5 +1,6 @@
 """The groups of flags that scripts and tools share, and what makes sense together."""
 
+import math
 import os
 import typing
 from dataclasses import dataclass
@@ -77,6 +78,12 @@ class RewardFlags:
     )
     rm_average: bool = flag(
         False, "of several reward models take one whose weights are their average (WARM)"
+    )
+    risk: float | None = flag(
+        None,
+        "ordinal reward models: tau, in scores, of the reward -tau log E[exp(-score / tau)] "
+        "(default: inf, the mean score)",
+        "(0, inf]",
     )
     standardize_rewards: bool = flag(
         False,
@@ -198,9 +205,10 @@ def resolve_task(config: TaskFlags) -> None:
     """
     resolve_data(config)
     config.max_new_tokens = config.max_new_tokens or (64 if config.dataset else 32)
+    config.risk = None if config.risk == math.inf else config.risk
     require(
-        bool(config.rm) or not (config.rm_average or config.rm_weights),
-        "--rm-average, --rm-weights: need --rm",
+        bool(config.rm) or not (config.rm_average or config.rm_weights or config.risk),
+        "--rm-average, --rm-weights, --risk: need --rm",
     )
 
 

@@ -25,7 +25,7 @@ def flag(
     Args:
         help: what --help says of it. The default is added.
         allowed: a tuple of words, or an interval that the value must lie in. A bracket includes its
-            end, a parenthesis leaves it out. An end of inf is that of LARGEST.
+            end, a parenthesis leaves it out. An end of "inf)" is that of LARGEST.
         positional: for a list: it is given without a flag's name before it, and must be given.
     """
     metadata = {"help": help, "allowed": allowed, "positional": positional}
@@ -115,7 +115,7 @@ def _expected(value: object, allowed: str | tuple[str, ...] | None) -> str:
         return "" if same else "UTF-8 without zero bytes"
     if type(value) not in LARGEST:
         return ""
-    open_ended = not allowed or "inf" in allowed
+    open_ended = not allowed or "inf)" in allowed
     intervals = [allowed or LARGEST[type(value)]] + [LARGEST[type(value)]] * open_ended
     return next((f"a number in {one}" for one in intervals if not lies_within(value, one)), "")
 

@@ -17,7 +17,7 @@ SAMPLING = {name: name for name in ("format", "max_new_tokens", "temperature")}
 # Groups whose others go with the first: those of another data set would be nonsense.
 DATA = "dataset subset split eval_split eval_share split_seed columns prompt_tokens"
 DATA = (*DATA.split(), "max_prompt_tokens")
-REWARD = ("rm", "rm_weights", "rm_average", "standardize_rewards")
+REWARD = ("rm", "rm_weights", "rm_average", "risk", "standardize_rewards")
 
 INSIDE_A_RUN = re.compile(r"model|best|merged|front|(iteration|run)-\d+|eta-.*")
 

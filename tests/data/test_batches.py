@@ -54,8 +54,8 @@ def test_identical_and_over_long_pairs_are_dropped_and_counted(prompt, capsys):
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}</s>"
     examples = encode_pairs(pairs, tokenizer, max_tokens=6, max_pairs=10, seed=0)
     assert list(examples) == [
-        ([[0, 2, 3, 1], [0, 2, 4, 1]], pairs[0].ratings, pairs[0].gap),
-        ([[0, 2, 3, 4, 5, 1], [0, 2, 3, 4, 6, 1]], pairs[5].ratings, pairs[5].gap),
+        ([[0, 2, 3, 1], [0, 2, 4, 1]], pairs[0].ratings, pairs[0].gap, 1.0),
+        ([[0, 2, 3, 4, 5, 1], [0, 2, 3, 4, 6, 1]], pairs[5].ratings, pairs[5].gap, 1.0),
     ]
     counts = "kept 2 of 7 pairs: 2 identical and 3 longer than 6 tokens dropped"
     assert counts in capsys.readouterr().out

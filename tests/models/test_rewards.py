@@ -135,3 +135,59 @@ def test_models_that_differ_are_not_averaged():
     swapped.tokenizer.get_vocab = lambda: vocabulary
     with pytest.raises(UserError, match="vocabulary"):
         average_weights([make_reward_model(0), swapped])
+
+
+# --- risk
+
+
+def test_an_ordinal_reward_is_adjusted_and_its_mean_stands_beside_it():
+    """With labels from the best to the worst, too: by the logits, in double precision."""
+    reward_model = make_reward_model(0, 10)
+    names = {k: str(10 - k) for k in range(10)}
+    for other in (None, names):
+        if other:
+            reward_model.model.config.id2label = other
+            reward_model = RewardModel(reward_model.model, reward_model.tokenizer)
+        plain = reward_model.score_rollout(*ROLLOUT)
+        assert plain.parts == {} and "risk" not in reward_model.reading
+        reward_model.risk = 0.7
+        scores = reward_model.score_rollout(*ROLLOUT)
+        rows = reward_model.encode_rollout(*ROLLOUT[:3])
+        p = reward_model.logits(rows)[:, reward_model.order].double().softmax(1)
+        by_hand = -0.7 * (p * (-torch.arange(1, 11) / 0.7).exp()).sum(1).log()
+        torch.testing.assert_close(scores.rewards, by_hand.float())
+        assert torch.equal(scores.parts["mean"], plain.rewards)
+        assert torch.equal(scores.variance, plain.variance)
+        assert (scores.rewards < plain.rewards).all()
+        assert reward_model.reading.startswith("risk-adjusted (tau 0.7) score 1..10")
+        assert torch.equal(reward_model.score(*map(list, zip(*TEXTS))), scores.rewards)
+
+
+def test_a_sum_has_the_means_of_its_adjusted_parts():
+    models = {name: make_reward_model(seed, 10) for seed, name in enumerate("ab")}
+    for model in models.values():
+        model.risk = 2.0
+    for parts in (models, {"a": models["a"]}):
+        scores = RewardSum(parts, [1.0] * len(parts)).score_rollout(*ROLLOUT)
+        assert list(scores.parts) == [f"{n}{what}" for n in parts for what in ("", " mean")]
+        adjusted = sum(scores.parts[name] for name in parts)
+        torch.testing.assert_close(scores.rewards, adjusted)
+
+
+def test_risk_needs_a_distribution_over_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rules.py").write_text("def zero(p, c):\n    return [0] * len(c)\n")
+    for labels in (1, 2, 10):
+        make_reward_model(0, labels).save_pretrained(f"rm-{labels}")
+    make_reward_model(1, 10).save_pretrained("other")
+    for name, kind in (("rm-1", "scalar"), ("rm-2", "2 labels"), ("my_rules:zero", "function")):
+        for names in ([name], ["rm-10", name]):
+            with pytest.raises(UserError, match=f"--risk 0.5: --rm {name}: .*{kind}") as error:
+                load_rewards(names, torch.device("cpu"), risk=0.5)
+            assert "\n" not in str(error.value)
+    for average in (False, True):
+        rewards = load_rewards(["rm-10", "other"], torch.device("cpu"), average, 0.5)
+        assert {reward.risk for reward in rewards.values()} == {0.5}
+        assert len(rewards) == 2 - average
+    (plain,) = load_rewards(["rm-10"], torch.device("cpu")).values()
+    assert plain.risk == float("inf")
