@@ -1,10 +1,11 @@
-"""Measures of completions (diversity, repetition, collapse), and paired intervals.
+"""Measures of completions (diversity, repetition, collapse), paired intervals, best of n.
 
 Completions are token ids without their end tokens.
 """
 
 import collections
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -172,6 +173,84 @@ def bootstrap_interval(
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
     low, high = torch.stack(means).quantile(ends).tolist()
     return low, high
+
+
+def best_of_n(rewards: torch.Tensor, n: int, values: torch.Tensor | None = None) -> torch.Tensor:
+    """Unbiased estimate of what the best of n samples is worth, from N >= n samples per prompt.
+
+        sum_i C(i-1, n-1) / C(N, n) r_(i),  r_(1) <= ... <= r_(N)    (WebGPT, arXiv 2112.09332)
+
+    The weight is the share of all subsets of n samples whose best one is sample i. Samples of equal
+    reward share their weights.
+
+    Args:
+        rewards: (prompts, N), finite: what the best is chosen by.
+        n: 1 <= n <= N.
+        values: (prompts, N), what the chosen sample is worth; None: its reward.
+    Returns:
+        (prompts,) float64.
+    Raises:
+        ValueError: n lies outside 1..N, or a reward is not finite.
+
+    >>> best_of_n(torch.tensor([[3.0, 1.0, 2.0]]), 2)  # the best of (3, 1), (3, 2) and (1, 2)
+    tensor([2.6667], dtype=torch.float64)
+    """
+    below, upto, share = _ranks(rewards, n, rewards.shape[1])
+    weights = (share[upto] - share[below]) / (upto - below)  # (prompts, N)
+    return (weights * (rewards if values is None else values).double()).sum(1)
+
+
+def best_of_n_wins(rewards: torch.Tensor, n: int) -> torch.Tensor:
+    """Unbiased estimate of how often the best of n samples beats another sample; a tie is half.
+
+    It is n / (n + 1) where no two rewards are equal, and less where some are.
+
+    Args:
+        rewards: (prompts, N), finite.
+        n: 1 <= n < N.
+    Returns:
+        (prompts,) float64.
+    Raises:
+        ValueError: n lies outside 1..N - 1, or a reward is not finite.
+
+    >>> best_of_n_wins(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), 2)
+    tensor([0.6667, 0.5000], dtype=torch.float64)
+    """
+    below, upto, share = _ranks(rewards, n, rewards.shape[1] - 1)
+    # Of the others, all n lie below this sample, or at most beside it.
+    return 1 - (share[below] + share[upto - 1]).mean(1) / 2
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound of KL(best of n || policy), nats: log n - (n-1)/n (arXiv 2401.01879).
+
+    It is exact where no completion can be drawn twice, and far above the KL where one is likely.
+
+    >>> best_of_n_kl(1), round(best_of_n_kl(4), 3)
+    (0.0, 0.636)
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def _ranks(
+    rewards: torch.Tensor, n: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many of its prompt's rewards lie below each reward, and how many not above it.
+
+    Beside them, C(k, n) / C(count, n) for k = 0..count: of `count` samples, the share of subsets of
+    n that lie within given k of them.
+    """
+    if rewards.ndim != 2 or not 1 <= n <= count or not rewards.isfinite().all():
+        raise ValueError(
+            f"got n = {n} and rewards {tuple(rewards.shape)}, expected finite rewards (prompts, N) "
+            f"and n in 1..{count}"
+        )
+    rewards = rewards.contiguous()
+    ordered = rewards.sort(1).values
+    below, upto = (torch.searchsorted(ordered, rewards, right=right) for right in (False, True))
+    every = math.comb(count, n)
+    share = [math.comb(k, n) / every for k in range(count + 1)]
+    return below, upto, torch.tensor(share, dtype=torch.double, device=rewards.device)
 
 
 def _ngrams(completion: Sequence[int], n: int) -> list[tuple[int, ...]]:
