@@ -8,7 +8,6 @@
 
 import re
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 from ..running.errors import require
 from .cells import require_characters
@@ -17,14 +16,6 @@ from .messages import Note, Prompt, as_asked
 
 PAIRS, REWARD_BENCH, REWARD_BENCH_2, RM_BENCH = "pairs", "RewardBench", "RewardBench 2", "RM-Bench"
 TIES = re.compile(r"(ref|tied):(.+)")  # ids of RewardBench 2's subset Ties
-
-
-class Answers(NamedTuple):
-    """The texts of a row, as one reward reads them."""
-
-    prompt: Prompt
-    right: list[str]
-    wrong: list[str]
 
 
 def form_of(rows: Sequence[dict], columns: Collection[str], source: str) -> str:
@@ -37,51 +28,46 @@ def form_of(rows: Sequence[dict], columns: Collection[str], source: str) -> str:
     Raises:
         UserError: a row is of another form than the first, or its lists cannot be right.
     """
-    if not isinstance(rows[0]["chosen"], list) or _are_messages(rows[0]["chosen"]):
-        for name in ("chosen", "rejected"):
-            cells = [row[name] for row in rows]
-            odd = [n for n, cell in enumerate(cells, 1) if cell and _are_texts(cell)]
-            expected = "got a list of texts, expected one answer, as in row 1"
-            require(not odd, f"{source}: row {odd[:1]}: column {name!r}: {expected}")
-            lists = all(isinstance(cell, str) and cell.startswith(('["', "['")) for cell in cells)
-            fix = "lists written into texts: give a .jsonl or .parquet file"
-            require(not lists, f"{source}: column {name!r}: {fix}")
-        return REWARD_BENCH if {"prompt", "subset", "id"} <= set(columns) else PAIRS
-    form = RM_BENCH if "domain" in columns and "num_correct" not in columns else REWARD_BENCH_2
-    ids = {}
+    lists, ids = are_texts(rows[0]["chosen"]), {}
+    form = REWARD_BENCH if {"prompt", "subset", "id"} <= set(columns) else PAIRS
+    if lists:
+        is_rm_bench = "domain" in columns and "num_correct" not in columns
+        form = RM_BENCH if is_rm_bench else REWARD_BENCH_2
+    cells = [row[name] for row in rows for name in ("chosen", "rejected")]
+    written = all(isinstance(cell, str) and re.match(r"""\[\s*["']""", cell) for cell in cells)
+    fix = "give a .jsonl or .parquet file"
+    require(not written, f"{source}: chosen and rejected are lists written into texts: {fix}")
     for number, row in enumerate(rows, 1):
+        where = f"{source}: row {number}"
         for name in ("chosen", "rejected"):
-            what = f"{source}: row {number}: column {name!r}"
-            texts = row[name]
-            require(_are_texts(texts), f"{what}: expected a list of texts, as in row 1")
-            require(bool(texts), f"{what}: got an empty list, expected at least one text")
-            three = form != RM_BENCH or len(texts) == 3
-            require(
-                three, f"{what}: got {len(texts)} texts, expected 3 in RM-Bench's form (domain)"
-            )
-        right, given = len(row["chosen"]), row.get("num_correct")
-        same = given is None or (not isinstance(given, bool) and given == right)
-        wrong = f"{source}: row {number}: num_correct {given!r:.40}, but {right} texts in 'chosen'"
-        require(same, f"{wrong}: expected as many: fix one of them")
+            cell = row[name]
+            got = f"{where}: column {name!r}: got {len(cell) if are_texts(cell) else 'no'} texts"
+            require(not (are_texts(cell) and not lists), f"{got}, expected one text, as in row 1")
+            enough = len(cell) == 3 if form == RM_BENCH and lists and cell else bool(cell)
+            kind = "3 texts, in RM-Bench's form (domain)" if form == RM_BENCH else "texts"
+            fits = not lists or are_texts(cell) and enough
+            require(fits, f"{got}, expected a list of {kind}")
+        right, given = row["chosen"], row.get("num_correct") if lists else None
+        same = given is None or not isinstance(given, bool) and given == len(right)
+        require(same, f"{where}: num_correct {given!r:.40}, but {len(right or ())} texts in chosen")
         if form == REWARD_BENCH_2 and row.get("subset") == "Ties":
-            which = f"{source}: row {number}: id {row.get('id')!r:.40} of the subset Ties"
-            fits = bool(TIES.fullmatch(str(row.get("id"))))
-            require(fits, f"{which}: expected ref:NUMBER or tied:NUMBER")
-            require(row["id"] not in ids, f"{which}: is that of row {ids.get(row['id'])}, too")
-            ids[row["id"]] = number
+            name = row.get("id")
+            fits = bool(TIES.fullmatch(str(name))) and name not in ids
+            also = f", which row {ids.get(name)} has" * (name in ids)
+            require(fits, f"{where}: id {name!r:.40}{also}: expected ref:N and tied:N once in Ties")
+            ids[name] = number
     return form
 
 
-def _are_messages(cell: object) -> bool:
-    return isinstance(cell, list) and any(isinstance(part, dict) for part in cell)
-
-
-def _are_texts(cell: object) -> bool:
+def are_texts(cell: object) -> bool:
+    """Whether a cell is a list of texts, and not of messages."""
     return isinstance(cell, list) and all(isinstance(part, str) for part in cell)
 
 
-def read_answers(row: dict, where: str, note: Note, chat: bool | None) -> Answers:
-    """The prompt of a row with its right and wrong answers.
+def read_answers(
+    row: dict, where: str, note: Note, chat: bool | None
+) -> tuple[Prompt, list[str], list[str]]:
+    """The prompt of a row, its right and its wrong answers.
 
     Args:
         row: by our names, of a form that `form_of` knows.
@@ -90,13 +76,13 @@ def read_answers(row: dict, where: str, note: Note, chat: bool | None) -> Answer
     Raises:
         UserError: the row cannot be scored.
     """
-    lists = _are_texts(row["chosen"])
+    lists = are_texts(row["chosen"])
     if chat is None:
         told = prompt_cell(row, note) if lists else read_dialogue(row, "chosen", lambda _: None)[0]
         chat = isinstance(told, list)
     if not lists:
         pair = read_pair(row, where, note, chat=chat)
-        return Answers(pair.prompt, [pair.chosen], [pair.rejected])
+        return pair.prompt, [pair.chosen], [pair.rejected]
     prompt = prompt_cell(row, note)
     require(bool(prompt), "no prompt")
     asked = as_asked(prompt, where, chat)
@@ -109,4 +95,4 @@ def read_answers(row: dict, where: str, note: Note, chat: bool | None) -> Answer
             return text.strip()
         return text if asked == prompt else f" {text.strip()}"
 
-    return Answers(asked, *([answer(text) for text in row[n]] for n in ("chosen", "rejected")))
+    return asked, *(list(map(answer, row[name])) for name in ("chosen", "rejected"))

@@ -4,9 +4,7 @@ A benchmark's numbers are means of these over its rows. Right texts are those th
 """
 
 import math
-from collections.abc import Hashable, Sequence
-
-import torch
+from collections.abc import Sequence
 
 # Section -> beginnings of the names of its subsets (RewardBench) or domains (RM-Bench). A section's
 # accuracy is the mean over all its rows: the mean of its subsets weighted by their number of rows.
@@ -28,28 +26,19 @@ def section_of(group: str, sections: dict[str, tuple[str, ...]]) -> str:
     return next((name for name, starts in sections.items() if group.startswith(starts)), "")
 
 
-def pair_accuracy(right: float, wrong: float, tie: float = 0.0) -> float:
-    """1 where the right text has the higher score, 0 where the wrong one has, `tie` where none.
-
-    RewardBench (arXiv 2403.13787) counts a tie as wrong.
-
-    >>> pair_accuracy(2.0, 1.0), pair_accuracy(1.0, 1.0), pair_accuracy(1.0, 1.0, tie=0.5)
-    (1.0, 0.0, 0.5)
-    """
-    return float(right > wrong) + tie * (right == wrong)
-
-
-def best_of_accuracy(right: Sequence[float], wrong: Sequence[float]) -> float:
+def best_of_accuracy(right: Sequence[float], wrong: Sequence[float], strict: bool = False) -> float:
     """RewardBench 2 (arXiv 2506.01937): whether a right text has the highest score of all.
 
     Where k texts share the highest score, it is the share of right ones among them: 1/k where one
-    text is right.
+    text is right, and 1/2 for a tie of two. `strict` counts those as wrong, as RewardBench does
+    (arXiv 2403.13787).
 
     >>> best_of_accuracy([2.0], [1.0, 0.0, 1.0]), best_of_accuracy([1.0], [1.0, 0.0, 1.0])
     (1.0, 0.3333333333333333)
     """
-    scores = [*right, *wrong]
-    return list(right).count(max(scores)) / scores.count(max(scores))
+    highest = max(*right, *wrong)
+    wins, ties = list(right).count(highest), list(wrong).count(highest)
+    return float(not ties) if strict else wins / (wins + ties)
 
 
 def ties_score(
@@ -82,58 +71,23 @@ def ties_score(
     return accurate + 0.2 * (gap_tied > spread) + 0.2 * (gap > spread) + 0.01 * math.tanh(ratio - 1)
 
 
-def style_matrix(right: Sequence[float], wrong: Sequence[float]) -> list[list[float]]:
-    """RM-Bench (arXiv 2410.16184): 1 at [i][j] where right text i has a higher score than wrong j.
+def by_difficulty(right: Sequence[float], wrong: Sequence[float]) -> dict[str, float]:
+    """RM-Bench (arXiv 2410.16184): how many of 3 x 3 comparisons the right text wins.
 
-    Texts are in the order of styles: concise, detailed, detailed with markdown.
+        A[i][j] = [right_i > wrong_j], texts in order: concise, detailed, detailed with markdown
 
-    >>> style_matrix([1.0, 2.0, 3.0], [0.0, 1.0, 5.0])
-    [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+    easy: the mean over i > j, the right text in the richer style. normal: i = j. hard: i < j, a
+    plain right text against a wrong one in a richer style. accuracy: over all nine.
+
+    >>> by_difficulty([1.0, 2.0, 3.0], [0.0, 1.0, 5.0])
+    {'accuracy': 0.6666666666666666, 'easy': 1.0, 'normal': 0.6666666666666666, 'hard': \
+0.3333333333333333}
     """
-    return [[float(one > other) for other in wrong] for one in right]
-
-
-def by_difficulty(matrix: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What RM-Bench makes of its 3 x 3 accuracies: each the mean of three, and the mean of all.
-
-    easy: i > j, the right text in the richer style. normal: i = j. hard: i < j, a plain right text
-    against a wrong one in a richer style.
-
-    >>> by_difficulty([[1.0, 0.5, 0.25], [1.0, 0.5, 0.5], [1.0, 1.0, 0.5]])["normal"]
-    0.5
-    """
-    cells = [(i - j, value) for i, row in enumerate(matrix) for j, value in enumerate(row)]
+    cells = [(i - j, float(a > b)) for i, a in enumerate(right) for j, b in enumerate(wrong)]
     parts = {
-        "easy": [value for step, value in cells if step > 0],
-        "normal": [value for step, value in cells if step == 0],
-        "hard": [value for step, value in cells if step < 0],
+        "accuracy": [won for _, won in cells],
+        "easy": [won for step, won in cells if step > 0],
+        "normal": [won for step, won in cells if step == 0],
+        "hard": [won for step, won in cells if step < 0],
     }
-    means = {name: math.fsum(values) / len(values) for name, values in parts.items()}
-    return {"accuracy": math.fsum(means.values()) / 3} | means
-
-
-def resampled_means(
-    values: Sequence[float], prompts: Sequence[Hashable], seed: int, resamples: int = 2000
-) -> torch.Tensor:
-    """Means of a bootstrap over prompts: rows of one prompt are drawn together.
-
-    Args:
-        values: one per row.
-        prompts: of each row.
-        seed: of the draws.
-    Returns:
-        (resamples,) float64; nan with fewer than two prompts, of which nothing is known.
-    """
-    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    if len(numbers) < 2:
-        return torch.full((resamples,), math.nan, dtype=torch.double)
-    of_row = torch.tensor([numbers[prompt] for prompt in prompts])
-    rows = torch.stack([torch.tensor(values).double(), torch.ones(len(values)).double()], 1)
-    sums = torch.zeros(len(numbers), 2, dtype=torch.double).index_add_(0, of_row, rows)
-    generator = torch.Generator().manual_seed(seed)
-    count = len(numbers)
-    drawn = [
-        sums[torch.randint(count, (count,), generator=generator)].sum(0) for _ in range(resamples)
-    ]
-    total, size = torch.stack(drawn).T
-    return total / size
+    return {name: sum(won) / len(won) for name, won in parts.items()}

@@ -7,7 +7,7 @@ import collections
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -165,14 +165,31 @@ def bootstrap_interval(
     >>> 0.35 < low < 0.5 < high < 0.65
     True
     """
-    values = torch.tensor(values, dtype=torch.double)
-    count, generator = len(values), torch.Generator().manual_seed(seed)
-    means = [
-        values[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)
-    ]
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    low, high = torch.stack(means).quantile(ends).tolist()
+    low, high = resampled_means(values, range(len(values)), seed, resamples).quantile(ends).tolist()
     return low, high
+
+
+def resampled_means(
+    values: Sequence[float], prompts: Sequence[Hashable], seed: int, resamples: int = 2000
+) -> torch.Tensor:
+    """Means of a bootstrap over prompts: the values of one prompt are drawn together.
+
+    Args:
+        values: one or more for each prompt.
+        prompts: the prompt of each value.
+        seed: of the draws.
+    Returns:
+        (resamples,) float64.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    of_value, count = torch.tensor([numbers[prompt] for prompt in prompts]), len(numbers)
+    rows = torch.tensor([[value, 1.0] for value in values], dtype=torch.double)
+    sums = torch.zeros(count, 2, dtype=torch.double).index_add_(0, of_value, rows)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randint(count, (count,), generator=generator) for _ in range(resamples))
+    total, size = torch.stack([sums[places].sum(0) for places in drawn]).T
+    return total / size
 
 
 def best_of_n(rewards: torch.Tensor, n: int, values: torch.Tensor | None = None) -> torch.Tensor:

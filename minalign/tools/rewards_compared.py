@@ -18,7 +18,6 @@ from ..data.benchmarks import (
     REWARD_BENCH_2,
     RM_BENCH,
     TIES,
-    Answers,
     form_of,
     read_answers,
 )
@@ -29,6 +28,7 @@ from ..data.messages import Note
 from ..data.rows import read_rows
 from ..losses import ordinal_pairwise_loss
 from ..measuring import benchmarks
+from ..measuring.measures import resampled_means
 from ..measuring.pairs import expected_calibration_error
 from ..models.functions import call
 from ..models.precision import autocast
@@ -43,31 +43,29 @@ from .score import logits_of
 if typing.TYPE_CHECKING:
     from .evaluate import Config
 
-MOST_GROUPS = 40  # lines of the table; results.json has all
-LONGER = "the longer wins"  # a reward like any other: the characters of the answer
+MOST_PARTS = 60  # lines of the table; results.json has all
+LONGER = "the longer wins"  # a reward like any other
+CHARACTERS = RewardFunction(LONGER, lambda prompts, texts: [len(text.strip()) for text in texts])
 
 
 class Scored(NamedTuple):
     """What a reward says of the rows that it can score, by their place in the data.
 
-    scores: row -> scores of its texts, the right ones first.
+    scores: row -> those of its right and of its wrong texts.
     wins: row -> P(right beats wrong) of each pair of them; empty where a reward states none.
-    lengths: row -> characters of its texts.
     """
 
-    scores: dict[int, list[float]]
+    scores: dict[int, tuple[list[float], list[float]]]
     wins: dict[int, list[float]]
-    lengths: dict[int, list[float]]
 
 
 class Item(NamedTuple):
-    """What counts once: a row, or the two rows of a prompt of the subset Ties (ref, tied)."""
+    """What counts once: a row, or the rows ref and tied of a prompt of the subset Ties."""
 
     rows: tuple[int, ...]
-    rights: tuple[int, ...]  # how many texts of each are right
-    group: str
+    prompt: str  # items of one prompt are drawn together
+    group: str  # the column of --by and its value
     section: str
-    prompt: str  # rows of one prompt are drawn together
 
 
 def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, out: Path) -> None:
@@ -77,51 +75,48 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     source, names = config.dataset, parse_columns(config.columns)
     raw = read_rows(source, config.split, config.subset)
     named, columns = by_our_names(raw, names, source)
+    by = config.by or next((name for name in ("subset", "domain") if name in columns), "")
+    has = f"{source}: has columns {shown(columns)}"
+    require(not by or by in columns, f"{has}: expected {by!r:.40} (--by)")
     require(
         {"chosen", "rejected"} <= named[0].keys(),
-        f"{source}: has columns {shown(columns)}: expected chosen and rejected, as texts or lists "
-        "of texts, with a prompt (--columns gives other names)",
+        f"{has}: expected chosen and rejected, texts or lists of texts (--columns gives other "
+        "names)",
     )
     rows = [one | ours for one, ours in zip(raw, named)]
-    by = config.by or next((name for name in ("subset", "domain") if name in columns), "")
-    require(not by or by in columns, f"--by {by}: {source} has columns {shown(columns)}")
     form = form_of(rows, columns, source)
     print(f"{source}: {len(rows)} rows, read as {form}; all are measured, none is held out")
-    used = {"num_correct", "id"} if form == REWARD_BENCH_2 else {"id"} & {*columns}
-    name_unread(source, columns, {"prompt", "chosen", "rejected", by, *used}, names)
+    used = {"prompt", "chosen", "rejected", by, "id", "num_correct"}
+    name_unread(source, columns, used, names)
     write_json(out / "config.json", describe(config, device, dtype))
 
-    scored, average = {}, config.rm_average
-    for part in [config.rm] if average else [[name] for name in config.rm]:
-        for name, reward in load_rewards(part, device, average).items():
+    scored = {}
+    for part in [config.rm] if config.rm_average else [[name] for name in config.rm]:
+        for name, reward in load_rewards(part, device, config.rm_average).items():
             print(f"reward {name}: {reward.reading}")
             with autocast(device, dtype):
                 scored[name] = score_rows(name, reward, rows, source, config.batch_size)
         del reward  # one at a time in memory
         gc.collect()
-    kept = sorted(set.intersection(*(set(one.scores) for one in scored.values())))
-    require(bool(kept), f"{source}: no row that every reward can score")
-    print(f"{len(kept)} of {len(rows)} rows are scored by all of {len(scored)}")
+    lengths = score_rows(LONGER, CHARACTERS, rows, source, len(rows))
+    kept = sorted(set.intersection(*(set(one.scores) for one in (*scored.values(), lengths))))
+    print(f"{len(kept)} of {len(rows)} rows can be scored")
+    require(bool(kept), f"{source}: expected rows that every reward can score")
     if config.rm_weights:
         scored = weighted_sum(scored, config.rm_weights, kept)
-    first = next(iter(scored.values()))
-    lengths = {row: first.lengths[row] for row in kept}
-    scored[LONGER] = Scored(lengths, {}, lengths)
+    scored[LONGER] = lengths
 
     items = items_of(rows, kept, form, by, source)
     results = {"dataset": source, "form": form, "by": by, "rows": len(rows), "measured": len(kept)}
     results |= measures_of(scored, items, form, config.seed)
     print("\n" + rewards_table(results))
-    print("\n" + differences_table(results))
     write_json(out / "results.json", results)
-    rights = {row: right for item in items for row, right in zip(item.rows, item.rights)}
     said = [
-        {"row": row + 1, "id": rows[row].get("id"), "group": group_of(rows[row], by)}
-        | {
-            name: {"chosen": one.scores[row][:right], "rejected": one.scores[row][right:]}
-            for name, one in scored.items()
-        }
-        for row, right in sorted(rights.items())
+        {"row": row + 1, "id": rows[row].get("id"), "group": item.group}
+        | {"chosen": {name: one.scores[row][0] for name, one in scored.items()}}
+        | {"rejected": {name: one.scores[row][1] for name, one in scored.items()}}
+        for item in items
+        for row in item.rows
     ]
     write_json_lines(out / "scores.jsonl", said)
     print(f"\nsaved {out}/results.json, {out}/scores.jsonl")
@@ -147,60 +142,52 @@ def score_rows(
     is_model = isinstance(reward, RewardModel)
     chat = bool(reward.tokenizer.chat_template) if is_model else None
 
-    def read(row: dict, where: str, note: Note) -> tuple[Answers, list[list[int]]]:
-        answers = read_answers(row, where, note, chat)
-        if not is_model:
-            return answers, []
-        ids = [reward.encode(answers.prompt, text) for text in (*answers.right, *answers.wrong)]
-        longest = f"longer than the context of {name}, {reward.context} tokens"
-        require(max(map(len, ids)) <= reward.context, longest)
-        return answers, ids
+    def read(row: dict, where: str, note: Note) -> tuple:
+        prompt, *sides = read_answers(row, where, note, chat)
+        texts = [text for side in sides for text in side]
+        ids = [reward.encode(prompt, text) for text in texts] if is_model else []
+        longest = f"longer than the context of {reward.context} tokens" if is_model else ""
+        require(not is_model or max(map(len, ids)) <= reward.context, longest)
+        return len(sides[0]), [(prompt, text) for text in texts], ids
 
-    read_rows = enumerate(read_items(rows, read, source))
-    items = {row: item for row, item in read_rows if item is not None}
-    texts = [(a.prompt, text) for a, _ in items.values() for text in (*a.right, *a.wrong)]
+    found = read_items(rows, read, f"{source}, {name}")
+    items = {row: item for row, item in enumerate(found) if item is not None}
+    texts = [text for _, of_row, _ in items.values() for text in of_row]
     if is_model:
-        note_special_tokens(reward.tokenizer, [(str(p), text) for p, text in texts], "texts")
-        logits = logits_of(
-            reward, [ids for _, of_row in items.values() for ids in of_row], batch_size
-        )
-        values, logits = reward.read_out(logits).tolist(), logits.cpu()
+        said = [(str(prompt), text) for prompt, text in texts]
+        note_special_tokens(reward.tokenizer, said, "texts")
+        every = [ids for _, _, of_row in items.values() for ids in of_row]
+        logits = logits_of(reward, every, batch_size)
+        values, logits = reward.read_out(logits).tolist(), logits[:, reward.order].cpu()
     else:
-        values, parts = [], range(0, len(texts), batch_size)
-        for part in (texts[i : i + batch_size] for i in parts):
-            values += call(name, reward.function, *map(list, zip(*part)))
-    scored, start, left_out = Scored({}, {}, {}), 0, []
-    for row, (answers, _) in items.items():
-        right, wrong = len(answers.right), len(answers.wrong)
-        found, end = values[start : start + right + wrong], start + right + wrong
-        if None in found:
-            left_out.append((f"{name} does not apply", f"row {row + 1}"))
-        else:
-            odd = [value for value in found if not math.isfinite(value)]
-            what = f"--rm {name}: {source}: row {row + 1}: got a score of {odd[:1]}"
-            require(not odd, f"{what}: fix the reward, or leave it out")
-            scored.scores[row] = found
-            scored.lengths[row] = [float(len(t.strip())) for t in (*answers.right, *answers.wrong)]
-            if is_model and reward.num_labels != 2:
-                of_row = logits[start:end]
-                scored.wins[row] = win_probabilities(reward, of_row[:right], of_row[right:])
-        start = end
-    report(f"{source}: ", "rows left out", left_out, len(rows))
+        starts = range(0, len(texts), batch_size)
+        parts = (map(list, zip(*texts[i : i + batch_size])) for i in starts)
+        values = [value for part in parts for value in call(name, reward.function, *part)]
+    scored, end, left_out = Scored({}, {}), 0, []
+    for row, (right, of_row, _) in items.items():
+        start, end = end, end + len(of_row)
+        scores, middle = values[start:end], start + right
+        if None in scores:
+            left_out.append(("it does not apply", f"row {row + 1}"))
+            continue
+        odd = [score for score in scores if not math.isfinite(score)]
+        what = f"--rm {name}: {source}: row {row + 1}: got a score of {odd[:1]}"
+        require(not odd, f"{what}: fix the reward, or leave it out")
+        scored.scores[row] = scores[:right], scores[right:]
+        if is_model and reward.num_labels != 2:
+            scored.wins[row] = win_probabilities(logits[start:middle], logits[middle:end])
+    report(f"{source}, {name}: ", "rows left out", left_out)
     return scored
 
 
-def win_probabilities(
-    reward_model: RewardModel, right: torch.Tensor, wrong: torch.Tensor
-) -> list[float]:
-    """P(right beats wrong) of every pair, as training has it: Bradley-Terry's, or the ordinal one.
+def win_probabilities(right: torch.Tensor, wrong: torch.Tensor) -> list[float]:
+    """P(right beats wrong) of every pair, by Bradley-Terry for one label, else the ordinal one.
 
     Args:
-        reward_model: of one label, or of more than two.
-        right, wrong: (R, K) and (W, K) logits.
+        right, wrong: (R, K) and (W, K) logits, the lowest score first.
     """
-    ones = right[:, reward_model.order].repeat_interleave(len(wrong), 0)
-    others = wrong[:, reward_model.order].repeat(len(right), 1)
-    if reward_model.num_labels == 1:
+    ones, others = right.repeat_interleave(len(wrong), 0), wrong.repeat(len(right), 1)
+    if ones.shape[1] == 1:
         return (ones - others)[:, 0].sigmoid().tolist()
     return (-ordinal_pairwise_loss(ones, others)).exp().tolist()
 
@@ -213,40 +200,34 @@ def weighted_sum(
         len(weights) == len(scored),
         f"--rm-weights: got {len(weights)}, expected one for each of {len(scored)} rewards",
     )
-    parts = []
+    counts = [len(side) for row in kept for side in next(iter(scored.values())).scores[row]]
+    total = 0.0
     for weight, (name, one) in zip(weights, scored.items()):
-        texts = torch.tensor([score for row in kept for score in one.scores[row]]).double()
+        texts = [score for row in kept for side in one.scores[row] for score in side]
+        texts = torch.tensor(texts, dtype=torch.double)
         mean, std = texts.mean().item(), texts.std(correction=0).item()
         print(f"reward {name}: {mean:.6g} +- {std:.4g} on these texts: standardised by these")
-        weight /= std if std > 1e-6 * abs(mean) else 1.0
-        parts.append({row: [weight * (s - mean) for s in one.scores[row]] for row in kept})
-    total = {row: [sum(of_text) for of_text in zip(*(p[row] for p in parts))] for row in kept}
+        total = total + weight * (texts - mean) / (std if std > 1e-6 * abs(mean) else 1.0)
+    sides = iter(total.split(counts))
     name = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, scored))
-    return {name: Scored(total, {}, next(iter(scored.values())).lengths)}
-
-
-def group_of(row: dict, by: str) -> str:
-    """What a row has in the column of --by, as text."""
-    return str(row.get(by)) if by else ""
+    return {name: Scored({r: (next(sides).tolist(), next(sides).tolist()) for r in kept}, {})}
 
 
 def items_of(
     rows: Sequence[dict], kept: Sequence[int], form: str, by: str, source: str
 ) -> list[Item]:
-    """What is counted once each, of the rows that are kept.
+    """What counts once each, of the rows that are kept.
 
     A prompt of the subset Ties needs both of its rows; one alone is left out and counted.
     """
     sections = {REWARD_BENCH: benchmarks.REWARD_BENCH, RM_BENCH: benchmarks.RM_BENCH}.get(form, {})
-    column = {RM_BENCH: "domain"}.get(form, "subset")
     items, ties = [], {}
     for row in kept:
-        chosen = rows[row]["chosen"]
-        right = len(chosen) if form in (REWARD_BENCH_2, RM_BENCH) else 1
-        part = str(rows[row].get(column)) if form != PAIRS else ""
-        section = benchmarks.section_of(part, sections) if sections else part
+        part = str(rows[row].get("domain" if form == RM_BENCH else "subset", ""))
+        section = benchmarks.section_of(part, sections) if sections else part * (form != PAIRS)
         prompt = json.dumps(rows[row].get("prompt") or f"row {row}", default=str)
-        item = Item((row,), (right,), group_of(rows[row], by), section, prompt)
+        group = f"{by}: {rows[row].get(by)}" if by else ""
+        item = Item((row,), prompt, group, section)
         if form == REWARD_BENCH_2 and part == "Ties":
             kind, number = TIES.fullmatch(str(rows[row]["id"])).groups()
             ties.setdefault(number, {})[kind] = item
@@ -254,37 +235,31 @@ def items_of(
             items.append(item)
     for number, found in ties.items():
         if len(found) == 2:
-            ref, tied = found["ref"], found["tied"]
-            both = {"rows": ref.rows + tied.rows, "rights": ref.rights + tied.rights}
-            items.append(tied._replace(**both, prompt=f"ties {number}"))
-    alone = [one for found in ties.values() if len(found) == 1 for one in found.values()]
-    reason = "of Ties, without the other of ref and tied"
-    report(f"{source}: ", "rows left out", [(reason, f"row {one.rows[0] + 1}") for one in alone])
-    require(bool(items), f"{source}: nothing to count: ref:n and tied:n of Ties belong together")
-    if not all(item.section for item in items):  # of other subsets than the benchmark has
-        items = [item._replace(section="") for item in items]
-    return items
+            both = found["ref"].rows + found["tied"].rows
+            items.append(found["tied"]._replace(rows=both, prompt=f"ties {number}"))
+    alone = [
+        one.rows[0] + 1 for found in ties.values() if len(found) == 1 for one in found.values()
+    ]
+    reason = "of Ties, without the other of ref:N and tied:N"
+    report(f"{source}: ", "rows left out", [(reason, f"row {row}") for row in alone])
+    require(bool(items), f"{source}: nothing to count: expected ref:N and tied:N of a prompt")
+    known = all(item.section for item in items)  # else these are other subsets
+    return items if known else [item._replace(section="") for item in items]
 
 
-def values_of(scored: Scored, items: Sequence[Item], form: str) -> dict[str, list[float]]:
+def values_of(scored: Scored, items: Sequence[Item], form: str) -> list[dict[str, float]]:
     """Of each item the accuracy by its form's rule; of RM-Bench easy, normal and hard, too."""
     values = []
     for item in items:
-        sides = [
-            (scored.scores[r][:n], scored.scores[r][n:]) for r, n in zip(item.rows, item.rights)
-        ]
-        if len(sides) == 2:
-            accuracy = benchmarks.ties_score(*sides)
-        elif form == RM_BENCH:
-            values.append(benchmarks.by_difficulty(benchmarks.style_matrix(*sides[0])))
-            continue
-        elif form == REWARD_BENCH_2:
-            accuracy = benchmarks.best_of_accuracy(*sides[0])
+        sides = [scored.scores[row] for row in item.rows]
+        if form == RM_BENCH:
+            values.append(benchmarks.by_difficulty(*sides[0]))
+        elif len(sides) == 2:
+            values.append({"accuracy": benchmarks.ties_score(*sides)})
         else:
-            (right,), (wrong,) = sides[0]
-            accuracy = benchmarks.pair_accuracy(right, wrong, 0.5 if form == PAIRS else 0.0)
-        values.append({"accuracy": accuracy})
-    return {name: [value[name] for value in values] for name in values[0]}
+            accuracy = benchmarks.best_of_accuracy(*sides[0], strict=form == REWARD_BENCH)
+            values.append({"accuracy": accuracy})
+    return values
 
 
 def measures_of(
@@ -295,101 +270,79 @@ def measures_of(
     Args:
         seed: of the intervals.
     """
-    every = range(len(items))
-    places = {"groups": {}, "sections": {}}
+    parts, sections = {"all": [*range(len(items))]}, {}
     for place, item in enumerate(items):
-        for kind, name in (("groups", item.group), ("sections", item.section)):
-            places[kind].setdefault(name, []).append(place)
-    places = {kind: found for kind, found in places.items() if set(found) != {""}}
+        if item.group:
+            parts.setdefault(item.group, []).append(place)
+        if item.section:
+            sections.setdefault(f"section: {item.section}", []).append(place)
 
-    def mean(values: Sequence[float], *parts: Sequence[int]) -> dict[str, float]:
-        """Mean of the parts' means, and its interval."""
-        means = [math.fsum(values[i] for i in part) / len(part) for part in parts]
-        samples = [
-            benchmarks.resampled_means(
-                [values[i] for i in part], [items[i].prompt for i in part], seed + number
-            )
-            for number, part in enumerate(parts)
-        ]
-        ends = torch.stack(samples).mean(0).quantile(torch.tensor([0.025, 0.975]).double())
-        return dict(zip(("mean", "low", "high"), [math.fsum(means) / len(means), *ends.tolist()]))
+    def mean(values: Sequence[float], *places: Sequence[int]) -> dict[str, float]:
+        """Mean of the parts' means, and its interval: none where a part has a single prompt."""
+        means, samples = [], []
+        for number, part in enumerate(places):
+            of_part, prompts = [values[i] for i in part], [items[i].prompt for i in part]
+            means.append(math.fsum(of_part) / len(part))
+            if len(set(prompts)) > 1:
+                samples.append(resampled_means(of_part, prompts, seed + number))
+        ends = [math.nan] * 2
+        if len(samples) == len(places):
+            both = torch.tensor([0.025, 0.975], dtype=torch.double)
+            ends = torch.stack(samples).mean(0).quantile(both).tolist()
+        return dict(zip(("mean", "low", "high"), (math.fsum(means) / len(means), *ends)))
 
-    headline = [*places["sections"].values()] if "sections" in places else [every]
+    headline = list(sections.values()) or [parts["all"]]
+    rows = [row for item in items for row in item.rows]
     rewards, accuracy = {}, {}
     for name, one in scored.items():
         values = values_of(one, items, form)
-        accuracy[name] = values["accuracy"]
-        rewards[name] = {"all": {what: mean(column, every) for what, column in values.items()}}
-        for kind, found in places.items():
-            rewards[name][kind] = {
-                part: {"items": len(of_part)}
-                | {what: mean(column, of_part) for what, column in values.items()}
-                for part, of_part in found.items()
-            }
-        if "sections" in places:
-            rewards[name]["score"] = mean(values["accuracy"], *headline)
-        rows = [row for item in items for row in item.rows]
-        wins = torch.tensor([p for row in rows if row in one.wins for p in one.wins[row]])
-        both = [[x for row in rows for x in of[row]] for of in (one.scores, one.lengths)]
-        rewards[name] |= {
+        accuracy[name] = [value["accuracy"] for value in values]
+        wins = torch.tensor([p for row in rows if one.wins for p in one.wins[row]])
+        rewards[name] = {
+            "score": mean(accuracy[name], *headline),
             "ece": expected_calibration_error(wins) if len(wins) else None,
-            "length_correlation": torch.tensor(both).double().corrcoef()[0, 1].item(),
+            "parts": {
+                part: {"items": len(of_part)}
+                | {what: mean([v[what] for v in values], of_part) for what in values[0]}
+                for part, of_part in (parts | sections).items()
+            },
         }
     names = list(scored)
     pairs = [(names[0], name) for name in names[1:-1]] + [(LONGER, name) for name in names[:-1]]
-    comparisons = [
-        {"reward": b, "against": a}
-        | {"difference": mean([y - x for x, y in zip(accuracy[a], accuracy[b])], *headline)}
-        for a, b in pairs
-    ]
+    comparisons = []
+    for a, b in pairs:
+        difference = [y - x for x, y in zip(accuracy[a], accuracy[b])]
+        comparisons.append({"reward": b, "against": a, "difference": mean(difference, *headline)})
     return {"rewards": rewards, "comparisons": comparisons}
 
 
 def rewards_table(results: dict) -> str:
-    """A table with one column per reward: accuracies with their intervals, calibration, length."""
-    rewards = results["rewards"]
-    first = next(iter(rewards.values()))
-    lines = [(what if what != "accuracy" else "all", ("all", what)) for what in first["all"]]
-    groups, sections = first.get("groups", {}), first.get("sections", {})
-    for kind, names in (("groups", groups), ("sections", sections)):
-        if kind == "groups" or set(names) != set(groups):
-            what = "section " * (kind == "sections")
-            shown = list(names)[:MOST_GROUPS]
-            lines += [(f"  {what}{part:.40}", (kind, part, "accuracy")) for part in shown]
-    lines += [("score: mean of the parts", ("score",))] if "score" in first else []
-
-    def cell(of_reward: dict, path: tuple[str, ...]) -> str:
-        for key in path:
-            of_reward = of_reward[key]
-        ends = "[{low:.1%}, {high:.1%}]" if of_reward["low"] == of_reward["low"] else ""
-        return ("{mean:.1%} " + ends).format(**of_reward)
-
-    rows = [(label, [cell(one, path) for one in rewards.values()]) for label, path in lines]
-    for label, key in (("ECE of P(wins)", "ece"), ("corr(reward, length)", "length_correlation")):
-        known = [one[key] for one in rewards.values()]
-        shown = ["-" if x is None or x != x else f"{x:.3f}" for x in known]
-        rows.append((label, shown))
+    """Two tables: each reward's accuracies and calibration, and their differences."""
+    rewards, heads = results["rewards"], headings(results["rewards"])
+    parts = next(iter(rewards.values()))["parts"]
+    lines = {}
+    for part, of_part in list(parts.items())[:MOST_PARTS]:
+        for what in [what for what in of_part if what != "items"][: None if part == "all" else 1]:
+            name = what if what != "accuracy" else f"{part:.40}"
+            lines[name] = [share(one["parts"][part][what]) for one in rewards.values()]
+    if any(part.startswith("section: ") for part in parts):
+        lines["score: mean of the sections"] = [share(one["score"]) for one in rewards.values()]
+    eces = [one["ece"] for one in rewards.values()]
+    lines["calibration error (ECE)"] = ["-" if ece is None else f"{ece:.3f}" for ece in eces]
     title = f"{results['measured']} rows of {results['dataset']}"
-    width = max(len(text) for text in (title, *(label for label, _ in rows)))
-    table = [f"{title:{width}}" + "".join(f"{head:>24}" for head in headings(rewards).values())]
-    table += [
-        f"{label:{width}}" + "".join(f"{text:>24}" for text in cells) for label, cells in rows
-    ]
-    hidden = len(groups) - MOST_GROUPS
-    table += [f"and {hidden} more groups in results.json"] * (hidden > 0)
+    width = max(map(len, (title, *lines)))
+    table = [f"{title:{width}}" + "".join(f"{head:>25}" for head in heads.values())]
+    table += [f"{name:{width}}" + "".join(f"{c:>25}" for c in row) for name, row in lines.items()]
+    if len(parts) > MOST_PARTS:
+        table.append(f"and {len(parts) - MOST_PARTS} more in results.json")
+    table += ["", "paired by prompt, 95% intervals"]
+    for one in results["comparisons"]:
+        pair = f"{heads[one['reward']]} minus {heads[one['against']]}"
+        table.append(f"{pair:40}{share(one['difference'], '+')}")
     return "\n".join(table)
 
 
-def differences_table(results: dict) -> str:
-    """A table with one line per comparison."""
-    heads = headings(results["rewards"])
-    names = [
-        f"{heads[one['reward']]} minus {heads[one['against']]}" for one in results["comparisons"]
-    ]
-    title = "paired by prompt, 95% intervals"
-    width = max(map(len, [title, *names]))
-    lines = [f"{title:{width}}  difference of accuracy"]
-    for name, one in zip(names, results["comparisons"]):
-        shown = "{mean:+.1%} [{low:+.1%}, {high:+.1%}]".format(**one["difference"])
-        lines.append(f"{name:{width}}  {shown}")
-    return "\n".join(lines)
+def share(interval: dict[str, float], sign: str = "") -> str:
+    """A mean and its interval in percent; of a single prompt, the mean alone."""
+    mean, low, high = (f"{interval[end]:{sign}z.1%}" for end in ("mean", "low", "high"))
+    return mean if math.isnan(interval["low"]) else f"{mean} [{low}, {high}]"
