@@ -186,9 +186,12 @@ def resampled_means(
     of_value, count = torch.tensor([numbers[prompt] for prompt in prompts]), len(numbers)
     rows = torch.tensor([[value, 1.0] for value in values], dtype=torch.double)
     sums = torch.zeros(count, 2, dtype=torch.double).index_add_(0, of_value, rows)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = (torch.randint(count, (count,), generator=generator) for _ in range(resamples))
-    total, size = torch.stack([sums[places].sum(0) for places in drawn]).T
+    generator, at_once = torch.Generator().manual_seed(seed), max(1, 100_000 // count)
+    drawn = [
+        sums[torch.randint(count, (min(at_once, resamples - i), count), generator=generator)].sum(1)
+        for i in range(0, resamples, at_once)
+    ]
+    total, size = torch.cat(drawn).T
     return total / size
 
 

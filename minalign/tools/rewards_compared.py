@@ -72,6 +72,9 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     """Read, score, compare, print and save: the rewards of --rm on the rows of --dataset."""
     twice = [name for name in config.rm if config.rm.count(name) > 1]
     require(not twice, f"--rm {twice[:1]}: given twice")
+    count = len(config.rm_weights or config.rm)
+    expected = f"expected one for each of {len(config.rm)} rewards"
+    require(count == len(config.rm), f"--rm-weights: got {count}, {expected}")
     source, names = config.dataset, parse_columns(config.columns)
     raw = read_rows(source, config.split, config.subset)
     named, columns = by_our_names(raw, names, source)
@@ -88,7 +91,6 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     print(f"{source}: {len(rows)} rows, read as {form}; all are measured, none is held out")
     used = {"prompt", "chosen", "rejected", by, "id", "num_correct"}
     name_unread(source, columns, used, names)
-    write_json(out / "config.json", describe(config, device, dtype))
 
     scored = {}
     for part in [config.rm] if config.rm_average else [[name] for name in config.rm]:
@@ -110,6 +112,7 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     results = {"dataset": source, "form": form, "by": by, "rows": len(rows), "measured": len(kept)}
     results |= measures_of(scored, items, form, config.seed)
     print("\n" + rewards_table(results))
+    write_json(out / "config.json", describe(config, device, dtype))
     write_json(out / "results.json", results)
     said = [
         {"row": row + 1, "id": rows[row].get("id"), "group": item.group}
@@ -196,10 +199,6 @@ def weighted_sum(
     scored: dict[str, Scored], weights: Sequence[float], kept: Sequence[int]
 ) -> dict[str, Scored]:
     """One reward of several: sum_i w_i (r_i - mean_i) / std_i, by mean and std of these texts."""
-    require(
-        len(weights) == len(scored),
-        f"--rm-weights: got {len(weights)}, expected one for each of {len(scored)} rewards",
-    )
     counts = [len(side) for row in kept for side in next(iter(scored.values())).scores[row]]
     total = 0.0
     for weight, (name, one) in zip(weights, scored.items()):
@@ -336,9 +335,9 @@ def rewards_table(results: dict) -> str:
     if len(parts) > MOST_PARTS:
         table.append(f"and {len(parts) - MOST_PARTS} more in results.json")
     table += ["", "paired by prompt, 95% intervals"]
-    for one in results["comparisons"]:
-        pair = f"{heads[one['reward']]} minus {heads[one['against']]}"
-        table.append(f"{pair:40}{share(one['difference'], '+')}")
+    pairs = {f"{heads[c['reward']]} minus {heads[c['against']]}": c for c in results["comparisons"]}
+    width = 2 + max(map(len, pairs))
+    table += [f"{pair:{width}}{share(one['difference'], '+')}" for pair, one in pairs.items()]
     return "\n".join(table)
 
 
