@@ -80,7 +80,7 @@ def resolve(config: Config) -> Config:
     if not (config.model or config.best_of):
         require(
             bool(config.rm and config.dataset),
-            "expected --model or --best-of (policies), or --rm and --dataset (reward models)",
+            "--model is missing: policies (or --best-of), or --rm and --dataset: reward models",
         )
         resolve_data(config)
         for name in OF_POLICIES:  # config.json and the header have what counts
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     take["start"], prog = "model", "minalign evaluate"
     config = parse_flags_of_runs(Config, __doc__, argv, prog, lambda c: c.model or [], take)
     given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    require_fitting(config, given)
     resolve(config)
+    require_fitting(config, given)
     device, reason = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
 

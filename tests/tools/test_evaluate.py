@@ -193,7 +193,7 @@ def test_any_pairs_and_a_column():
     assert means(measured(rows, out="p"))["all"] == 0.5
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "saved"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", pytest.param("saved", marks=pytest.mark.slow)])
 def test_files_of_every_kind_have_the_same_numbers(kind):
     rows = [pair(n % 3, 1, n, subset="a", id=n) for n in range(9)]
     lists = [best_of([n % 3], [1, 2], n) for n in range(9)]
@@ -332,7 +332,7 @@ def test_rows_that_cannot_be_right_are_one_line(case, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "expected --model or --best-of (policies), or --rm and --dataset"),
+        ("", "--model is missing: policies (or --best-of), or --rm and --dataset"),
         ("--rm rules:last", "--rm and --dataset"),
         ("--rm rules:last --dataset d.jsonl --by nothing", "expected 'nothing' (--by)"),
         ("--rm rules:last rules:last --dataset d.jsonl", "given twice"),
