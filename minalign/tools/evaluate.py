@@ -75,8 +75,8 @@ def resolve(config: Config) -> Config:
     """
     for name in ("model", "best_of"):
         values = getattr(config, name) or []
-        twice = [value for value in values if values.count(value) > 1]
-        require(not twice, f"{dashed(name)} {twice[:1]}: given twice")
+        for value in values:
+            require(values.count(value) == 1, f"{dashed(name)} {value}: given twice")
     if not (config.model or config.best_of):
         require(
             bool(config.rm and config.dataset),

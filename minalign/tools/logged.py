@@ -68,7 +68,10 @@ def read_run(path: str) -> LoggedRun:
     )
     log, results = folder / "metrics.jsonl", folder / "results.json"
     if results.is_file() and not log.is_file():
-        return LoggedRun(path, "best_of", config, {}, _best_of(results), {})
+        best = read_json(results).get("best_of")
+        require(bool(best), f"{results}: no best_of in it: evaluate draws with --best-of alone")
+        points = _points([{"kl_sft": one["kl_bound"]} | one for one in best])
+        return LoggedRun(path, "best_of", config, {}, points, {})
     require(log.is_file(), f"{path}: no metrics.jsonl and no front.json: not the folder of a run")
     columns = read_log(log)
     require(
@@ -129,20 +132,6 @@ def read_log(path: Path) -> dict[str, tuple[array, array]]:
 def _points(rows: Sequence[dict]) -> list[dict[str, float]]:
     """Points of numbers, with nan for null."""
     return [{k: math.nan if v is None else float(v) for k, v in row.items()} for row in rows]
-
-
-def _best_of(path: Path) -> list[dict[str, float]]:
-    """The points of `evaluate --best-of` in its results.json."""
-    try:
-        points = [
-            {"kl_sft": one["kl_bound"]}
-            | {name: one[name]["mean"] for name in ("reward", "gold") if name in one}
-            for one in read_json(path)["best_of"]
-        ]
-        return _points(points)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        fix = "an evaluation is drawn where it ran with --best-of"
-        raise UserError(f"{path}: no best_of in it: {fix}") from error
 
 
 def _held_out(columns: dict[str, tuple[array, array]]) -> list[dict[str, float]]:

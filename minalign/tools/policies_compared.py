@@ -211,32 +211,26 @@ def compare_policies(config: Config, device: torch.device, dtype: torch.dtype, o
 
 
 def measure_best_of(task: Task, config: Config) -> dict:
-    """The best of n samples of the start policy, for each n of --best-of.
+    """The best of n samples of the start policy, for each n of --best-of: results.json's best_of.
 
     One sample more is drawn for each prompt than the largest n has, so that each best of n has
     another one to be compared with.
-
-    Returns:
-        {"best_of_samples": samples per prompt, "best_of": one point for each n, ascending}.
     """
     count, samples = len(task.eval_prompts), max(config.best_of) + 1
     asked = [prompt for prompt in task.eval_prompts for _ in range(samples)]
     drawn = measure(task.start, task._replace(eval_prompts=asked), config, config.seed + 2, False)
-    rewards = torch.tensor([one.reward for one in drawn.samples]).view(count, samples)
-    values = {"reward": rewards}
+    values = {"reward": [one.reward for one in drawn.samples]}
     for name, of_text in task.measures.items():
-        found = [of_text(one.prompt + one.completion) for one in drawn.samples]
-        values[name] = torch.tensor(found).view(count, samples)
-
-    def mean(per_prompt: torch.Tensor) -> dict:
-        ends = bootstrap_interval(per_prompt.tolist(), config.seed)
-        return {"mean": per_prompt.mean().item()} | dict(zip(("low", "high"), ends))
-
+        values[name] = [of_text(one.prompt + one.completion) for one in drawn.samples]
+    values = {name: torch.tensor(found).view(count, samples) for name, found in values.items()}
     points = []
     for n in sorted(config.best_of):
-        point = {name: mean(best_of_n(rewards, n, value)) for name, value in values.items()}
-        point["win_rate"] = mean(best_of_n_wins(rewards, n))
-        points.append({"n": n, "kl_bound": best_of_n_kl(n)} | point)
+        means = {name: best_of_n(values["reward"], n, found) for name, found in values.items()}
+        point = {"n": n, "kl_bound": best_of_n_kl(n)}
+        for name, found in (means | {"win_rate": best_of_n_wins(values["reward"], n)}).items():
+            low, high = bootstrap_interval(found.tolist(), config.seed)
+            point |= {name: found.mean().item(), f"{name}_low": low, f"{name}_high": high}
+        points.append(point)
     return {"best_of_samples": samples, "best_of": points}
 
 
@@ -247,15 +241,16 @@ def best_of_table(points: Sequence[dict], samples: int) -> str:
         points: of measure_best_of.
         samples: per prompt.
     """
-    means = [name for name in points[0] if name not in ("n", "kl_bound")]
+    names = [name for name in points[0] if f"{name}_low" in points[0]]
     lines = [f"best of n samples of the start policy, from {samples} per prompt, 95% intervals"]
-    lines += [f"{'n':>6}{'KL at most':>12}" + "".join(f"{name:>26}" for name in means)]
+    lines += [f"{'n':>6}{'KL at most':>12}" + "".join(f"{name:>26}" for name in names)]
     for point in points:
-        line = f"{point['n']:6}{point['kl_bound']:12.3f}"
-        for name in means:
-            shown = "{mean:z.3f} [{low:z.3f}, {high:z.3f}]".format(**point[name])
-            line += f"{shown:>26}"
-        lines.append(line)
+        cells = (
+            f"{point[name]:z.3f} [{point[f'{name}_low']:z.3f}, {point[f'{name}_high']:z.3f}]"
+            for name in names
+        )
+        cells = "".join(f"{cell:>26}" for cell in cells)
+        lines.append(f"{point['n']:6}{point['kl_bound']:12.3f}{cells}")
     return "\n".join(lines)
 
 

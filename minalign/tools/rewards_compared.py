@@ -275,20 +275,18 @@ def measures_of(
             parts.setdefault(item.group, []).append(place)
         if item.section:
             sections.setdefault(f"section: {item.section}", []).append(place)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
 
     def mean(values: Sequence[float], *places: Sequence[int]) -> dict[str, float]:
-        """Mean of the parts' means, and its interval: none where a part has a single prompt."""
+        """Mean of the parts' means, and its interval."""
         means, samples = [], []
         for number, part in enumerate(places):
             of_part, prompts = [values[i] for i in part], [items[i].prompt for i in part]
             means.append(math.fsum(of_part) / len(part))
-            if len(set(prompts)) > 1:
-                samples.append(resampled_means(of_part, prompts, seed + number))
-        ends = [math.nan] * 2
-        if len(samples) == len(places):
-            both = torch.tensor([0.025, 0.975], dtype=torch.double)
-            ends = torch.stack(samples).mean(0).quantile(both).tolist()
-        return dict(zip(("mean", "low", "high"), (math.fsum(means) / len(means), *ends)))
+            alone = math.nan if len(set(prompts)) < 2 else 0.0  # it says nothing of other prompts
+            samples.append(alone + resampled_means(of_part, prompts, seed + number))
+        low, high = torch.stack(samples).mean(0).quantile(ends).tolist()
+        return {"mean": math.fsum(means) / len(means), "low": low, "high": high}
 
     headline = list(sections.values()) or [parts["all"]]
     rows = [row for item in items for row in item.rows]
