@@ -30,6 +30,8 @@ def length(prompts, completions):
     return [len(text) for text in completions]
 def broken(prompts, completions):
     return [float("nan")] * len(completions)
+def of_prompt(prompts, completions):
+    return [sum(map(ord, str(prompt))) % 97 for prompt in prompts]
 def asked(prompts, completions):
     return [len(prompt) if isinstance(prompt, str) else -1 for prompt in prompts]
 """
@@ -266,6 +268,15 @@ def test_chat_prompts_reach_every_kind_of_reward(models):
     assert json.loads(open("p/scores.jsonl").readline())["chosen"]["rules:asked"] == [4]
 
 
+def test_a_list_of_texts_is_read_as_one_text_is(models):
+    """Messages as a prompt, read by a model without a chat template and by one with it."""
+    row, rm = {"prompt": [tiny.U("hi {n}")]}, [models["rm"], models["plain"]]
+    measured(tiny.rows("a.jsonl", row | {"chosen": "a", "rejected": "b"}, 4), rm=rm, out="p")
+    measured(tiny.rows("b.jsonl", row | {"chosen": ["a"], "rejected": ["b"]}, 4), rm=rm, out="q")
+    texts, lists = ([json.loads(line) for line in open(f"{out}/scores.jsonl")] for out in "pq")
+    assert texts == lists
+
+
 def test_several_rewards_are_one_with_weights_or_averaged(models):
     rows = [pair(a, b, n) for n, (a, b) in enumerate([(3, 1), (0, 4), (2, 2)])]
     results = measured(rows, "--rm-weights", "2", "0.5", rm=["rules:last", "rules:length"])
@@ -386,6 +397,16 @@ def test_best_of_n_of_a_policy(models, capsys):
     assert Path("f.png").stat().st_size > 1000
     evaluate.main(["--model", models["lm"], *flags[:-4], "--out", "e", "--eval-share", "0.5"])
     assert "no best_of in it" in refusal(["e", "--out", "g.png"], capsys, plot.main)
+
+
+def test_the_best_is_sought_among_the_samples_of_one_prompt(models):
+    """A reward that all samples of a prompt share has no best one: nothing is won or gained."""
+    data = tiny.rows("p.jsonl", {"prompt": "what is {n} film ?"}, 20)
+    flags = ["--start", models["lm"], "--rm", "rules:of_prompt", "--dataset", data, *CPU]
+    flags += ["--eval-prompts", "3", "--max-new-tokens", "2", "--out", "o", "--eval-share", "0.5"]
+    evaluate.main(["--best-of", "1", "4", *flags])
+    one, four = json.loads(Path("o/results.json").read_text())["best_of"]
+    assert one["reward"] == pytest.approx(four["reward"]) and four["win_rate"] == 0.5
 
 
 def test_gold_is_that_of_the_sample_which_the_reward_takes():
