@@ -1,12 +1,13 @@
-"""Measures of completions (diversity, repetition, collapse), and paired intervals.
+"""Measures of completions (diversity, repetition, collapse), paired intervals, best of n.
 
 Completions are token ids without their end tokens.
 """
 
 import collections
 import itertools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,14 +165,112 @@ def bootstrap_interval(
     >>> 0.35 < low < 0.5 < high < 0.65
     True
     """
-    values = torch.tensor(values, dtype=torch.double)
-    count, generator = len(values), torch.Generator().manual_seed(seed)
-    means = [
-        values[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)
-    ]
     ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    low, high = torch.stack(means).quantile(ends).tolist()
+    low, high = resampled_means(values, range(len(values)), seed, resamples).quantile(ends).tolist()
     return low, high
+
+
+def resampled_means(
+    values: Sequence[float], prompts: Sequence[Hashable], seed: int, resamples: int = 2000
+) -> torch.Tensor:
+    """Means of a bootstrap over prompts: the values of one prompt are drawn together.
+
+    Args:
+        values: one or more for each prompt.
+        prompts: the prompt of each value.
+        seed: of the draws.
+    Returns:
+        (resamples,) float64.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    of_value, count = torch.tensor([numbers[prompt] for prompt in prompts]), len(numbers)
+    rows = torch.tensor([[value, 1.0] for value in values], dtype=torch.double)
+    sums = torch.zeros(count, 2, dtype=torch.double).index_add_(0, of_value, rows)
+    generator, at_once = torch.Generator().manual_seed(seed), max(1, 100_000 // count)
+    drawn = [
+        sums[torch.randint(count, (min(at_once, resamples - i), count), generator=generator)].sum(1)
+        for i in range(0, resamples, at_once)
+    ]
+    total, size = torch.cat(drawn).T
+    return total / size
+
+
+def best_of_n(rewards: torch.Tensor, n: int, values: torch.Tensor | None = None) -> torch.Tensor:
+    """Unbiased estimate of what the best of n samples is worth, from N >= n samples per prompt.
+
+        sum_i C(i-1, n-1) / C(N, n) r_(i),  r_(1) <= ... <= r_(N)    (WebGPT, arXiv 2112.09332)
+
+    The weight is the share of all subsets of n samples whose best one is sample i. Samples of equal
+    reward share their weights.
+
+    Args:
+        rewards: (prompts, N), finite: what the best is chosen by.
+        n: 1 <= n <= N.
+        values: (prompts, N), what the chosen sample is worth; None: its reward.
+    Returns:
+        (prompts,) float64.
+    Raises:
+        ValueError: n lies outside 1..N, or a reward is not finite.
+
+    >>> best_of_n(torch.tensor([[3.0, 1.0, 2.0]]), 2)  # the best of (3, 1), (3, 2) and (1, 2)
+    tensor([2.6667], dtype=torch.float64)
+    """
+    below, upto, share = _ranks(rewards, n, rewards.shape[1])
+    weights = (share[upto] - share[below]) / (upto - below)  # (prompts, N)
+    return (weights * (rewards if values is None else values).double()).sum(1)
+
+
+def best_of_n_wins(rewards: torch.Tensor, n: int) -> torch.Tensor:
+    """Unbiased estimate of how often the best of n samples beats another sample; a tie is half.
+
+    It is n / (n + 1) where no two rewards are equal, and less where some are.
+
+    Args:
+        rewards: (prompts, N), finite.
+        n: 1 <= n < N.
+    Returns:
+        (prompts,) float64.
+    Raises:
+        ValueError: n lies outside 1..N - 1, or a reward is not finite.
+
+    >>> best_of_n_wins(torch.tensor([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]]), 2)
+    tensor([0.6667, 0.5000], dtype=torch.float64)
+    """
+    below, upto, share = _ranks(rewards, n, rewards.shape[1] - 1)
+    # Of the others, all n lie below this sample, or at most beside it.
+    return 1 - (share[below] + share[upto - 1]).mean(1) / 2
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound of KL(best of n || policy), nats: log n - (n-1)/n (arXiv 2401.01879).
+
+    It is exact where no completion can be drawn twice, and far above the KL where one is likely.
+
+    >>> best_of_n_kl(1), round(best_of_n_kl(4), 3)
+    (0.0, 0.636)
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def _ranks(
+    rewards: torch.Tensor, n: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How many of its prompt's rewards lie below each reward, and how many not above it.
+
+    Beside them, C(k, n) / C(count, n) for k = 0..count: of `count` samples, the share of subsets of
+    n that lie within given k of them.
+    """
+    if rewards.ndim != 2 or not 1 <= n <= count or not rewards.isfinite().all():
+        raise ValueError(
+            f"got n = {n} and rewards {tuple(rewards.shape)}, expected finite rewards (prompts, N) "
+            f"and n in 1..{count}"
+        )
+    rewards = rewards.contiguous()
+    ordered = rewards.sort(1).values
+    below, upto = (torch.searchsorted(ordered, rewards, right=right) for right in (False, True))
+    every = math.comb(count, n)
+    share = [math.comb(k, n) / every for k in range(count + 1)]
+    return below, upto, torch.tensor(share, dtype=torch.double, device=rewards.device)
 
 
 def _ngrams(completion: Sequence[int], n: int) -> list[tuple[int, ...]]:

@@ -4,13 +4,15 @@
         --rm runs/rm-1
     python -m minalign generate --model runs/policy-1 --data prompts.jsonl --out answers.jsonl
     python -m minalign generate --model runs/policy-1
+    python -m minalign generate --model runs/policy-1 --rm runs/rm-1 --best-of 16 --out best.jsonl
 
-The last one asks for prompts. An empty line starts a new dialogue. Of a run, --temperature,
+The third one asks for prompts. An empty line starts a new dialogue. Of a run, --temperature,
 --max-new-tokens and --format are those that it had, and with --out alone it answers the prompts
 that it held out.
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +54,11 @@ class Config(FormatFlags, ColumnFlags, DeviceFlags):
         "", "reward model, or module:function, whose score is shown beside each completion"
     )
     samples: int = flag(1, "completions per prompt", "[1, 100000]")
+    best_of: int = flag(
+        1,
+        "each completion is the best of this many, by --rm; of equal ones the first",
+        "[1, 10000]",
+    )
     max_new_tokens: int = flag(
         128, "tokens of a completion, fewer where the context ends", "[1, inf)"
     )
@@ -106,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     require(bool(config.model), "--model is missing: the policy to sample from")
     require(not (config.prompt and config.data), "--prompt and --data: give one of them")
     require(bool(config.data) or not config.columns, "--columns needs --data")
+    require(bool(config.rm) or config.best_of == 1, "--best-of needs --rm: what the best is")
     if config.out:
         require_writable(config.out)
     rows, named, source, column = rows_to_answer(config)
@@ -127,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     def complete(prompts: list[Prompt]) -> list[dict]:
         """Rows of prompt, completion and reward, --samples per prompt."""
         nonlocal seed
-        asked = [p for p in prompts for _ in range(config.samples)]
+        asked = [p for p in prompts for _ in range(config.samples * config.best_of)]
         rows = [tokenize(tokenizer, prompt) for prompt in asked]
         limits = [min(config.max_new_tokens, room_for(row.ids)) for row in rows]
         found = {}  # number of a row -> (its completion, whether it ended by itself)
@@ -155,7 +163,18 @@ def main(argv: list[str] | None = None) -> None:
         if reward:
             for answer, value in zip(answers, scores.rewards.tolist()):
                 answer["reward"] = value
-        return answers
+        if config.best_of == 1:
+            return answers
+        groups = [answers[i : i + config.best_of] for i in range(0, len(answers), config.best_of)]
+        return [max(group, key=reward_of) for group in groups]  # of equal ones the first
+
+    def reward_of(answer: dict) -> float:
+        """UserError where it is no number, by which nothing is the best."""
+        what = (
+            f"--rm {config.rm}: got a reward of {answer['reward']} for {answer['completion']!r:.60}"
+        )
+        require(math.isfinite(answer["reward"]), f"{what}: --best-of needs finite ones")
+        return answer["reward"]
 
     def show(row: dict) -> None:
         """Print a row. Of a chat, the prompt is left out."""

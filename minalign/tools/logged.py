@@ -28,11 +28,12 @@ class LoggedRun(NamedTuple):
     """What a run logged.
 
     A point has held-out means: kl_sft (nats per completion), reward and, in the toy world, gold. A
-    policy has them from the start on. Of WARP they are the points of its front.
+    policy has them from the start on. Of WARP they are the points of its front, of best of n one
+    for each n, with the bound of its KL.
     """
 
     path: str
-    kind: str  # policy, rm or warp
+    kind: str  # policy, rm, warp or best_of
     config: dict  # config.json, or {}
     columns: dict[str, tuple[array, array]]  # metric -> steps and values, nan for null
     points: list[dict]  # in the KL-reward plane, in order
@@ -65,7 +66,12 @@ def read_run(path: str) -> LoggedRun:
         not any(folder.glob("iteration-*")),
         f"{path}: no front.json: warp.py has not come to its end: resume it with --resume",
     )
-    log = folder / "metrics.jsonl"
+    log, results = folder / "metrics.jsonl", folder / "results.json"
+    if results.is_file() and not log.is_file():
+        best = read_json(results).get("best_of")
+        require(bool(best), f"{results}: no best_of in it: evaluate draws with --best-of alone")
+        points = _points([{"kl_sft": one["kl_bound"]} | one for one in best])
+        return LoggedRun(path, "best_of", config, {}, points, {})
     require(log.is_file(), f"{path}: no metrics.jsonl and no front.json: not the folder of a run")
     columns = read_log(log)
     require(
@@ -79,7 +85,6 @@ def read_run(path: str) -> LoggedRun:
             "minalign",
         )
         return LoggedRun(path, "rm", config, columns, [], {})
-    results = folder / "results.json"
     start = read_json(results).get("before") if results.is_file() else None
     try:
         points = _points([start] if start else []) + _held_out(columns)
@@ -184,11 +189,12 @@ def group_runs(runs: Sequence[LoggedRun]) -> list[Group]:
 
 def label(runs: Sequence[LoggedRun], depth: int = 1) -> str:
     """The last `depth` parts of a run's path; of several, what they begin with, and how many."""
+    what = "best of n: " * (runs[0].kind == "best_of")
     names = ["/".join(Path(run.path).resolve().parts[-depth:]) for run in runs]
     if len(names) == 1:
-        return names[0]
+        return what + names[0]
     common = os.path.commonprefix(names).rstrip(" -_.").removesuffix("seed").rstrip(" -_.")
-    return f"{common or names[0]} (n={len(names)})"
+    return f"{what}{common or names[0]} (n={len(names)})"
 
 
 def curve(group: Group, metric: str) -> tuple[numpy.ndarray, list[numpy.ndarray]]:

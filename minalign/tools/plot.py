@@ -7,6 +7,9 @@
     # the KL-reward plane of one WARP run
     python -m minalign plot runs/warp-1 --out front.png
     python -m minalign plot runs/warp-1 runs/warp-2 runs/policy-1 --out fronts.png
+    # three seeds of a policy, a WARP front, and the best of n of `evaluate --best-of`
+    python -m minalign plot runs/policy-1 runs/policy-2 runs/policy-3 runs/warp-1 \\
+        runs/evaluation-1 --out fronts.png
 
 Runs that share all flags but the seed become one line, their mean, in a band from the lowest to the
 highest of them. In the KL-reward plane both are taken at equal KL, over the KLs that all of them
@@ -27,7 +30,9 @@ class Config:
     """Which runs, and where to."""
 
     runs: list[str] | None = flag(
-        None, "folders of train_policy.py, train_rm.py or warp.py", positional=True
+        None,
+        "folders of train_policy.py, train_rm.py, warp.py or evaluate --best-of",
+        positional=True,
     )
     out: str = flag(
         "figure.png", "file for the figure, .png, .pdf or .svg; an older one is overwritten"

@@ -7,6 +7,7 @@ get chosen_reward and rejected_reward. Prompts may be chat messages.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,19 @@ def texts_of(row: dict, where: str, note: Note, chat: bool) -> dict[str, tuple[P
     return {"reward": (as_asked(prompt, where, chat or isinstance(prompt, list)), completion)}
 
 
+def logits_of(
+    reward_model: RewardModel, rows: Sequence[list[int]], batch_size: int
+) -> torch.Tensor:
+    """Logits (N, K), float32, of N token rows, those of like length together, with a bar."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    starts = range(0, len(order), batch_size)
+    parts = [
+        reward_model.logits([rows[j] for j in order[i : i + batch_size]], batch_size)
+        for i in tqdm(starts, desc="scores", unit="batch", disable=None)
+    ]
+    return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, score, write."""
     config = parse_flags(Config, __doc__, argv, "minalign score")
@@ -109,16 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     note_special_tokens(reward_model.tokenizer, said, "texts")
     encoded = [ids for row in texts for ids in row.values()]
 
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))  # like lengths together
-    scores = [0.0] * len(encoded)
     with autocast(device, pick_dtype(config.dtype, device)):
-        for i in tqdm(
-            range(0, len(order), config.batch_size), desc="scores", unit="batch", disable=None
-        ):
-            batch = order[i : i + config.batch_size]
-            logits = reward_model.logits([encoded[j] for j in batch], config.batch_size)
-            for j, reward in zip(batch, reward_model.read_out(logits).tolist()):
-                scores[j] = reward
+        logits = logits_of(reward_model, encoded, config.batch_size)
+    scores = reward_model.read_out(logits).tolist()
     found, column = iter(scores), torch.tensor(list(filter(math.isfinite, scores)))
     with whole_file(config.out) as file:
         for row, names in zip(rows, texts):

@@ -28,7 +28,7 @@ import tiny
 from minalign.measuring.policies import before_after_table
 from minalign.running.errors import UserError, one_line_errors
 from minalign.running.run_folder import claimed_folder
-from minalign.tools import asking, evaluate, generate, judge, plot, score
+from minalign.tools import asking, evaluate, generate, judge, plot, policies_compared, score
 from minalign.tools.verdicts import parse_verdict
 
 CPU, OUT = ["--device", "cpu"], ["--out", "o"]
@@ -1056,7 +1056,7 @@ def test_tables_have_no_negative_zero():
         "reward_difference": {"mean": -1e-9, "low": -1e-5, "high": -0.0},
         "win_rate": {"mean": 0.5, "low": 0.4, "high": 0.6},
     }
-    assert "-0.000" not in evaluate.comparison_line("x", comparison)
+    assert "-0.000" not in policies_compared.comparison_line("x", comparison)
 
 
 def test_no_progress_bars_where_there_is_no_terminal(here, models, capsys):

@@ -22,7 +22,7 @@ from minalign.reward import RewardModel
 from minalign.rollout import generate, sample_completions, split_end
 from minalign.running.errors import one_line_errors
 from minalign.task import Task
-from minalign.tools import evaluate
+from minalign.tools import evaluate, policies_compared
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 SETTINGS = dict(temperature=0.7, max_new_tokens=12, eos_token_ids=[2, 5])
@@ -304,7 +304,7 @@ def test_measured_kls_and_entropy_are_those_of_each_row_alone(world):
     policy, start, reward_model, tokenizer = world
     task = Task(start, tokenizer, reward_model, [], ROWS, None, SETTINGS["eos_token_ids"], {})
     config = evaluate.Config(temperature=0.7, max_new_tokens=12, batch_size=4)
-    measured = evaluate.measure(policy, task, config, seed=3)
+    measured = policies_compared.measure(policy, task, config, seed=3)
     sampling = SETTINGS | {"seed": 3, "batch_size": 4}
     batches, completions, ended = sample_completions(policy, [row.ids for row in ROWS], **sampling)
     drawn = [tokens[mask].tolist() for _, _, *batch in batches for tokens, mask in zip(*batch)]
