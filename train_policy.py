@@ -384,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--batch-size {config.batch_size}: expected a multiple of {processes()} processes x "
         f"--group-size {config.group_size}",
     )
-    check_functions(config.rm)
+    check_functions(config.rm, config.dataset)
     with open_run(config, "policy") as run:
         from minalign.measuring.policies import before_after_table, show_samples
 

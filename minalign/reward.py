@@ -45,7 +45,8 @@ class Scores(NamedTuple):
 
     rewards: (B,) float32.
     variance: (B,), scores squared, where the reward is an ordinal model's; elsewhere None.
-    parts: where the reward is a sum, each part's own rewards (B,) by name.
+    parts: where it is made of several, the rewards (B,) of each by name, NaN where one does not
+        apply.
     applies: (B,) bool, which completions the reward says anything of; None where it is all. The
         others' rewards are 0 and mean nothing.
     """

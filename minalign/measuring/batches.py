@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..data.chat import decode_parts
 from ..logprobs import kl_k1
+from ..models.rewards import known_rewards
 from ..running.errors import visible
 
 if typing.TYPE_CHECKING:
@@ -30,8 +31,9 @@ def measures(
 
     kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
     tokens. importance_clipped: share of samples whose weight is cut. Numbers that are not finite
-    are left out of the means, and their samples are counted: not_finite. The sample is the first,
-    or the first of those.
+    are left out of the means, and their samples are counted: not_finite. So are, uncounted, rewards
+    where they do not apply: applies is the share where one does. The sample is the first, or the
+    first of those that are not finite.
     """
 
     def over_tokens(values: torch.Tensor) -> torch.Tensor:
@@ -44,12 +46,16 @@ def measures(
         "entropy": over_tokens(-samples.logprobs),
         "length": samples.mask.sum(1),
         "ended": samples.ended,
-    } | {f"reward {name}": values for name, values in scores.parts.items()}
+    }
     if run.dtype != torch.float32 or run.config.sampler_dtype == "bfloat16":
         rows["importance"] = samples.importance
         rows["importance_clipped"] = samples.importance >= 2.0  # the limit of importance_weights
+    if scores.applies is not None:
+        rows["applies"] = scores.applies
+    broken = ~torch.stack([row.float() for row in rows.values()], 1).isfinite().all(1)  # (b,)
+    rows |= {f"reward {name}": values for name, values in scores.parts.items()}
+    rows["reward"] = known_rewards(scores)
     table = torch.stack([row.float() for row in rows.values()], 1)
-    broken = ~table.isfinite().all(1)  # (b,)
     means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))
     metrics = dict(zip([*rows, "not_finite"], means.tolist()))  # numbers leave the device once
     shown = int(broken.int().argmax()) if metrics["not_finite"] else 0

@@ -75,6 +75,12 @@ class RewardFlags:
     rm_weights: list[float] | None = flag(
         None, "weights of several rewards, each standardised (default: 1 each)"
     )
+    rm_combine: str | None = flag(
+        None,
+        "of several rewards, each standardised: their weighted sum, the lowest, or mean minus "
+        "deviation, both pessimistic (default: sum)",
+        ("sum", "min", "mean-sd"),
+    )
     rm_average: bool = flag(
         False, "of several reward models take one whose weights are their average (WARM)"
     )
@@ -197,8 +203,17 @@ def resolve_task(config: TaskFlags) -> None:
     resolve_data(config)
     config.max_new_tokens = config.max_new_tokens or (64 if config.dataset else 32)
     require(
-        bool(config.rm) or not (config.rm_average or config.rm_weights),
-        "--rm-average, --rm-weights: need --rm",
+        bool(config.rm) or not (config.rm_average or config.rm_weights or config.rm_combine),
+        "--rm-average, --rm-weights, --rm-combine: need --rm",
+    )
+    several = len(config.rm or ()) > 1 and not config.rm_average
+    require(
+        several or not config.rm_combine,
+        f"--rm-combine {config.rm_combine}: needs several rewards after --rm, and no --rm-average",
+    )
+    require(
+        config.rm_combine in (None, "sum") or not config.rm_weights,
+        f"--rm-combine {config.rm_combine}: takes no --rm-weights: a sum alone is weighted",
     )
 
 

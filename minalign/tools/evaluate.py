@@ -96,7 +96,7 @@ def measure(
         full=True,
     )
     count = len(measured.samples)
-    broken = sum(not math.isfinite(sample.reward) for sample in measured.samples)
+    broken = sum(not math.isfinite(sample.reward or 0.0) for sample in measured.samples)
     require(
         not broken,
         f"--rm: {broken} of {count} rewards are not finite: fix the reward, or leave it out",
@@ -107,14 +107,23 @@ def measure(
 def compare(first: Measured, second: Measured, seed: int) -> dict:
     """The second against the first by reward, prompt by prompt: mean difference and win rate.
 
-    Both have 95% intervals.
+    Both have 95% intervals. Prompts where the reward does not apply to both are left out.
 
     Args:
         seed: of the bootstrap.
+    Raises:
+        UserError: fewer than two prompts are left.
     """
     from ..measuring.measures import paired_bootstrap, win_scores
 
-    rewards = [[sample.reward for sample in one.samples] for one in (first, second)]
+    pairs = zip(*([sample.reward for sample in one.samples] for one in (first, second)))
+    known = [pair for pair in pairs if None not in pair]
+    require(
+        len(known) > 1,
+        f"--rm: applies to both completions of {len(known)} of {len(first.samples)} prompts: "
+        "expected two or more, for an interval",
+    )
+    rewards = list(map(list, zip(*known)))
     wins = win_scores(*rewards)
     return {
         "reward_difference": paired_bootstrap(*rewards, seed)._asdict(),
@@ -243,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..task import load_task
 
     rewards = config.rm or toy_rewards()
-    check_functions(rewards)
+    check_functions(rewards, config.dataset)
     with claimed_folder(config, "evaluation") as (out, _):
         show_config(config, device, reason, dtype)
         task = load_task(config, config.start, rewards, device, dtype, config.batch_size)

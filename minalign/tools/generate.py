@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from ..data.chat import Prompt, decode_parts, note_special_tokens, wants_chat
-from ..data.columns import Note, parse_columns, prompt_rows, read_items, read_prompt
+from ..data.columns import Note, columns_for, parse_columns, prompt_rows, read_items, read_prompt
 from ..data.prompts import tokenize
 from ..data.rows import read_rows
+from ..models.functions import columns_asked
 from ..models.loading import end_token_ids, load_policy
 from ..models.padding import context_of
 from ..models.precision import autocast
@@ -82,19 +83,26 @@ def typed_prompts(chat: bool) -> Iterator[tuple[Prompt, list]]:
             yield line, []
 
 
-def rows_to_answer(config: Config) -> tuple[list[dict], list[dict], str, str]:
+def rows_to_answer(
+    config: Config, asked: dict[str, str]
+) -> tuple[list[dict], list[dict], str, str]:
     """Rows, the same by our names, where they are from, and the column of their prompts.
 
     No rows: prompts are asked for.
+
+    Args:
+        asked: columns that --rm asks for, see models.functions.columns_asked.
     """
     if config.out and not (config.data or config.prompt):
-        rows, source, column = held_out_rows([config.model], "data")
+        rows, source, column = held_out_rows([config.model], "data", asked)
         return rows, rows, source, column
     source = config.data or "--prompt"
     rows = read_rows(source) if config.data else [{"prompt": p} for p in config.prompt or []]
     if not rows:
+        for column, function in asked.items():
+            require(not function, f"--rm {function}: names column {column!r}: give --data with it")
         return rows, rows, source, "prompt"
-    named, column = prompt_rows(rows, parse_columns(config.columns), source)
+    named, column = prompt_rows(rows, parse_columns(config.columns, asked), source, asked)
     return rows, named, source, column
 
 
@@ -108,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     require(bool(config.data) or not config.columns, "--columns needs --data")
     if config.out:
         require_writable(config.out)
-    rows, named, source, column = rows_to_answer(config)
+    asked_for = columns_asked([config.rm])
+    rows, named, source, column = rows_to_answer(config, asked_for)
     device, _ = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     policy, tokenizer = load_policy(config.model)
@@ -124,11 +133,12 @@ def main(argv: list[str] | None = None) -> None:
         require(len(prompt) < context, full)
         return context - len(prompt)
 
-    def complete(prompts: list[Prompt]) -> list[dict]:
+    def complete(prompts: list[Prompt], columns: list[dict | None]) -> list[dict]:
         """Rows of prompt, completion and reward, --samples per prompt."""
         nonlocal seed
         asked = [p for p in prompts for _ in range(config.samples)]
-        rows = [tokenize(tokenizer, prompt) for prompt in asked]
+        columns = [one for one in columns for _ in range(config.samples)]
+        rows = [tokenize(tokenizer, p)._replace(columns=c) for p, c in zip(asked, columns)]
         limits = [min(config.max_new_tokens, room_for(row.ids)) for row in rows]
         found = {}  # number of a row -> (its completion, whether it ended by itself)
         with autocast(device, dtype):
@@ -153,19 +163,21 @@ def main(argv: list[str] | None = None) -> None:
             text = decode_parts(tokenizer, row.ids, completion)[1]
             answers.append({"prompt": prompt, "completion": text, "ended": by_itself})
         if reward:
-            for answer, value in zip(answers, scores.rewards.tolist()):
-                answer["reward"] = value
+            for i, answer in enumerate(answers):
+                known = scores.applies is None or scores.applies[i]
+                answer["reward"] = scores.rewards[i].item() if known else None
         return answers
 
     def show(row: dict) -> None:
         """Print a row. Of a chat, the prompt is left out."""
-        score = f"[reward {row['reward']:z.2f}] " if reward else ""
+        value = row.get("reward")
+        score = f"[reward {'none' if value is None else f'{value:z.2f}'}] " if reward else ""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
         print(visible(f"{score}{prompt}{row['completion']}") + ("" if row["ended"] else " ..."))
 
     if not rows:
         for prompt, answers in typed_prompts(bool(chat)):
-            for row in complete([prompt]):
+            for row in complete([prompt], [None]):
                 show(row)
                 answers.append(row["completion"])
         return
@@ -177,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         return prompt
 
     asked = read_items(named, read, source)
+    columns = [columns_for(row, asked_for, column) for row, p in zip(named, asked) if p is not None]
     rows = [row for row, prompt in zip(rows, asked) if prompt is not None]
     prompts = [prompt for prompt in asked if prompt is not None]
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
@@ -186,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     starts = range(0, len(prompts), config.batch_size)
     with whole_file(config.out) if config.out else contextlib.nullcontext() as file:
         for i in tqdm(starts, desc="completions", unit="batch", disable=None if file else True):
-            answers = complete(prompts[i : i + config.batch_size])
+            part = slice(i, i + config.batch_size)
+            answers = complete(prompts[part], columns[part])
             for j, answer in enumerate(answers):
                 if file:  # with the row's other columns
                     row = dict(rows[i + j // config.samples])
