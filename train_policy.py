@@ -171,7 +171,7 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
     mine = run.ranks.share(config.batch_size)  # this process's rows of it
     trained, anchor = trained_and_anchor(policy, task.start, config.anchor)
     moving = list(anchor.parameters()) if config.anchor == "ema" else []
-    sampler = Sampler(policy, task.eos_token_ids, config, run.dtype, mine)
+    sampler = Sampler(policy, task.eos_token_ids, config, run.dtype, mine, task.stop)
     optimizer = Optimizer(policy, trained, config, run.ranks)
     score, size = task.reward.score_rollout, config.micro_batch_size
     log_pi = optimizer.forward(rollout.completion_logprobs, run.dtype)

@@ -14,8 +14,10 @@ from .data import toy
 from .data.chat import TokenizedPrompt, wants_chat
 from .data.prompts import beginning, load_prompts, parse_span, tokenize_prompts
 from .data.splits import Split
+from .data.stops import stop_at
 from .data.templates import roles_of
 from .models.functions import columns_asked
+from .models.generation import Stop
 from .models.loading import end_token_ids, load_policy
 from .models.padding import context_of
 from .models.precision import autocast
@@ -38,6 +40,7 @@ class Task(NamedTuple):
         each time; None where all of them are.
     eos_token_ids: every token that ends a completion.
     measures: name -> a further measure of a whole text: the toy world's gold reward.
+    stop: what finds a text that ends a completion; None where there is none.
     """
 
     start: torch.nn.Module
@@ -48,6 +51,7 @@ class Task(NamedTuple):
     prompt_tokens: tuple[int, int] | None
     eos_token_ids: list[int]
     measures: dict[str, Callable[[str], float]]
+    stop: Stop | None = None
 
 
 def load_task(
@@ -114,7 +118,8 @@ def load_task(
         evaluation = [beginning(prompt, span, lengths) for prompt in evaluation]
 
     eos_token_ids = end_token_ids(start, tokenizer)
-    task = Task(start, tokenizer, None, train, evaluation, span, eos_token_ids, measures)
+    stop = stop_at(tokenizer, flags.stop)
+    task = Task(start, tokenizer, None, train, evaluation, span, eos_token_ids, measures, stop)
     if flags.rm_weights or flags.standardize_rewards or len(parts) > 1:
         weights = flags.rm_weights or [1.0] * len(parts)
         require(

@@ -70,7 +70,7 @@ def measure_policy(
       applies: the share where any does;
     - kl_sft: KL(policy || start), nats per completion: the exact KL of each next-token
       distribution, summed over the sampled prefixes (far less noisy than k1);
-    - length: tokens, the end token included;
+    - length: tokens, the end token or stop text included;
     - ended: share that ended by itself;
     - distinct_2: different bigrams over all bigrams of all completions;
     - the task's own measures of a whole text, such as the toy world's gold reward.
@@ -95,6 +95,7 @@ def measure_policy(
         eos_token_ids=task.eos_token_ids,
         seed=seed,
         batch_size=batch_size,
+        stop=task.stop,
     )
     kls, k1s, entropies, lengths = [], [], [], []  # of each completion, summed over its tokens
     for logits, start_logits, tokens, mask in both_logits(policy, task.start, batches):

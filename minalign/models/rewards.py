@@ -281,6 +281,7 @@ def standardised_sum(
         eos_token_ids=task.eos_token_ids,
         seed=flags.seed,
         batch_size=batch_size,
+        stop=task.stop,
     )
     batch = (task.tokenizer, prompts, completions, batch_size)
     found = {}

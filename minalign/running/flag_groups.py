@@ -92,7 +92,18 @@ class RewardFlags:
 
 
 @dataclass
-class TaskFlags(PromptFlags, RewardFlags, DataFlags):
+class StopFlags:
+    """Where a completion ends."""
+
+    stop: list[str] | None = flag(
+        None,
+        "texts before which a completion ends, beside end tokens; a shell writes line breaks in "
+        "them as $'\\n\\nHuman:'",
+    )
+
+
+@dataclass
+class TaskFlags(StopFlags, PromptFlags, RewardFlags, DataFlags):
     """What a policy is asked, and how it answers."""
 
     eval_prompts: int = flag(128, "held-out prompts, one completion each", "[1, inf)")

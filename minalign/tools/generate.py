@@ -22,6 +22,7 @@ from ..data.chat import Prompt, decode_parts, note_special_tokens, wants_chat
 from ..data.columns import Note, columns_for, parse_columns, prompt_rows, read_items, read_prompt
 from ..data.prompts import tokenize
 from ..data.rows import read_rows
+from ..data.stops import stop_at
 from ..models.functions import columns_asked
 from ..models.loading import end_token_ids, load_policy
 from ..models.padding import context_of
@@ -31,13 +32,13 @@ from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require, visible
 from ..running.files import require_writable, to_json, whole_file
-from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags
+from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags, StopFlags
 from ..running.flags import SEEDS, TEMPERATURES, flag
 from .settings import SAMPLING, held_out_rows, parse_flags_of_runs
 
 
 @dataclass
-class Config(FormatFlags, ColumnFlags, DeviceFlags):
+class Config(StopFlags, FormatFlags, ColumnFlags, DeviceFlags):
     """Sampling."""
 
     model: str = flag("", "policy: a run, a folder or a hub id")
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     policy, tokenizer = load_policy(config.model)
     policy, eos_token_ids = policy.to(device), end_token_ids(policy, tokenizer)
     reward = next(iter(load_rewards([config.rm], device).values())) if config.rm else None
-    chat = wants_chat(tokenizer, config.format)
+    chat, stop = wants_chat(tokenizer, config.format), stop_at(tokenizer, config.stop)
     seed = config.seed
 
     def room_for(prompt: list[int]) -> int:
@@ -152,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                     eos_token_ids=eos_token_ids,
                     seed=seed,
                     batch_size=config.batch_size,
+                    stop=stop,
                 )
                 found |= dict(zip(part, zip(completions, ended)))
             completions, ended = zip(*(found[i] for i in range(len(rows))))

@@ -7,12 +7,12 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..running.errors import require
+from ..running.errors import one_line, require
 from ..running.files import read_json
 from ..running.flags import dashed, parse_flags
 
 # Flag -> the setting of a run that it takes.
-SAMPLING = {name: name for name in ("format", "max_new_tokens", "temperature")}
+SAMPLING = {name: name for name in ("format", "max_new_tokens", "temperature", "stop")}
 # Groups whose others go with the first: those of another data set would be nonsense.
 DATA = "dataset subset split eval_split eval_share split_seed columns prompt_tokens"
 DATA = (*DATA.split(), "max_prompt_tokens")
@@ -87,12 +87,12 @@ def parse_flags_of_runs(
             continue
         value = agreed(runs, key, name)
         if isinstance(value, list):
-            taken += [dashed(name), *map(str, value)]
+            taken += [f"{dashed(name)}={one}" for one in value]
         elif value is not None:
             taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]
     if not taken:
         return config
-    print(f"as {', '.join(runs)} ran: {' '.join(taken)}")
+    print(one_line(f"as {', '.join(runs)} ran: {' '.join(taken)}"))
     return parse_flags(config_class, description, [*taken, *argv], prog)
 
 
