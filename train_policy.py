@@ -226,7 +226,7 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
     trained, anchor = trained_and_anchor(policy, task.start, config.anchor)
     moving = list(anchor.parameters()) if config.anchor == "ema" else []
     frozen = functools.partial(start_and_anchor_logprobs, task.start, anchor)
-    sampler = Sampler(policy, task.eos_token_ids, config, run.dtype, mine)
+    sampler = Sampler(policy, task.eos_token_ids, config, run.dtype, mine, task.stop)
     optimizer = Optimizer(policy, trained, config, run.ranks)
     score, size = task.reward.score_rollout, config.micro_batch_size
     log_pi = optimizer.forward(rollout.completion_logprobs, run.dtype)
@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:
         f"--batch-size {config.batch_size}: expected a multiple of {processes()} processes x "
         f"--group-size {config.group_size}",
     )
-    check_functions(config.rm)
+    check_functions(config.rm, config.dataset)
     with open_run(config, "policy") as run:
         from minalign.measuring.policies import before_after_table, show_samples
         from minalign.measuring.progress import judge, objective, of_these_prompts

@@ -259,7 +259,7 @@ def curve_of(folder: Path) -> list[dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags, run WARP, draw the front."""
     config = resolve(parse_flags(Config, __doc__, argv))
-    check_functions(config.rm)
+    check_functions(config.rm, config.dataset)
     with open_run(config, "warp") as run:
         run.require_shared_folder()
         task = train_policy.load(run)

@@ -46,8 +46,8 @@ class Scores(NamedTuple):
 
     rewards: (B,) float32.
     variance: (B,), scores squared, where the reward is an ordinal model's; elsewhere None.
-    parts: where the reward is a sum, each part's own rewards (B,) by name; where it is adjusted to
-        a risk, the plain "mean" score.
+    parts: where it is made of several, the rewards (B,) of each by name, NaN where one does not
+        apply; where it is adjusted to a risk, the plain "mean" score.
     applies: (B,) bool, which completions the reward says anything of; None where it is all. The
         others' rewards are 0 and mean nothing.
     """

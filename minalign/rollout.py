@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .logprobs import position_ids_from_mask, token_logprobs
-from .models.generation import Rollout, draw_uniforms, generate
+from .models.generation import Rollout, Stop, completions_of, draw_uniforms, generate, split_end
 from .models.padding import pad
 from .models.precision import dropout_off, float64_device
 from .models.scoring import completion_logits, completion_logprobs, frozen_logprobs, has_plain_head
@@ -24,6 +24,7 @@ __all__ = [
     "Rollout",
     "completion_logits",
     "completion_logprobs",
+    "completions_of",
     "draw_uniforms",
     "frozen_logprobs",
     "generate",
@@ -142,6 +143,7 @@ def sample_completions(
     eos_token_ids: list[int],
     seed: int,
     batch_size: int,
+    stop: Stop | None,
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[list[int]], list[bool]]:
     """One completion per prompt, always the same for a seed, whatever the batch size.
 
@@ -151,9 +153,10 @@ def sample_completions(
         temperature, max_new_tokens, eos_token_ids: as in `generate`.
         seed: of all draws.
         batch_size: prompts per pass.
+        stop: what finds a text that ends a completion, see data.stops; None where there is none.
     Returns:
         batches: (input_ids, attention_mask, tokens, mask) of each batch.
-        completions: ids of each, without its end token.
+        completions: ids of each, without its end token or text.
         ended: which of them ended by themselves.
     """
     generator = torch.Generator(float64_device(policy.device)).manual_seed(seed)
@@ -162,7 +165,7 @@ def sample_completions(
     for i in range(0, len(prompts), batch_size):
         rows = slice(i, i + batch_size)
         input_ids, attention_mask = pad(prompts[rows], "left", policy.device)
-        tokens, mask, _ = generate(
+        sampled = generate(
             policy,
             input_ids,
             attention_mask,
@@ -171,30 +174,10 @@ def sample_completions(
             eos_token_ids=eos_token_ids,
             pad_token_id=0,
             uniforms=uniforms[rows],
+            stop=stop,
         )
+        (tokens, mask, _), ids, ends = completions_of(sampled, prompts[rows], eos_token_ids, stop)
         batches.append((input_ids, attention_mask, tokens, mask))
-        ids, ends = split_end(tokens, mask, eos_token_ids)
         completions += ids
         ended += ends.tolist()
     return batches, completions, ended
-
-
-def split_end(
-    tokens: torch.Tensor, mask: torch.Tensor, eos_token_ids: list[int]
-) -> tuple[list[list[int]], torch.Tensor]:
-    """Completions of a Rollout as lists of ids without end tokens, and which of them have one.
-
-    Args:
-        tokens, mask: (B, T) of a Rollout.
-        eos_token_ids: all end tokens.
-    Returns:
-        completions: B lists of ids.
-        ended: (B,) bool, whether a completion ended by itself.
-
-    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
-    >>> split_end(torch.tensor([[5, 2, 0], [5, 6, 7]]), mask, [2])
-    ([[5], [5, 6, 7]], tensor([ True, False]))
-    """
-    is_end = torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)) & mask
-    lengths = (mask & ~is_end).sum(1).tolist()
-    return [row[:length] for row, length in zip(tokens.tolist(), lengths)], is_end.any(1)

@@ -14,7 +14,10 @@ from .data import toy
 from .data.chat import TokenizedPrompt, wants_chat
 from .data.prompts import beginning, load_prompts, parse_span, tokenize_prompts
 from .data.splits import Split
+from .data.stops import stop_at
 from .data.templates import roles_of
+from .models.functions import columns_asked
+from .models.generation import Stop
 from .models.loading import end_token_ids, load_policy
 from .models.padding import context_of
 from .models.precision import autocast
@@ -37,6 +40,7 @@ class Task(NamedTuple):
         each time; None where all of them are.
     eos_token_ids: every token that ends a completion.
     measures: name -> a further measure of a whole text: the toy world's gold reward.
+    stop: what finds a text that ends a completion; None where there is none.
     """
 
     start: torch.nn.Module
@@ -47,6 +51,7 @@ class Task(NamedTuple):
     prompt_tokens: tuple[int, int] | None
     eos_token_ids: list[int]
     measures: dict[str, Callable[[str], float]]
+    stop: Stop | None = None
 
 
 def load_task(
@@ -69,7 +74,7 @@ def load_task(
     Raises:
         UserError: something cannot be loaded, or does not go together. It is named.
     """
-    data = Split.from_flags(flags)
+    data = Split.from_flags(flags, columns_asked(rewards))
     start, tokenizer = load_policy(model or toy.start_policy_folder())
     start = start.to(device).requires_grad_(False)
     parts = load_rewards(rewards, device, flags.rm_average, flags.risk)
@@ -78,7 +83,7 @@ def load_task(
     models = [reward for reward in parts.values() if isinstance(reward, RewardModel)]
     if flags.dataset:
         chat = wants_chat(tokenizer, flags.format)
-        train, evaluation, column = load_prompts(data, chat=chat)
+        train, evaluation, column, columns = load_prompts(data, chat=chat)
         measures = {}
         for name, reward in parts.items():
             chat_model = reward in models and bool(reward.tokenizer.chat_template)
@@ -87,7 +92,7 @@ def load_task(
                 print(f"  note: {name} reads {form}, and scores these prompts as plain text")
     else:
         train, evaluation = toy.prompts(flags.seed, flags.eval_share, flags.split_seed)
-        column, measures = "", toy.MEASURES
+        column, columns, measures = "", (None, None), toy.MEASURES
 
     default = "5-15" if column == "text" else ""
     span = parse_span("--prompt-tokens", flags.prompt_tokens or default)
@@ -96,11 +101,11 @@ def load_task(
         "--prompt-tokens: chat prompts cannot be cut: leave it out",
     )
     limit = prompt_limit(start, models, flags)
-    train = tokenize_prompts(tokenizer, train, limit, span, "training")
+    train = tokenize_prompts(tokenizer, train, limit, span, "training", columns[0])
     evaluation = evaluation[: 4 * flags.eval_prompts]  # not all of them: a few may be dropped
-    evaluation = tokenize_prompts(tokenizer, evaluation, limit, span, "held-out")
-    asked = enumerate([*train.extras, *evaluation.extras[: flags.eval_prompts]])
-    kinds = {roles_of(messages or ()): n for n, messages in asked}
+    evaluation = tokenize_prompts(tokenizer, evaluation, limit, span, "held-out", columns[1])
+    extras = enumerate([*train.extras, *evaluation.extras[: flags.eval_prompts]])
+    kinds = {roles_of(messages or ()): n for n, (messages, *_) in extras}
     kinds = [train[n] if n < len(train) else evaluation[n - len(train)] for n in kinds.values()]
     for reward in models:  # what a template refuses or changes is said before the first step
         reward.encode_rollout(tokenizer, kinds, [[]] * len(kinds))
@@ -113,7 +118,8 @@ def load_task(
         evaluation = [beginning(prompt, span, lengths) for prompt in evaluation]
 
     eos_token_ids = end_token_ids(start, tokenizer)
-    task = Task(start, tokenizer, None, train, evaluation, span, eos_token_ids, measures)
+    stop = stop_at(tokenizer, flags.stop)
+    task = Task(start, tokenizer, None, train, evaluation, span, eos_token_ids, measures, stop)
     if flags.rm_weights or flags.standardize_rewards or len(parts) > 1:
         weights = flags.rm_weights or [1.0] * len(parts)
         require(

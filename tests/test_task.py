@@ -78,7 +78,8 @@ def test_prompts_over_the_limit_are_dropped_and_counted(bos, capsys):
     tokenizer, begin = make_tokenizer(bos), int(bos is not None)
     texts = ["a" * n for n in (3, 9, 10, 11, 20)]
     rows = tokenize_prompts(tokenizer, texts, 10 + begin, None, "held-out")
-    assert list(rows) == [TokenizedPrompt(encode_prompt(tokenizer, text)) for text in texts[:3]]
+    ids = [encode_prompt(tokenizer, text) for text in texts[:3]]
+    assert list(rows) == [TokenizedPrompt(one, row=row) for row, one in enumerate(ids)]
     dropped = f"dropped 2 of 5 held-out prompts: longer than {10 + begin} tokens"
     assert dropped in capsys.readouterr().out
     message = "^no training prompts left: all are longer than 2 tokens: raise --max-prompt-tokens"

@@ -5,8 +5,9 @@ What is wrong in a row is a UserError, by which `read_items` drops and counts it
 
 import itertools
 import re
+import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
@@ -35,6 +36,8 @@ KNOWN = (
     *(name.replace("chosen", "rejected") for name in CHOSEN_RATINGS),
 )
 
+
+NONE = types.MappingProxyType({})
 
 Item = typing.TypeVar("Item")
 
@@ -101,8 +104,11 @@ class Ranking(NamedTuple):
         return [Pair(self.prompt, a, b, r, s) for (a, r), (b, s) in pairs if r is None or r > s]
 
 
-def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
+def parse_columns(given: Sequence[str] | None, asked: Collection[str] = ()) -> dict[str, str]:
     """--columns as our name -> the data's.
+
+    Args:
+        asked: further names of ours: columns that reward functions ask for, "**" being any.
 
     >>> parse_columns(["prompt=question,chosen=best", "rejected=worst, of two"])
     {'prompt': 'question', 'chosen': 'best', 'rejected': 'worst, of two'}
@@ -111,21 +117,25 @@ def parse_columns(given: Sequence[str] | None) -> dict[str, str]:
     for part in re.split(r",(?=\w+=)", ",".join(given)) if given else ():
         ours, _, theirs = part.partition("=")
         require(
-            ours in KNOWN and bool(theirs) and ours not in names,
-            f"--columns {part:.60}: expected each of {', '.join(KNOWN[:13])} or chosen_rating at "
-            "most once, with a column of the data, as prompt=question",
+            ("**" in asked or ours in (*KNOWN, *asked)) and bool(theirs) and ours not in names,
+            f"--columns {part:.60}: expected each of {', '.join(KNOWN[:13])}, chosen_rating or a "
+            "column that a reward function names at most once, with a column of the data, as "
+            "prompt=question",
         )
         names[ours] = theirs
     return names
 
 
 def by_our_names(
-    rows: Sequence[dict], names: dict[str, str], source: str
+    rows: Sequence[dict], names: dict[str, str], source: str, asked: Mapping[str, str] = NONE
 ) -> tuple[list[dict], list[str]]:
     """Rows of the known columns by our names, None in every gap; and all columns of the data.
 
+    Args:
+        asked: further columns, see models.functions.columns_asked.
     Raises:
-        UserError: a column that `names`, of parse_columns, says is not there.
+        UserError: a column that `names`, of parse_columns, says, or that a function cannot do
+            without is not there.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     for ours, theirs in names.items():
@@ -133,9 +143,25 @@ def by_our_names(
             theirs in columns,
             f"{source}: has columns {shown(columns)}: expected {theirs!r:.40} (--columns {ours}=)",
         )
-    known = [name for name in KNOWN if name in columns and name not in names.values()]
-    found = {name: name for name in known} | names
+    for name, function in asked.items():
+        require(
+            not function or name in names or name in columns,
+            f"--rm {function}: names column {name!r:.40}: {source} has columns {shown(columns)}: "
+            f"expected it among them (--columns {name}=other reads another)",
+        )
+    wanted = [*KNOWN, *asked, *columns * ("**" in asked)]
+    free = {*columns} - ({*names.values()} - {*asked})
+    found = {name: name for name in wanted if name in free} | names
     return [{ours: row.get(theirs) for ours, theirs in found.items()} for row in rows], columns
+
+
+def columns_for(row: dict, asked: Collection[str], column: str) -> dict[str, typing.Any] | None:
+    """What reward functions ask for of a row by our names; None where they ask for nothing.
+
+    All that there is ("**") is without `column`, the prompt's own.
+    """
+    names = [name for name in row if name in asked or "**" in asked and name != column]
+    return {name: row[name] for name in names} if asked else None
 
 
 def name_unread(
@@ -164,11 +190,14 @@ def prompt_column(
     return found[0]
 
 
-def prompt_rows(rows: Sequence[dict], names: dict[str, str], source: str) -> tuple[list[dict], str]:
+def prompt_rows(
+    rows: Sequence[dict], names: dict[str, str], source: str, asked: Mapping[str, str] = NONE
+) -> tuple[list[dict], str]:
     """Rows by our names, and the column of their prompts. Which are not read is printed."""
-    rows, columns = by_our_names(rows, names, source)
+    rows, columns = by_our_names(rows, names, source, asked)
     column = prompt_column(rows[0], names, columns, source)
-    name_unread(source, columns, {column, "prompt", "completion"}, names)
+    read = columns_for(rows[0], asked, column) or {}
+    name_unread(source, columns, {column, "prompt", "completion", *read}, names)
     return rows, column
 
 

@@ -1,6 +1,5 @@
 """Prompts of a data set, and as token ids."""
 
-import functools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -13,15 +12,15 @@ from ..running.errors import require
 from .batches import shuffled_forever
 from .cells import report
 from .chat import Text, TokenizedPrompt, encode_prompt, note_special_tokens, prompt_text
-from .columns import name_unread, prompt_column, read_prompt
-from .messages import Prompt, first_turn, place_of
+from .columns import columns_for, name_unread, prompt_column, read_prompt
+from .messages import Note, Prompt, first_turn, place_of
 from .splits import Split, both_splits, divide, require_both
 from .tokens import TokenItems, tokenised
 
 
 def load_prompts(
     data: Split, *, chat: bool | None = False
-) -> tuple[list[Prompt], list[Prompt], str]:
+) -> tuple[list[Prompt], list[Prompt], str, tuple[list, list]]:
     """Training and held-out prompts, duplicates once, and the column they come from.
 
     The split is that of pairs.load_pairs. Recognised columns: prompt, messages, chosen (a dialogue,
@@ -31,25 +30,39 @@ def load_prompts(
         data: which rows to read, and which of them are held out.
         chat: what prompts become, see pairs.load_pairs.
     Returns:
-        Training prompts, held-out prompts, and the column, by our name.
+        Training prompts, held-out prompts, the column, by our name, and the columns that
+        `data.asked` asks for of both, a dict or None for each prompt. Prompts that are equal but
+        for these are no duplicates.
     Raises:
-        UserError: the column is missing, or more than half of the rows are of no use.
+        UserError: a column is missing, or more than half of the rows are of no use.
     """
     rows, known, columns = both_splits(data)
     column = prompt_column(known, data.names, columns, data.dataset)
     chat = chat and column != "text"
-    read = functools.partial(read_prompt, column=column, chat=chat)
+
+    def read(row: dict, where: str, note: Note) -> tuple[Prompt, dict | None]:
+        return read_prompt(row, where, note, column, chat), columns_for(row, data.asked, column)
+
     parts = [
-        list({p if isinstance(p, str) else json.dumps(p): p for p in part}.values())
-        for part in divide(data, rows, read, first_turn)
+        list({different(*item): item for item in part}.values())
+        for part in divide(data, rows, read, lambda item: first_turn(item[0]))
     ]
     train, evaluation = map(len, parts)
     form = f"{data.names.get(column, column)!r:.40}, as {'chat' if chat else 'text'}"
     print(f"{data.dataset}: {train} training and {evaluation} held-out prompts from {form}")
     used = {column, "prompt"} if column == "chosen" else {column}
+    used |= (columns_for(rows[0][0], data.asked, column) or {}).keys()
     name_unread(data.dataset, columns, used, data.names)
     require_both(data, parts, "prompts")
-    return parts[0], parts[1], column
+    (train, of_train), (held_out, of_held_out) = (map(list, zip(*part)) for part in parts)
+    return train, held_out, column, (of_train, of_held_out)
+
+
+def different(prompt: Prompt, columns: dict | None) -> str:
+    """A text that tells a prompt and its columns from others."""
+    if isinstance(prompt, str) and not columns:
+        return prompt
+    return json.dumps([prompt, columns] if columns else prompt, default=str)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> TokenizedPrompt:
@@ -64,6 +77,7 @@ def tokenize_prompts(
     limit: int,
     span: tuple[int, int] | None,
     kind: str,
+    columns: Sequence[dict | None] | None = None,
 ) -> TokenItems[TokenizedPrompt]:
     """Prompts as token ids.
 
@@ -76,6 +90,7 @@ def tokenize_prompts(
         limit: tokens per prompt.
         span: (low, high), how many first tokens a prompt will be cut to, see `beginning`.
         kind: which prompts they are, in words.
+        columns: what reward functions ask for of each prompt's row.
     Raises:
         UserError: no prompt is left, more than half are refused, or `span` reaches up to `limit`.
     """
@@ -108,11 +123,15 @@ def tokenize_prompts(
         print(f"  dropped {len(taken) - len(kept)} of {len(taken)} {kind} prompts: {reason}")
     require(len(kept) > 0, f"no {kind} prompts left: all are {reason}: {advice}")
     messages = [prompts[n] if isinstance(prompts[n], list) else None for n in kept]
+    extras = [
+        (asked, row, columns[n] if columns else None)
+        for row, (n, asked) in enumerate(zip(kept, messages))
+    ]
     return replace(
         rows,
         places=rows.places[kept],
-        extras=messages,
-        make=lambda texts, asked: TokenizedPrompt(*texts, asked),
+        extras=extras,
+        make=lambda texts, extra: TokenizedPrompt(*texts, *extra),
     )
 
 
@@ -123,7 +142,7 @@ def beginning(
 
     Without a span, the prompt itself.
     """
-    return prompt if span is None else TokenizedPrompt(prompt.ids[: rng.randint(*span)])
+    return prompt if span is None else prompt._replace(ids=prompt.ids[: rng.randint(*span)])
 
 
 def prompt_batches(

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
-from .columns import KNOWN, PROMPT_COLUMNS, by_our_names, parse_columns, read_items, read_prompt
+from .columns import (
+    KNOWN,
+    NONE,
+    PROMPT_COLUMNS,
+    by_our_names,
+    parse_columns,
+    read_items,
+    read_prompt,
+)
 from .messages import Note, first_turn
 from .rows import read_rows
 
@@ -29,13 +38,13 @@ class Split(NamedTuple):
     seed: int = 0
     subset: str = ""
     names: dict[str, str] = {}  # of columns: ours -> the data's
+    asked: dict[str, str] = {}  # further columns, see models.functions.columns_asked
 
     @classmethod
-    def from_flags(cls, flags: DataFlags) -> Split:
+    def from_flags(cls, flags: DataFlags, asked: Mapping[str, str] = NONE) -> Split:
         """What the flags of a script or tool say."""
-        share, seed = flags.eval_share, flags.split_seed
-        names = parse_columns(flags.columns)
-        return cls(flags.dataset, flags.split, flags.eval_split, share, seed, flags.subset, names)
+        data = flags.dataset, flags.split, flags.eval_split, flags.eval_share, flags.split_seed
+        return cls(*data, flags.subset, parse_columns(flags.columns, asked), asked)
 
 
 def held_out(text: str, seed: int, share: float) -> bool:
@@ -57,9 +66,12 @@ def both_splits(data: Split) -> tuple[list[list[dict]], set[str], list[str]]:
         The rows; the columns that they have, by our names; all columns of the data.
     """
     splits = [data.split] + [data.eval_split] * bool(data.eval_split)
-    wanted = {data.names.get(name, name) for name in KNOWN}
+    wanted = {data.names.get(name, name) for name in (*KNOWN, *data.asked)}
+    read = functools.partial(
+        read_rows, subset=data.subset, columns=None if "**" in data.asked else wanted
+    )
     parts = [
-        by_our_names(read_rows(data.dataset, split, data.subset, wanted), data.names, data.dataset)
+        by_our_names(read(data.dataset, split), data.names, data.dataset, data.asked)
         for split in splits
     ]
     known = set.intersection(*(set(rows[0]) for rows, _ in parts))

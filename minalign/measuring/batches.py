@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from ..data.chat import decode_parts
 from ..logprobs import kl_k1
+from ..models.rewards import known_rewards
 from ..running.errors import visible
 
 if typing.TYPE_CHECKING:
@@ -31,8 +32,9 @@ def measures(
     kl_sft, kl_anchor: nats per completion, one noisy k1 each. entropy: nats per token. length:
     tokens. importance_ess: effective over actual number of samples. importance_clipped: share of
     weights that the limit cuts. kl_peak: the largest kl_sft so far. Numbers that are not finite
-    are left out of the means, and their samples are counted: not_finite. The sample is the first,
-    or the first of those.
+    are left out of the means, and their samples are counted: not_finite. So are, uncounted, rewards
+    where they do not apply: applies is the share where one does. The sample is the first, or the
+    first of those that are not finite.
     """
 
     def over_tokens(values: torch.Tensor) -> torch.Tensor:
@@ -45,12 +47,16 @@ def measures(
         "entropy": over_tokens(-samples.logprobs),
         "length": samples.mask.sum(1),
         "ended": samples.ended,
-    } | {f"reward {name}": values for name, values in scores.parts.items()}
+    }
     weighted = run.dtype != torch.float32 or run.config.sampler_dtype not in ("auto", "float32")
     if weighted:
         rows |= weight_columns(samples, run.config)
+    if scores.applies is not None:
+        rows["applies"] = scores.applies
+    broken = ~torch.stack([row.float() for row in rows.values()], 1).isfinite().all(1)  # (b,)
+    rows |= {f"reward {name}": values for name, values in scores.parts.items()}
+    rows["reward"] = known_rewards(scores)
     table = torch.stack([row.float() for row in rows.values()], 1)
-    broken = ~table.isfinite().all(1)  # (b,)
     means = finite_mean(run.ranks.gather(torch.cat([table, broken[:, None]], 1)))
     metrics = dict(zip([*rows, "not_finite"], means.tolist()))  # numbers leave the device once
     shown = int(broken.int().argmax()) if metrics["not_finite"] else 0

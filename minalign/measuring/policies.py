@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..data.chat import decode_parts
 from ..logprobs import exact_kl, kl_k1, token_entropy, token_logprobs
 from ..models.lora import AdapterView
+from ..models.rewards import known_rewards
 from ..rollout import completion_logits, sample_completions
 from ..running.errors import visible
 from ..task import Task
@@ -23,7 +24,7 @@ class Sample(NamedTuple):
 
     prompt: str
     completion: str
-    reward: float
+    reward: float | None  # None where it does not apply
     kl: float  # KL(policy || start), nats
 
 
@@ -65,10 +66,11 @@ def measure_policy(
 
     The metrics, means over the completions (over those whose number is finite; `not_finite` counts
     the others, where there are any):
-    - reward, and each part of a sum of rewards;
+    - reward, and each part of several; where one may not apply, over those where it does, and
+      applies: the share where any does;
     - kl_sft: KL(policy || start), nats per completion: the exact KL of each next-token
       distribution, summed over the sampled prefixes (far less noisy than k1);
-    - length: tokens, the end token included;
+    - length: tokens, the end token or stop text included;
     - ended: share that ended by itself;
     - distinct_2: different bigrams over all bigrams of all completions;
     - the task's own measures of a whole text, such as the toy world's gold reward.
@@ -93,6 +95,7 @@ def measure_policy(
         eos_token_ids=task.eos_token_ids,
         seed=seed,
         batch_size=batch_size,
+        stop=task.stop,
     )
     kls, k1s, entropies, lengths = [], [], [], []  # of each completion, summed over its tokens
     for logits, start_logits, tokens, mask in both_logits(policy, task.start, batches):
@@ -108,8 +111,9 @@ def measure_policy(
         for prompt, completion in zip(task.eval_prompts, completions)
     ]
     rewards = scores.rewards.tolist()
+    applies = [True] * len(rewards) if scores.applies is None else scores.applies.tolist()
     metrics = {
-        "reward": _mean(rewards),
+        "reward": _mean(known_rewards(scores).tolist()),
         "kl_sft": _mean(kls),
         "length": _mean(lengths),
         "ended": _mean(ended),
@@ -128,8 +132,10 @@ def measure_policy(
     metrics |= {f"reward {name}": _mean(values.tolist()) for name, values in scores.parts.items()}
     broken = sum(not math.isfinite(reward + kl) for reward, kl in zip(rewards, kls))
     metrics |= {"not_finite": broken} if broken else {}
+    metrics |= {"applies": _mean(applies)} if scores.applies is not None else {}
     for name, measure in task.measures.items():
         metrics[name] = _mean([measure(prompt + completion) for prompt, completion in texts])
+    rewards = [reward if known else None for reward, known in zip(rewards, applies)]
     samples = [Sample(*text, reward, kl) for text, reward, kl in zip(texts, rewards, kls)]
     return Measured(metrics, samples, completions)
 
@@ -178,4 +184,5 @@ def show_samples(title: str, samples: Sequence[Sample], count: int = 4) -> None:
     for sample in samples[:count]:
         prompt = sample.prompt if len(sample.prompt) <= 80 else "..." + sample.prompt[-77:]
         text = visible(f"{prompt} |{sample.completion}".replace("\n", " "))
-        print(f"  reward {sample.reward:z6.2f}   {text}")
+        reward = "  none" if sample.reward is None else f"{sample.reward:z6.2f}"
+        print(f"  reward {reward}   {text}")

@@ -61,7 +61,7 @@ def judge(run: Run, measured: Measured) -> None:
         "step": run.step,
         "prompts": run.made_of.get("held-out data"),
         "metrics": measured.metrics,
-        "rewards": [sample.reward for sample in measured.samples],
+        "rewards": [math.nan if s.reward is None else s.reward for s in measured.samples],
         "kls": [sample.kl for sample in measured.samples],
     }
     if run.step == 0:

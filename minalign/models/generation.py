@@ -4,6 +4,7 @@ Keys and values are cached, prompts that are equal share their pass, and rows th
 Tests hold it to its plain twin.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ from .lora import adapters_in_place
 from .padding import context_of
 from .precision import dropout_off, float64_device
 from .proof import can_decode
+
+# (ids of a prompt, of its completion) -> how many of these complete a text that ends it, and the
+# ids of what is before that text; None where there is none: see data.stops.
+Stop = Callable[[list[int], list[int]], tuple[int, list[int]] | None]
 
 
 class Rollout(NamedTuple):
@@ -41,6 +46,7 @@ def generate(
     pad_token_id: int,
     generator: torch.Generator | None = None,
     uniforms: torch.Tensor | None = None,
+    stop: Stop | None = None,
 ) -> Rollout:
     """Sample one completion per row with a key-value cache, until an end token.
 
@@ -63,6 +69,8 @@ def generate(
         uniforms: (B, max_new_tokens) float64 in [0, 1), the draws themselves, instead of a
             generator. What a row samples then depends on its own numbers alone, not on the rows
             beside it.
+        stop: asked every 16 tokens whether a row may end, which saves time: it goes on up to 15
+            tokens too far, which `completions_of` cuts.
     Returns:
         Rollout(tokens, mask, logprobs), each (B, T), without a graph.
     Raises:
@@ -110,6 +118,7 @@ def generate(
             "one per row and token"
         )
     uniforms = uniforms.to(float64_device(input_ids.device))
+    asked = [row[real].tolist() for row, real in zip(input_ids, attention_mask)] if stop else []
     ends = [eos_token_ids] if isinstance(eos_token_ids, int) else list(eos_token_ids)
     eos = torch.tensor(ends, device=input_ids.device)
 
@@ -158,6 +167,10 @@ def generate(
         cache.keep(prompt_of)
         draw_next(cache.logits[prompt_of])
         for done in range(1, max_new_tokens):
+            if stop and done % 16 == 0:
+                for i in rows.running.nonzero()[:, 0].tolist():
+                    found = stop(asked[int(rows.number[i])], rows.tokens[i, :done].tolist())
+                    rows.running[i] = found is None
             if cache.fixed:
                 # A thousand small kernels become one launch. Rows that have ended stay: a step of
                 # fewer rows takes as long. Asking whether all have ended is to wait for the GPU.
@@ -182,6 +195,61 @@ def generate(
     rows.put_into(result)
     tokens, mask, logprobs = (x[:, : int(result.mask.any(0).sum())] for x in result)
     return Rollout(tokens.masked_fill(~mask, pad_token_id), mask, logprobs.masked_fill(~mask, 0.0))
+
+
+def completions_of(
+    rollout: Rollout,
+    prompts: Sequence[list[int]],
+    eos_token_ids: list[int],
+    stop: Stop | None = None,
+) -> tuple[Rollout, list[list[int]], torch.Tensor]:
+    """What was sampled, each completion up to its end: an end token, or a text that `stop` finds.
+
+    Tokens up to the one that completes the text are sampled ones like all others, as an end token
+    is: they count in the mask.
+
+    Args:
+        prompts: B lists of ids.
+        eos_token_ids: all end tokens.
+    Returns:
+        The rollout, cut where a text ends a completion.
+        B lists of ids without end token or text.
+        ended: (B,) bool, whether a completion ended by itself.
+    """
+    tokens, mask, logprobs = rollout
+    completions, ended = split_end(tokens, mask, eos_token_ids)
+    if stop is None:
+        return rollout, completions, ended
+    mask = mask.clone()
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        if found := stop(prompt, completion):
+            count, completions[i] = found
+            mask[i, count:] = False
+            ended[i] = True
+    width = int(mask.any(0).sum())
+    cut = Rollout(tokens.masked_fill(~mask, 0), mask, logprobs.masked_fill(~mask, 0.0))
+    return Rollout(*(part[:, :width] for part in cut)), completions, ended
+
+
+def split_end(
+    tokens: torch.Tensor, mask: torch.Tensor, eos_token_ids: list[int]
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Completions of a Rollout as lists of ids without end tokens, and which of them have one.
+
+    Args:
+        tokens, mask: (B, T) of a Rollout.
+        eos_token_ids: all end tokens.
+    Returns:
+        completions: B lists of ids.
+        ended: (B,) bool, whether a completion ended by itself.
+
+    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
+    >>> split_end(torch.tensor([[5, 2, 0], [5, 6, 7]]), mask, [2])
+    ([[5], [5, 6, 7]], tensor([ True, False]))
+    """
+    is_end = torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)) & mask
+    lengths = (mask & ~is_end).sum(1).tolist()
+    return [row[:length] for row, length in zip(tokens.tolist(), lengths)], is_end.any(1)
 
 
 class Rows(NamedTuple):

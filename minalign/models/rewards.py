@@ -23,11 +23,12 @@ if typing.TYPE_CHECKING:
 
 
 class RewardFunction:
-    """A Python function as a reward: f(prompts, completions) -> one number for each.
+    """A Python function as a reward: f(prompts, completions, **columns) -> one number for each.
 
-    It is called with two lists of equal length, without gradients and in full precision. Prompts
+    It is called with lists of equal length, without gradients and in full precision. Prompts
     are texts (or lists of messages where the prompts are chat). Completions are texts without their
-    end token.
+    end token. Columns are those of the data that its parameters name. None in place of a number
+    says that it does not apply.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class RewardFunction:
         """As RewardModel.score_rollout. The texts are those of the rollout, decoded.
 
         Raises:
-            UserError: the function fails, or does not return one number for each completion.
+            UserError: a column is missing, the function fails, or does not return one number for
+                each completion.
         """
         texts = [
             decode_parts(tokenizer, prompt.ids, completion)
@@ -62,31 +64,85 @@ class RewardFunction:
         ]
         # Copies: what the function does with its arguments stays its own affair
         asked = [copy.deepcopy(p.messages) or text for p, (text, _) in zip(prompts, texts)]
+        rows = [copy.deepcopy(prompt.columns) or {} for prompt in prompts]
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
         with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=False):
-            values = call(self.name, self.function, asked, [answer for _, answer in texts])
-        rewards = torch.tensor(values, dtype=torch.float32, device=self.device)
-        return Scores(rewards, None, {})
+            values = call(self.name, self.function, asked, [answer for _, answer in texts], columns)
+        applies = torch.tensor([value is not None for value in values], device=self.device)
+        numbers = [value or 0.0 for value in values]
+        rewards = torch.tensor(numbers, dtype=torch.float32, device=self.device)
+        return Scores(rewards, None, {}, applies)
+
+
+def combine(
+    scores: torch.Tensor, applies: torch.Tensor, how: str, weights: torch.Tensor
+) -> torch.Tensor:
+    """One reward of M, over those that apply to a completion; 0 where none does.
+
+        sum:      r = sum_i w_i z_i
+        min:      r = min_i z_i
+        mean-sd:  r = m - sqrt(mean_i (z_i - m)^2),  m = mean_i z_i
+
+    min is the worst-case optimisation of Coste et al. 2023 (arXiv 2310.02743). Their
+    uncertainty-weighted one subtracts lambda times the variance; mean-sd the deviation,
+    whose unit is the reward's own. Both are below every mean: where rewards disagree, none is
+    believed.
+
+    Args:
+        scores: (M, N), standardised: z_i.
+        applies: (M, N) bool.
+        how: "sum", "min" or "mean-sd".
+        weights: (M,), of the sum.
+    Returns:
+        (N,); not finite where one that applies is not.
+
+    >>> scores = torch.tensor([[1.0, 4.0], [3.0, 0.0]])
+    >>> combine(scores, torch.tensor([[True, True], [True, False]]), "mean-sd", torch.ones(2))
+    tensor([1., 4.])
+    """
+    known = scores.masked_fill(~applies, 0.0)
+    if how == "sum":
+        return (weights[:, None] * known).sum(0)
+    if how == "min":
+        lowest = scores.masked_fill(~applies, torch.inf).amin(0)
+        # inf is no number, even where it is not the lowest; and where none applies, it is 0
+        return lowest.where(applies.any(0), 0.0) + 0.0 * known.sum(0)
+    count = applies.sum(0).clamp(min=1)
+    mean = known.sum(0) / count
+    squares = (known - mean).square().masked_fill(~applies, 0.0)
+    return mean - (squares.sum(0) / count).sqrt()
+
+
+def known_rewards(scores: Scores) -> torch.Tensor:
+    """The rewards (B,) of Scores, NaN where they do not apply."""
+    if scores.applies is None:
+        return scores.rewards
+    return scores.rewards.masked_fill(~scores.applies, torch.nan)
 
 
 class RewardSum:
-    """A weighted sum of several rewards, each standardised by its own scores of the start policy.
+    """Several rewards as one, each standardised by its own scores of the start policy.
 
-        r = sum_i w_i (r_i - mean_i) / std_i
+        r = sum_i w_i (r_i - mean_i) / std_i        (or min, or mean-sd: see `combine`)
 
     So every part has the same say, and beta means the same whatever the scale of a reward model.
     `fit` sets mean and std.
     """
 
     def __init__(
-        self, rewards: dict[str, RewardModel | RewardFunction], weights: Sequence[float]
+        self,
+        rewards: dict[str, RewardModel | RewardFunction],
+        weights: Sequence[float],
+        how: str = "sum",
     ) -> None:
-        self.rewards, self.weights = rewards, list(weights)
+        self.rewards, self.weights, self.how = rewards, list(weights), how
         self.means, self.stds = [0.0] * len(rewards), [1.0] * len(rewards)
-        self.num_labels = min(reward.num_labels for reward in rewards.values())
-        self.reading = " + ".join(
-            f"{weight:g} {name} ({reward.reading})"
-            for weight, (name, reward) in zip(self.weights, rewards.items())
-        )
+        # Only a sum of scores has a variance that follows from theirs
+        self.num_labels = min(r.num_labels for r in rewards.values()) if how == "sum" else 1
+        parts = [f"{name} ({reward.reading})" for name, reward in rewards.items()]
+        self.reading = f"{how} of {', '.join(parts)}"
+        if how == "sum":
+            self.reading = " + ".join(f"{w:g} {part}" for w, part in zip(self.weights, parts))
 
     def score_rollout(
         self,
@@ -95,19 +151,32 @@ class RewardSum:
         completions: Sequence[list[int]],
         batch_size: int,
     ) -> Scores:
-        """As RewardModel.score_rollout. Variances add up as those of independent scores."""
-        total, variance, parts = 0.0, 0.0, {}
-        scales = zip(self.weights, self.means, self.stds)
-        for (name, reward), (weight, mean, std) in zip(self.rewards.items(), scales):
-            scores = reward.score_rollout(tokenizer, prompts, completions, batch_size)
-            parts |= {name: scores.rewards}
-            parts |= {f"{name} {part}": values for part, values in scores.parts.items()}
-            total = total + weight * (scores.rewards - mean) / std
-            if variance is None or scores.variance is None:
-                variance = None
-            else:
-                variance = variance + (weight / std) ** 2 * scores.variance
-        return Scores(total, variance, parts if len(parts) > 1 else {})
+        """As RewardModel.score_rollout. Variances add up as those of independent scores.
+
+        Parts are NaN where they do not apply.
+        """
+        batch = (tokenizer, prompts, completions, batch_size)
+        scores = {name: reward.score_rollout(*batch) for name, reward in self.rewards.items()}
+        parts = {}
+        for name, one in scores.items():
+            parts |= {name: known_rewards(one)}
+            parts |= {f"{name} {part}": values for part, values in one.parts.items()}
+        every = list(scores.values())
+        all_rows = torch.ones_like(every[0].rewards, dtype=torch.bool)
+        applies = torch.stack([all_rows if s.applies is None else s.applies for s in every])
+        means, stds, weights = (
+            all_rows.new_tensor(numbers, dtype=torch.float32)
+            for numbers in (self.means, self.stds, self.weights)
+        )
+        rewards = torch.stack([one.rewards for one in every])  # (M, B)
+        total = combine((rewards - means[:, None]) / stds[:, None], applies, self.how, weights)
+        variance = None
+        if self.how == "sum" and all(one.variance is not None for one in every):
+            variances = torch.stack([one.variance for one in every])
+            variance = (weights / stds) ** 2 @ variances
+        some = any(one.applies is not None for one in every)
+        kept = parts if len(parts) > 1 else {}
+        return Scores(total, variance, kept, applies.any(0) if some else None)
 
     def fit(self, parts: dict[str, torch.Tensor]) -> None:
         """Set mean and standard deviation of each reward from its scores of the start policy.
@@ -116,7 +185,7 @@ class RewardSum:
         only centred.
 
         Args:
-            parts: name -> scores (N,), in the order of the rewards.
+            parts: name -> scores (N,), in the order of the rewards, NaN where one does not apply.
         Raises:
             UserError: no score of a reward is finite, or those of the only one are all equal.
         """
@@ -206,11 +275,11 @@ def standardised_sum(
     flags: TaskFlags,
     batch_size: int,
 ) -> RewardSum:
-    """Weighted sum of rewards, each standardised by its scores of the start policy.
+    """One reward of several, each standardised by its scores of the start policy.
 
     The scores are those of one completion for each of 256 training prompts.
     """
-    reward = RewardSum(parts, weights)
+    reward = RewardSum(parts, weights, flags.rm_combine or "sum")
     lengths = random.Random("standardise")
     count = min(256, len(task.train_prompts))
     prompts = random.Random(flags.seed).sample(task.train_prompts, count)
@@ -223,7 +292,17 @@ def standardised_sum(
         eos_token_ids=task.eos_token_ids,
         seed=flags.seed,
         batch_size=batch_size,
+        stop=task.stop,
     )
     batch = (task.tokenizer, prompts, completions, batch_size)
-    reward.fit({name: part.score_rollout(*batch).rewards for name, part in parts.items()})
+    found = {}
+    for name, part in parts.items():
+        scores = part.score_rollout(*batch)
+        found[name] = known_rewards(scores)
+        require(
+            scores.applies is None or bool(scores.applies.any()),
+            f"--rm {name}: applies to none of {count} samples of the start policy: cannot be "
+            "standardised",
+        )
+    reward.fit(found)
     return reward

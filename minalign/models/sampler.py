@@ -17,10 +17,10 @@ class Samples(NamedTuple):
 
     Attributes:
         prompts: B prompts.
-        completions: ids of B completions without their end token.
+        completions: ids of B completions without their end token or stop text.
         ended: (B,) bool, which of them have one.
         input_ids, attention_mask: (B, P) long, the prompts padded on the left.
-        tokens, mask: (B, T) of a Rollout, end tokens included.
+        tokens, mask: (B, T) of a Rollout, end tokens and stop texts included.
         logprobs: (B, T) float32, nats, the policy's own; 0 outside the mask, without a graph.
         importance: (B, T) float32, what each token counts; 1 where the policy itself drew it.
     """
@@ -60,6 +60,7 @@ class Sampler:
             and importance_limit (kind and limit of the weights).
         dtype: of the forward passes.
         mine: this process's rows of a batch. Every process draws the whole batch's numbers.
+        stop: what finds a text that ends a completion, as in rollout.sample_completions.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Sampler:
         config: SimpleNamespace,
         dtype: torch.dtype,
         mine: slice = slice(None),
+        stop: rollout.Stop | None = None,
     ) -> None:
         self.policy, self.eos_token_ids, self.config = policy, eos_token_ids, config
-        self.dtype, self.mine = dtype, mine
+        self.dtype, self.mine, self.stop = dtype, mine, stop
         name = config.sampler_dtype
         self.drawn_in = dtype if name == "auto" else getattr(torch, name)
         device = precision.float64_device(policy.device)
@@ -83,9 +85,10 @@ class Sampler:
         shape = (len(prompts), config.max_new_tokens)
         uniforms = rollout.draw_uniforms(*shape, device, self.generator)[self.mine]
         prompts = prompts[self.mine]
-        input_ids, attention_mask = pad([prompt.ids for prompt in prompts], "left", device)
+        asked = [prompt.ids for prompt in prompts]
+        input_ids, attention_mask = pad(asked, "left", device)
         with precision.autocast(device, self.drawn_in):
-            tokens, mask, logprobs = rollout.generate(
+            sampled = rollout.generate(
                 self.policy,
                 input_ids,
                 attention_mask,
@@ -94,7 +97,11 @@ class Sampler:
                 eos_token_ids=self.eos_token_ids,
                 pad_token_id=0,
                 uniforms=uniforms,
+                stop=self.stop,
             )
+        (tokens, mask, logprobs), completions, ended = rollout.completions_of(
+            sampled, asked, self.eos_token_ids, self.stop
+        )
         batch = (input_ids, attention_mask, tokens, mask)
         sampling_logprobs = logprobs
         if {self.dtype, self.drawn_in} != {torch.float32}:
@@ -106,5 +113,4 @@ class Sampler:
         importance = reinforce.importance_weights(logprobs, sampling_logprobs, mask, *how)
         if importance.ndim == 1:
             importance = importance[:, None].expand_as(logprobs)
-        completions, ended = rollout.split_end(tokens, mask, self.eos_token_ids)
         return Samples(prompts, completions, ended, *batch, logprobs, importance)

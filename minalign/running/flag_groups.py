@@ -76,6 +76,12 @@ class RewardFlags:
     rm_weights: list[float] | None = flag(
         None, "weights of several rewards, each standardised (default: 1 each)"
     )
+    rm_combine: str | None = flag(
+        None,
+        "of several rewards, each standardised: their weighted sum, the lowest, or mean minus "
+        "deviation, both pessimistic (default: sum)",
+        ("sum", "min", "mean-sd"),
+    )
     rm_average: bool = flag(
         False, "of several reward models take one whose weights are their average (WARM)"
     )
@@ -93,7 +99,18 @@ class RewardFlags:
 
 
 @dataclass
-class TaskFlags(PromptFlags, RewardFlags, DataFlags):
+class StopFlags:
+    """Where a completion ends."""
+
+    stop: list[str] | None = flag(
+        None,
+        "texts before which a completion ends, beside end tokens; a shell writes line breaks in "
+        "them as $'\\n\\nHuman:'",
+    )
+
+
+@dataclass
+class TaskFlags(StopFlags, PromptFlags, RewardFlags, DataFlags):
     """What a policy is asked, and how it answers."""
 
     eval_prompts: int = flag(128, "held-out prompts, one completion each", "[1, inf)")
@@ -197,6 +214,29 @@ def resolve_data(config: DataFlags) -> None:
     )
 
 
+def resolve_rewards(config: RewardFlags) -> None:
+    """Check RewardFlags.
+
+    Raises:
+        UserError: flags that make no sense together.
+    """
+    config.risk = None if config.risk == math.inf else config.risk
+    require(
+        bool(config.rm)
+        or not (config.rm_average or config.rm_weights or config.rm_combine or config.risk),
+        "--rm-average, --rm-weights, --rm-combine, --risk: need --rm",
+    )
+    several = len(config.rm or ()) > 1 and not config.rm_average
+    require(
+        several or not config.rm_combine,
+        f"--rm-combine {config.rm_combine}: needs several rewards after --rm, and no --rm-average",
+    )
+    require(
+        config.rm_combine in (None, "sum") or not config.rm_weights,
+        f"--rm-combine {config.rm_combine}: takes no --rm-weights: a sum alone is weighted",
+    )
+
+
 def resolve_task(config: TaskFlags) -> None:
     """Check TaskFlags, and fill in what depends on other flags.
 
@@ -205,11 +245,7 @@ def resolve_task(config: TaskFlags) -> None:
     """
     resolve_data(config)
     config.max_new_tokens = config.max_new_tokens or (64 if config.dataset else 32)
-    config.risk = None if config.risk == math.inf else config.risk
-    require(
-        bool(config.rm) or not (config.rm_average or config.rm_weights or config.risk),
-        "--rm-average, --rm-weights, --risk: need --rm",
-    )
+    resolve_rewards(config)
 
 
 def resolve_training(config: typing.Any) -> None:

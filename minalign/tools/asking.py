@@ -97,6 +97,7 @@ class LocalJudge:
                 eos_token_ids=end_token_ids(self.model, self.tokenizer),
                 seed=0,
                 batch_size=self.batch_size,
+                stop=None,
             )
             for i, completion, by_itself in zip(numbers, completions, ended):
                 text = decode_parts(self.tokenizer, rows[i], completion)[1]

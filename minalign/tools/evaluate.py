@@ -19,8 +19,8 @@ start policy is set against itself with other random numbers: differences no lar
 noise. The folder gets results.json and samples.jsonl.
 
 Reward models: rows of RewardBench, RewardBench 2, RM-Bench or any chosen and rejected texts, all of
-them, none held out. The first of --rm is what the others are compared with. With --rm-weights or
---rm-average they are one reward. The folder gets results.json and scores.jsonl.
+them, none held out. The first of --rm is what the others are compared with. With --rm-weights,
+--rm-combine or --rm-average they are one reward. The folder gets results.json and scores.jsonl.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from dataclasses import dataclass
 
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require
-from ..running.flag_groups import DeviceFlags, TaskFlags, resolve_data, resolve_task
+from ..running.flag_groups import (
+    DeviceFlags,
+    TaskFlags,
+    resolve_data,
+    resolve_rewards,
+    resolve_task,
+)
 from ..running.flags import SEEDS, dashed, flag
 from ..running.run import show_config
 from ..running.run_folder import claimed_folder
@@ -38,7 +44,7 @@ from .settings import DATA, REWARD, SAMPLING, parse_flags_of_runs
 
 OF_REWARDS = ("by",)  # the other flags below are for both, or for policies
 OF_POLICIES = (
-    "start eval_prompts format max_new_tokens temperature prompt_tokens eval_split".split()
+    "start eval_prompts format max_new_tokens temperature stop prompt_tokens eval_split".split()
 )
 OF_POLICIES += "max_prompt_tokens eval_share split_seed standardize_rewards".split()
 
@@ -83,6 +89,7 @@ def resolve(config: Config) -> Config:
             "--model is missing: policies (or --best-of), or --rm and --dataset: reward models",
         )
         resolve_data(config)
+        resolve_rewards(config)
         for name in OF_POLICIES:  # config.json and the header have what counts
             setattr(config, name, None)
         return config
@@ -120,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ..models.functions import check_functions
 
-    check_functions(config.rm)
+    check_functions(config.rm, config.dataset)
     with claimed_folder(config, "evaluation") as (out, _):
         show_config(config, device, reason, dtype)
         if config.model or config.best_of:

@@ -21,9 +21,11 @@ import torch
 from tqdm import tqdm
 
 from ..data.chat import Prompt, decode_parts, note_special_tokens, wants_chat
-from ..data.columns import Note, parse_columns, prompt_rows, read_items, read_prompt
+from ..data.columns import Note, columns_for, parse_columns, prompt_rows, read_items, read_prompt
 from ..data.prompts import tokenize
 from ..data.rows import read_rows
+from ..data.stops import stop_at
+from ..models.functions import columns_asked
 from ..models.loading import end_token_ids, load_policy
 from ..models.padding import context_of
 from ..models.precision import autocast
@@ -32,13 +34,13 @@ from ..rollout import sample_completions
 from ..running.device import pick_device, pick_dtype
 from ..running.errors import require, visible
 from ..running.files import require_writable, to_json, whole_file
-from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags
+from ..running.flag_groups import ColumnFlags, DeviceFlags, FormatFlags, StopFlags
 from ..running.flags import SEEDS, TEMPERATURES, flag
 from .settings import SAMPLING, held_out_rows, parse_flags_of_runs
 
 
 @dataclass
-class Config(FormatFlags, ColumnFlags, DeviceFlags):
+class Config(StopFlags, FormatFlags, ColumnFlags, DeviceFlags):
     """Sampling."""
 
     model: str = flag("", "policy: a run, a folder or a hub id")
@@ -89,19 +91,26 @@ def typed_prompts(chat: bool) -> Iterator[tuple[Prompt, list]]:
             yield line, []
 
 
-def rows_to_answer(config: Config) -> tuple[list[dict], list[dict], str, str]:
+def rows_to_answer(
+    config: Config, asked: dict[str, str]
+) -> tuple[list[dict], list[dict], str, str]:
     """Rows, the same by our names, where they are from, and the column of their prompts.
 
     No rows: prompts are asked for.
+
+    Args:
+        asked: columns that --rm asks for, see models.functions.columns_asked.
     """
     if config.out and not (config.data or config.prompt):
-        rows, source, column = held_out_rows([config.model], "data")
+        rows, source, column = held_out_rows([config.model], "data", asked)
         return rows, rows, source, column
     source = config.data or "--prompt"
     rows = read_rows(source) if config.data else [{"prompt": p} for p in config.prompt or []]
     if not rows:
+        for column, function in asked.items():
+            require(not function, f"--rm {function}: names column {column!r}: give --data with it")
         return rows, rows, source, "prompt"
-    named, column = prompt_rows(rows, parse_columns(config.columns), source)
+    named, column = prompt_rows(rows, parse_columns(config.columns, asked), source, asked)
     return rows, named, source, column
 
 
@@ -116,13 +125,14 @@ def main(argv: list[str] | None = None) -> None:
     require(bool(config.rm) or config.best_of == 1, "--best-of needs --rm: what the best is")
     if config.out:
         require_writable(config.out)
-    rows, named, source, column = rows_to_answer(config)
+    asked_for = columns_asked([config.rm])
+    rows, named, source, column = rows_to_answer(config, asked_for)
     device, _ = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     policy, tokenizer = load_policy(config.model)
     policy, eos_token_ids = policy.to(device), end_token_ids(policy, tokenizer)
     reward = next(iter(load_rewards([config.rm], device).values())) if config.rm else None
-    chat = wants_chat(tokenizer, config.format)
+    chat, stop = wants_chat(tokenizer, config.format), stop_at(tokenizer, config.stop)
     seed = config.seed
 
     def room_for(prompt: list[int]) -> int:
@@ -132,11 +142,13 @@ def main(argv: list[str] | None = None) -> None:
         require(len(prompt) < context, full)
         return context - len(prompt)
 
-    def complete(prompts: list[Prompt]) -> list[dict]:
+    def complete(prompts: list[Prompt], columns: list[dict | None]) -> list[dict]:
         """Rows of prompt, completion and reward, --samples per prompt."""
         nonlocal seed
-        asked = [p for p in prompts for _ in range(config.samples * config.best_of)]
-        rows = [tokenize(tokenizer, prompt) for prompt in asked]
+        count = config.samples * config.best_of
+        asked = [p for p in prompts for _ in range(count)]
+        columns = [one for one in columns for _ in range(count)]
+        rows = [tokenize(tokenizer, p)._replace(columns=c) for p, c in zip(asked, columns)]
         limits = [min(config.max_new_tokens, room_for(row.ids)) for row in rows]
         found = {}  # number of a row -> (its completion, whether it ended by itself)
         with autocast(device, dtype):
@@ -150,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
                     eos_token_ids=eos_token_ids,
                     seed=seed,
                     batch_size=config.batch_size,
+                    stop=stop,
                 )
                 found |= dict(zip(part, zip(completions, ended)))
             completions, ended = zip(*(found[i] for i in range(len(rows))))
@@ -161,30 +174,31 @@ def main(argv: list[str] | None = None) -> None:
             text = decode_parts(tokenizer, row.ids, completion)[1]
             answers.append({"prompt": prompt, "completion": text, "ended": by_itself})
         if reward:
-            for answer, value in zip(answers, scores.rewards.tolist()):
-                answer["reward"] = value
+            for i, answer in enumerate(answers):
+                known = scores.applies is None or scores.applies[i]
+                answer["reward"] = scores.rewards[i].item() if known else None
         if config.best_of == 1:
             return answers
         groups = [answers[i : i + config.best_of] for i in range(0, len(answers), config.best_of)]
         return [max(group, key=reward_of) for group in groups]  # of equal ones the first
 
     def reward_of(answer: dict) -> float:
-        """UserError where it is no number, by which nothing is the best."""
-        what = (
-            f"--rm {config.rm}: got a reward of {answer['reward']} for {answer['completion']!r:.60}"
-        )
-        require(math.isfinite(answer["reward"]), f"{what}: --best-of needs finite ones")
-        return answer["reward"]
+        """UserError where it is not finite; one that does not apply is below all others."""
+        value, text = answer["reward"], answer["completion"]
+        what = f"--rm {config.rm}: got a reward of {value} for {text!r:.60}"
+        require(value is None or math.isfinite(value), f"{what}: --best-of needs finite ones")
+        return -math.inf if value is None else value
 
     def show(row: dict) -> None:
         """Print a row. Of a chat, the prompt is left out."""
-        score = f"[reward {row['reward']:z.2f}] " if reward else ""
+        value = row.get("reward")
+        score = f"[reward {'none' if value is None else f'{value:z.2f}'}] " if reward else ""
         prompt = row["prompt"] if isinstance(row["prompt"], str) else ""
         print(visible(f"{score}{prompt}{row['completion']}") + ("" if row["ended"] else " ..."))
 
     if not rows:
         for prompt, answers in typed_prompts(bool(chat)):
-            for row in complete([prompt]):
+            for row in complete([prompt], [None]):
                 show(row)
                 answers.append(row["completion"])
         return
@@ -196,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         return prompt
 
     asked = read_items(named, read, source)
+    columns = [columns_for(row, asked_for, column) for row, p in zip(named, asked) if p is not None]
     rows = [row for row, prompt in zip(rows, asked) if prompt is not None]
     prompts = [prompt for prompt in asked if prompt is not None]
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
@@ -205,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     starts = range(0, len(prompts), config.batch_size)
     with whole_file(config.out) if config.out else contextlib.nullcontext() as file:
         for i in tqdm(starts, desc="completions", unit="batch", disable=None if file else True):
-            answers = complete(prompts[i : i + config.batch_size])
+            part = slice(i, i + config.batch_size)
+            answers = complete(prompts[part], columns[part])
             for j, answer in enumerate(answers):
                 if file:  # with the row's other columns
                     row = dict(rows[i + j // config.samples])

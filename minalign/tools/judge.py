@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..running.errors import require
 from ..running.files import read_json_lines, whole_file, write_json, write_json_lines
-from ..running.flag_groups import ColumnFlags, DeviceFlags
+from ..running.flag_groups import ColumnFlags, DeviceFlags, StopFlags
 from ..running.flags import SEEDS, TEMPERATURES, dashed, flag
 from ..running.logs import JsonLines
 from ..running.run_folder import claimed_folder
@@ -45,7 +45,7 @@ FREE_ON_RESUME = ("out", "resume", "device", "dtype", "batch_size", "timeout", "
 
 
 @dataclass
-class Config(ColumnFlags, DeviceFlags):
+class Config(StopFlags, ColumnFlags, DeviceFlags):
     """Judging."""
 
     a: str = flag(
@@ -109,7 +109,7 @@ def resolve(config: Config) -> Config:
     """
     for name in ("a", "b", "judge"):
         require(bool(getattr(config, name)), f"--{name} is missing (see --help)")
-    sampling = {"max_new_tokens": 128, "temperature": 1.0, "format": "auto"}
+    sampling = {"max_new_tokens": 128, "temperature": 1.0, "format": "auto", "stop": None}
     endpoint = {"timeout": 120.0, "retries": 4}
     files = [side for side in (config.a, config.b) if is_file(side)]
     for side in files:

@@ -72,7 +72,7 @@ def measure(
         full=full,
     )
     count = len(measured.samples)
-    broken = sum(not math.isfinite(sample.reward) for sample in measured.samples)
+    broken = sum(not math.isfinite(sample.reward or 0.0) for sample in measured.samples)
     require(
         not broken,
         f"--rm: {broken} of {count} rewards are not finite: fix the reward, or leave it out",
@@ -83,12 +83,21 @@ def measure(
 def compare(first: Measured, second: Measured, seed: int) -> dict:
     """The second against the first by reward, prompt by prompt: mean difference and win rate.
 
-    Both have 95% intervals.
+    Both have 95% intervals. Prompts where the reward does not apply to both are left out.
 
     Args:
         seed: of the bootstrap.
+    Raises:
+        UserError: fewer than two prompts are left.
     """
-    rewards = [[sample.reward for sample in one.samples] for one in (first, second)]
+    pairs = zip(*([sample.reward for sample in one.samples] for one in (first, second)))
+    known = [pair for pair in pairs if None not in pair]
+    require(
+        len(known) > 1,
+        f"--rm: applies to both completions of {len(known)} of {len(first.samples)} prompts: "
+        "expected two or more, for an interval",
+    )
+    rewards = list(map(list, zip(*known)))
     wins = win_scores(*rewards)
     return {
         "reward_difference": paired_bootstrap(*rewards, seed)._asdict(),
@@ -214,15 +223,23 @@ def measure_best_of(task: Task, config: Config) -> dict:
     """The best of n samples of the start policy, for each n of --best-of: results.json's best_of.
 
     One sample more is drawn for each prompt than the largest n has, so that each best of n has
-    another one to be compared with.
+    another one to be compared with. Prompts that the reward does not always apply to are left out.
     """
-    count, samples = len(task.eval_prompts), max(config.best_of) + 1
+    samples = max(config.best_of) + 1
     asked = [prompt for prompt in task.eval_prompts for _ in range(samples)]
     drawn = measure(task.start, task._replace(eval_prompts=asked), config, config.seed + 2, False)
-    values = {"reward": [one.reward for one in drawn.samples]}
+    groups = [drawn.samples[i : i + samples] for i in range(0, len(asked), samples)]
+    known = [group for group in groups if all(one.reward is not None for one in group)]
+    left_out = f"--best-of: {len(groups) - len(known)} of {len(groups)} prompts are left out: "
+    left_out += "the reward does not apply to all of their samples"
+    require(len(known) > 1, f"{left_out}: expected two or more, for an interval")
+    if len(known) < len(groups):
+        print(left_out)
+    values = {"reward": [[one.reward for one in group] for group in known]}
     for name, of_text in task.measures.items():
-        values[name] = [of_text(one.prompt + one.completion) for one in drawn.samples]
-    values = {name: torch.tensor(found).view(count, samples) for name, found in values.items()}
+        texts = [[one.prompt + one.completion for one in group] for group in known]
+        values[name] = [list(map(of_text, group)) for group in texts]
+    values = {name: torch.tensor(found) for name, found in values.items()}  # (prompts, samples)
     points = []
     for n in sorted(config.best_of):
         means = {name: best_of_n(values["reward"], n, found) for name, found in values.items()}

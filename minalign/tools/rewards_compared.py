@@ -23,16 +23,16 @@ from ..data.benchmarks import (
 )
 from ..data.cells import report, shown
 from ..data.chat import note_special_tokens
-from ..data.columns import by_our_names, name_unread, parse_columns, read_items
+from ..data.columns import by_our_names, columns_for, name_unread, parse_columns, read_items
 from ..data.messages import Note
 from ..data.rows import read_rows
 from ..losses import ordinal_pairwise_loss
 from ..measuring import benchmarks
 from ..measuring.measures import resampled_means
 from ..measuring.pairs import expected_calibration_error
-from ..models.functions import call
+from ..models.functions import call, columns_asked
 from ..models.precision import autocast
-from ..models.rewards import RewardFunction, load_rewards
+from ..models.rewards import RewardFunction, combine, load_rewards
 from ..reward import RewardModel
 from ..running.errors import require
 from ..running.files import write_json, write_json_lines
@@ -75,7 +75,8 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     count = len(config.rm_weights or config.rm)
     expected = f"expected one for each of {len(config.rm)} rewards"
     require(count == len(config.rm), f"--rm-weights: got {count}, {expected}")
-    source, names = config.dataset, parse_columns(config.columns)
+    asked = columns_asked(config.rm)
+    source, names = config.dataset, parse_columns(config.columns, asked)
     raw = read_rows(source, config.split, config.subset)
     named, columns = by_our_names(raw, names, source)
     by = config.by or next((name for name in ("subset", "domain") if name in columns), "")
@@ -89,12 +90,13 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     rows = [one | ours for one, ours in zip(raw, named)]
     form = form_of(rows, columns, source)
     print(f"{source}: {len(rows)} rows, read as {form}; all are measured, none is held out")
-    used = {"prompt", "chosen", "rejected", by, "id", "num_correct"}
+    used = {"prompt", "chosen", "rejected", by, "id", "num_correct", *asked}
+    used |= {*columns} if "**" in asked else set()
     name_unread(source, columns, used, names)
 
     scored = {}
     for part in [config.rm] if config.rm_average else [[name] for name in config.rm]:
-        for name, reward in load_rewards(part, device, config.rm_average).items():
+        for name, reward in load_rewards(part, device, config.rm_average, config.risk).items():
             print(f"reward {name}: {reward.reading}")
             with autocast(device, dtype):
                 scored[name] = score_rows(name, reward, rows, source, config.batch_size)
@@ -104,8 +106,9 @@ def compare_rewards(config: Config, device: torch.device, dtype: torch.dtype, ou
     kept = sorted(set.intersection(*(set(one.scores) for one in (*scored.values(), lengths))))
     print(f"{len(kept)} of {len(rows)} rows can be scored")
     require(bool(kept), f"{source}: expected rows that every reward can score")
-    if config.rm_weights:
-        scored = weighted_sum(scored, config.rm_weights, kept)
+    if config.rm_weights or config.rm_combine:
+        how, weights = config.rm_combine or "sum", config.rm_weights or [1.0] * len(config.rm)
+        scored = combined(scored, how, weights, kept)
     scored[LONGER] = lengths
 
     items = items_of(rows, kept, form, by, source)
@@ -143,6 +146,7 @@ def score_rows(
         UserError: more than half of the rows cannot be scored, or a score is not finite.
     """
     is_model = isinstance(reward, RewardModel)
+    asked = columns_asked([] if is_model or reward is CHARACTERS else [name])
     chat = bool(reward.tokenizer.chat_template) if is_model else None
 
     def read(row: dict, where: str, note: Note) -> tuple:
@@ -164,8 +168,13 @@ def score_rows(
         values, logits = reward.read_out(logits).tolist(), logits[:, reward.order].cpu()
     else:
         starts = range(0, len(texts), batch_size)
-        parts = (map(list, zip(*texts[i : i + batch_size])) for i in starts)
-        values = [value for part in parts for value in call(name, reward.function, *part)]
+        columns = [columns_for(rows[row], asked, "") or {} for row in items]
+        columns = [c for c, (_, of_row, _) in zip(columns, items.values()) for _ in of_row]
+        values = []
+        for i in starts:
+            part, of_part = texts[i : i + batch_size], columns[i : i + batch_size]
+            by_name = {n: [one[n] for one in of_part] for n in of_part[0]}
+            values += call(name, reward.function, *map(list, zip(*part)), by_name)
     scored, end, left_out = Scored({}, {}), 0, []
     for row, (right, of_row, _) in items.items():
         start, end = end, end + len(of_row)
@@ -195,20 +204,28 @@ def win_probabilities(right: torch.Tensor, wrong: torch.Tensor) -> list[float]:
     return (-ordinal_pairwise_loss(ones, others)).exp().tolist()
 
 
-def weighted_sum(
-    scored: dict[str, Scored], weights: Sequence[float], kept: Sequence[int]
+def combined(
+    scored: dict[str, Scored], how: str, weights: Sequence[float], kept: Sequence[int]
 ) -> dict[str, Scored]:
-    """One reward of several: sum_i w_i (r_i - mean_i) / std_i, by mean and std of these texts."""
+    """One reward of several, standardised by their mean and deviation on these texts.
+
+    Args:
+        how: see models.rewards.combine.
+        weights: of a sum.
+    """
     counts = [len(side) for row in kept for side in next(iter(scored.values())).scores[row]]
-    total = 0.0
-    for weight, (name, one) in zip(weights, scored.items()):
+    parts = []
+    for name, one in scored.items():
         texts = [score for row in kept for side in one.scores[row] for score in side]
         texts = torch.tensor(texts, dtype=torch.double)
         mean, std = texts.mean().item(), texts.std(correction=0).item()
         print(f"reward {name}: {mean:.6g} +- {std:.4g} on these texts: standardised by these")
-        total = total + weight * (texts - mean) / (std if std > 1e-6 * abs(mean) else 1.0)
+        parts.append((texts - mean) / (std if std > 1e-6 * abs(mean) else 1.0))
+    parts = torch.stack(parts)
+    total = combine(parts, torch.ones_like(parts).bool(), how, parts.new_tensor(weights))
     sides = iter(total.split(counts))
     name = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, scored))
+    name = name if how == "sum" else f"{how} of {', '.join(scored)}"
     return {name: Scored({r: (next(sides).tolist(), next(sides).tolist()) for r in kept}, {})}
 
 

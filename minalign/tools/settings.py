@@ -1,6 +1,5 @@
 """What a run ran with, taken over by the tools that look at it: no flag has to be typed again."""
 
-import json
 import os.path
 import re
 import sys
@@ -8,16 +7,16 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..running.errors import require
+from ..running.errors import one_line, require
 from ..running.files import read_json
 from ..running.flags import dashed, parse_flags
 
 # Flag -> the setting of a run that it takes.
-SAMPLING = {name: name for name in ("format", "max_new_tokens", "temperature")}
+SAMPLING = {name: name for name in ("format", "max_new_tokens", "temperature", "stop")}
 # Groups whose others go with the first: those of another data set would be nonsense.
 DATA = "dataset subset split eval_split eval_share split_seed columns prompt_tokens"
 DATA = (*DATA.split(), "max_prompt_tokens")
-REWARD = ("rm", "rm_weights", "rm_average", "risk", "standardize_rewards")
+REWARD = ("rm", "rm_weights", "rm_combine", "rm_average", "risk", "standardize_rewards")
 
 INSIDE_A_RUN = re.compile(r"model|best|merged|front|(iteration|run)-\d+|eta-.*")
 
@@ -88,23 +87,28 @@ def parse_flags_of_runs(
             continue
         value = agreed(runs, key, name)
         if isinstance(value, list):
-            taken += [dashed(name), *map(str, value)]
+            taken += [f"{dashed(name)}={one}" for one in value]
         elif value is not None:
             taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]
     if not taken:
         return config
-    print(f"as {', '.join(runs)} ran: {' '.join(taken)}")
+    print(one_line(f"as {', '.join(runs)} ran: {' '.join(taken)}"))
     return parse_flags(config_class, description, [*taken, *argv], prog)
 
 
-def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], str, str]:
+def held_out_rows(
+    models: Sequence[str], flag_name: str, asked: dict[str, str] | None = None
+) -> tuple[list[dict], str, str]:
     """The rows (by our names) that these models' runs held out, their source, the prompts' column.
 
+    Args:
+        asked: further columns, see models.functions.columns_asked.
     Raises:
         UserError: there is no such run, or two had other data: `flag_name` has to be given.
     """
-    from ..data.columns import parse_columns, prompt_column, read_prompt
+    from ..data.columns import columns_for, parse_columns, prompt_column, read_prompt
     from ..data.messages import Note, Prompt, first_turn
+    from ..data.prompts import different
     from ..data.splits import Split, both_splits, divide
 
     runs = settings_of(models)
@@ -114,7 +118,8 @@ def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], st
     require(not had["prompt_tokens"], f"{missing}: those of the run were beginnings of texts")
     names = ("dataset", "split", "eval_split", "eval_share", "split_seed", "subset")
     values = ("" if had[name] is None else had[name] for name in names)
-    data = Split(*values, parse_columns(had["columns"]))
+    names = parse_columns(had["columns"], ["**"])  # also what the run's own rewards named
+    data, asked = Split(*values, names, asked or {}), asked or {}
     rows, known, columns = both_splits(data)
     column = prompt_column(known, data.names, columns, data.dataset)
 
@@ -123,6 +128,7 @@ def held_out_rows(models: Sequence[str], flag_name: str) -> tuple[list[dict], st
 
     items = divide(data, rows, read, lambda item: first_turn(item[0]))[1]
     count = agreed(runs, "eval_prompts", flag_name)
-    held_out = list({json.dumps(prompt): row for prompt, row in items}.values())[:count]
+    items = {different(prompt, columns_for(row, asked, column)): row for prompt, row in items}
+    held_out = list(items.values())[:count]
     print(f"prompts: {len(held_out)} that {', '.join(runs)} held out of {data.dataset}")
     return held_out, data.dataset, column

@@ -108,6 +108,7 @@ def sample(
         UserError: a prompt and its completion do not fit into the policy's context.
     """
     from ..data.chat import decode_parts, encode_prompt, note_special_tokens, wants_chat
+    from ..data.stops import stop_at
     from ..models.loading import end_token_ids, load_policy
     from ..models.padding import context_of
     from ..models.precision import autocast
@@ -117,6 +118,7 @@ def sample(
     policy, tokenizer = load_policy(path, flag_name)
     prompts = read_prompts(rows, source, column, wants_chat(tokenizer, config.format))
     require(None not in prompts, f"{flag_name} {path}: cannot be asked every prompt of {source}")
+    stop = stop_at(tokenizer, config.stop)
     note_special_tokens(tokenizer, [(prompt,) for prompt in prompts], "prompts")
     rows_of_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, rows_of_ids))
@@ -140,6 +142,7 @@ def sample(
                 eos_token_ids=end_token_ids(policy, tokenizer),
                 seed=seed + 2 * i,
                 batch_size=config.batch_size,
+                stop=stop,
             )
         for ids, completion in zip(part, completions):
             texts.append(decode_parts(tokenizer, ids, completion)[1])

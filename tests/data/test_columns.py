@@ -271,7 +271,7 @@ def test_prompts_come_once_each_from_prompt_or_text(column, tmp_path):
     texts = [f"film {n}" for n in range(50)]
     path = write_jsonl(tmp_path / "a.jsonl", [{column: text} for text in texts * 2])
     for chat in (True, False, None):
-        train, held, name = load_prompts(Split(path, eval_share=0.3), chat=chat)
+        train, held, name, _ = load_prompts(Split(path, eval_share=0.3), chat=chat)
         expected = [[user(text)] for text in texts] if chat and column == "prompt" else texts
         assert sorted(train + held, key=str) == sorted(expected, key=str) and name == column
 
@@ -286,7 +286,7 @@ def test_prompts_of_every_form_of_pairs(form, chat, tmp_path):
     if in_both and not chat:  # the prompt's own column is not written as a dialogue
         talk = slice(len("\n\nHuman: "), -len("\n\nAssistant:"))
         expected = [[prompt[talk] for prompt in part] for part in expected]
-    train, held, _ = load_prompts(data, chat=chat)
+    train, held, *_ = load_prompts(data, chat=chat)
     assert [train, held] == expected
 
 
@@ -295,7 +295,7 @@ def test_the_prompt_of_a_dialogue_is_what_is_asked_last(tmp_path, capsys):
     rows = [{"messages": [user(f"Why {n}?"), *later]} for n in range(40)]
     rows += [{"messages": [assistant("Hi!")]}]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
-    train, held, column = load_prompts(data, chat=True)
+    train, held, column, _ = load_prompts(data, chat=True)
     assert column == "messages" and len(train) + len(held) == 40
     assert all([m["content"] for m in prompt[1:]] == ["So.", "And?"] for prompt in train + held)
     assert "1 rows dropped: nothing is asked" in capsys.readouterr().out
@@ -305,7 +305,7 @@ def test_the_column_of_prompts_can_be_named(tmp_path):
     rows = [{"prompt": f"no {n}", "question": f"yes {n}"} for n in range(40)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     for ours in ("prompt", "text"):
-        train, held, column = load_prompts(Split(path, eval_share=0.3, names={ours: "question"}))
+        train, held, column, _ = load_prompts(Split(path, eval_share=0.3, names={ours: "question"}))
         assert column == ours and all(prompt.startswith("yes") for prompt in train + held)
     with pytest.raises(UserError, match=r"columns \['prompt', 'question'\]: expected 'answer'"):
         load_prompts(Split(path, names={"prompt": "answer"}))
@@ -535,7 +535,7 @@ def test_pairs_and_prompts_are_split_alike_by_prompt(tmp_path):
     ]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.2, seed=3)
     train_pairs, held_pairs = load_pairs(data)
-    train_prompts, held_prompts, _ = load_prompts(data)
+    train_prompts, held_prompts, *_ = load_prompts(data)
     assert {pair.prompt for pair in train_pairs} == set(train_prompts)
     assert {pair.prompt for pair in held_pairs} == set(held_prompts)
     assert set(train_prompts).isdisjoint(held_prompts)
@@ -613,7 +613,7 @@ def test_later_turns_and_white_space_do_not_divide_a_prompt(tmp_path):
         for k in range(5)
     ]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.4)
-    train, held, _ = load_prompts(data, chat=True)
+    train, held, *_ = load_prompts(data, chat=True)
     assert len(train) + len(held) == 150
     assert turns(train).isdisjoint(turns(held))
     assert len(turns(held)) > 5
@@ -627,7 +627,7 @@ def test_texts_are_split_as_prompts_are(tmp_path):
     texts = [" " * (n % 2) + f"film {n}" + " " * (n % 3) for n in range(200)]
     rows = [{"text": text, "label": n // 2 % 2} for n, text in enumerate(texts)]
     data = Split(write_jsonl(tmp_path / "a.jsonl", rows), eval_share=0.3)
-    pairs, (train, held, _) = load_pairs(data), load_prompts(data)
+    pairs, (train, held, *_) = load_pairs(data), load_prompts(data)
     texts = [{text.strip() for text in texts_of(part)} for part in pairs]
     assert texts[0] == {text.strip() for text in train}
     assert texts[1] == {text.strip() for text in held}
@@ -641,7 +641,7 @@ def test_rows_of_the_split_held_out_do_not_train(form, chat, tmp_path, capsys):
     data = Split(str(tmp_path), eval_split="test")
     pairs = load_pairs(data, chat=chat)
     assert (len(pairs[0]), len(pairs[1])) == (20, 20)
-    train, held, _ = load_prompts(data, chat=chat)
+    train, held, *_ = load_prompts(data, chat=chat)
     assert (len(train), len(held)) == (20, 20)
     assert capsys.readouterr().out.count("10 rows dropped: in the held-out split, too") == 2
     assert turns(pairs[0]).isdisjoint(turns(held)) and turns(train).isdisjoint(turns(pairs[1]))

@@ -653,7 +653,7 @@ def test_a_g11_a_column_that_is_not_read_may_hold_what_is_no_text(capsys):
     pyarrow.parquet.write_table(table, "d.parquet", compression="none", use_dictionary=False)
     content = open("d.parquet", "rb").read().replace(b"xxxx", b"\xff\xfe\xff\xfe")
     open("d.parquet", "wb").write(content)
-    train, held, _ = load_prompts(Split("d.parquet"))
+    train, held, *_ = load_prompts(Split("d.parquet"))
     assert len(train) + len(held) == COUNT
     with pytest.raises(UserError, match="^d.parquet.*UTF8"):
         load_prompts(Split("d.parquet", names={"prompt": "other"}))

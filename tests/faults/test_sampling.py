@@ -499,7 +499,9 @@ def test_sampling_and_scoring_make_no_float64_on_an_apple_gpu():
     """B9: on a stand-in that refuses it, with the tokens and log-probs of the CPU."""
     model = make("llama", attn_implementation="eager")
     ids, mask, prompts = batch((3, 9, 1, 6))
-    how = dict(temperature=0.7, max_new_tokens=6, eos_token_ids=[2, 7], seed=3, batch_size=4)
+    how = dict(
+        temperature=0.7, max_new_tokens=6, eos_token_ids=[2, 7], seed=3, batch_size=4, stop=None
+    )
     expected = rollout.sample_completions(model, prompts, **how)
     (batch_there,) = expected[0]
     scored = rollout.completion_logprobs(model, *batch_there, 0.7)

@@ -305,7 +305,7 @@ def test_measured_kls_and_entropy_are_those_of_each_row_alone(world):
     task = Task(start, tokenizer, reward_model, [], ROWS, None, SETTINGS["eos_token_ids"], {})
     config = evaluate.Config(temperature=0.7, max_new_tokens=12, batch_size=4)
     measured = policies_compared.measure(policy, task, config, seed=3)
-    sampling = SETTINGS | {"seed": 3, "batch_size": 4}
+    sampling = SETTINGS | {"seed": 3, "batch_size": 4, "stop": None}
     batches, completions, ended = sample_completions(policy, [row.ids for row in ROWS], **sampling)
     drawn = [tokens[mask].tolist() for _, _, *batch in batches for tokens, mask in zip(*batch)]
     k1s, kls, entropies = [], [], []

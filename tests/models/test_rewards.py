@@ -72,7 +72,7 @@ def test_a_function_gets_chat_prompts_as_messages():
     assert seen == [[question]]
 
 
-@pytest.mark.parametrize("wrong", [[1.0], [1.0, 2.0, "3"], [None] * 3, [1.0] * 4])
+@pytest.mark.parametrize("wrong", [[1.0], [1.0, 2.0, "3"], None, [1.0] * 4])
 def test_a_function_must_give_one_number_each(wrong):
     reward = RewardFunction("f", lambda prompts, completions: wrong)
     message = "--rm f: got .* for 3 completions, expected one number for each"
