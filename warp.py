@@ -62,10 +62,15 @@ class Config(train_policy.Config):
     eta: float = flag(
         0.5, "how far theta_init moves towards the merge between iterations", "[0, 1]"
     )
-    method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
+    method: str = flag(
+        "slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp", "ram")
+    )
+    ram_threshold: float = flag(
+        1e-5, "a run has moved a weight by more than this: for the report, and for ram", "[0, inf)"
+    )
     scope: str = flag(
         "layer",
-        "what shares an angle: a transformer layer, a tensor, the whole model",
+        "what shares an angle, and a line of the report: a layer, a tensor, the whole model",
         ("layer", "tensor", "model"),
     )
     etas: str = flag(
@@ -127,7 +132,7 @@ def run_warp(run: Run, task: Task) -> dict:
     from minalign.models.activations import checkpoint_activations_
     from minalign.models.loading import load_policy
     from minalign.models.saving import save_policy
-    from minalign.tools.merge import angle_summary
+    from minalign.tools.task_vectors import angle_summary, with_moves
 
     config, results = run.config, {"runs": [], "merges": [], "front": []}
     theta_sft = weights_of(task.start)
@@ -160,10 +165,17 @@ def run_warp(run: Run, task: Task) -> dict:
             measure(run, task, policy, f"policy {m}", one.folder)
 
         # theta_slerp <- theta_init + slerp of the task vectors: of the policies, not of their EMAs
-        theta_merged, report = merge_policies(theta_init, thetas, config.method, config.scope)
+        how = {
+            "method": config.method,
+            "scope": config.scope,
+            "ram_threshold": config.ram_threshold,
+        }
+        theta_merged, report = merge_policies(theta_init, thetas, **how)
         set_weights_(policy, theta_merged)
         folder = iteration / "merged"
         if run.first:
+            moved = (theta_init, thetas, config.scope, config.ram_threshold)
+            report = with_moves(report, *moved)
             write_json(iteration / "angles.json", report)
             print(f"  {angle_summary(report)}")
             if not (folder / "model").exists():
