@@ -88,6 +88,12 @@ class RewardSum:
             for weight, (name, reward) in zip(self.weights, rewards.items())
         )
 
+    def alone(self, name: str) -> RewardSum:
+        """One of the rewards by itself, standardised as in the sum."""
+        i, one = list(self.rewards).index(name), RewardSum({name: self.rewards[name]}, [1.0])
+        one.means, one.stds = [self.means[i]], [self.stds[i]]
+        return one
+
     def score_rollout(
         self,
         tokenizer: PreTrainedTokenizerBase,
