@@ -173,7 +173,8 @@ def run_warp(run: Run, task: Task) -> dict:
         for m, one in enumerate(runs):
             if m % groups == group and not (one.folder / "model").exists():  # it is written last
                 set_weights_(policy, theta_init)
-                train_one(one, task_of(task, config, m), policy)
+                own = config.rm_of_run and task.reward.alone(config.rm_of_run[m])
+                train_one(one, task._replace(reward=own or task.reward), policy)
         run.ranks.wait()
 
         thetas, rows = [], []
@@ -226,13 +227,6 @@ def run_warp(run: Run, task: Task) -> dict:
             save_policy(policy, task.tokenizer, run.folder / "front" / f"eta-{eta:g}" / "model")
     write_json(run.folder / "front.json", results)
     return results
-
-
-def task_of(task: Task, config: Config, m: int) -> Task:
-    """The task of an iteration's run m, from 0 on: with --rm-of-run, it has its own reward."""
-    if not config.rm_of_run:
-        return task
-    return task._replace(reward=task.reward.alone(config.rm_of_run[m]))
 
 
 def reward_table(rows: list[dict]) -> str:

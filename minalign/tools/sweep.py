@@ -102,14 +102,15 @@ def plan(config: Config, varied: dict[str, list[str]], shared: list[str]) -> lis
         raise UserError(f"{path}: cannot be imported ({told(error)})") from error
     require(hasattr(script, "Config") and hasattr(script, "resolve"), f"{path}: has no Config")
     planned, kinds = [], typing.get_type_hints(script.Config)
-    several = {name for name in varied if "list[" in str(kinds.get(field_of(name)))}
+    fields = {name: name[2:].replace("-", "_") for name in varied}
+    several = {name for name in varied if "list[" in str(kinds.get(fields[name]))}
     for values in itertools.product(*varied.values()):
         parts = zip(varied, values)
         words = [[name, *(v.split() if name in several else [v])] for name, v in parts]
         for seed in range(config.seeds):
             argv = [*shared, *itertools.chain(*words), "--seed", str(seed)]
             flags = parse_flags(script.Config, script.__doc__, argv, str(path))
-            parts = [f"{name[2:]}-{shown(getattr(flags, field_of(name)))}" for name in varied]
+            parts = [f"{name[2:]}-{shown(getattr(flags, fields[name]))}" for name in varied]
             folder = Path(config.out, "_".join([*parts, f"seed-{seed}"]))
             flags.out = str(folder)
             flags = script.resolve(flags)
@@ -120,11 +121,6 @@ def plan(config: Config, varied: dict[str, list[str]], shared: list[str]) -> lis
     names = [run.folder for run in planned]
     require(len({*names}) == len(names), "a value is given twice: leave one out")
     return planned
-
-
-def field_of(name: str) -> str:
-    """The field of a flag: batch_size of --batch-size."""
-    return name[2:].replace("-", "_")
 
 
 def shown(value: object) -> str:
@@ -181,58 +177,50 @@ def run_all(script: str, planned: list[Planned], jobs: int) -> dict[Path, str]:
 
 
 def table(groups: list[Group]) -> list[dict]:
-    """For each setting the last held-out measures: mean and deviation over the seeds.
+    """For each setting the last held-out measures: mean, deviation and values of the seeds.
 
-    Of policies and fronts also the reward at the largest KL that every run reaches.
+    Of policies and fronts also the reward at the largest KL that every run reaches. Of reward runs
+    they are those of the model that was kept.
     """
-    curves = {
-        run.path: [
-            (point["kl_sft"], point["reward"])
-            for point in run.points
-            if math.isfinite(point.get("kl_sft", math.nan) + point.get("reward", math.nan))
-        ]
-        for group in groups
-        for run in group.runs
-    }
-    grid, values = at_equal_kl(list(curves.values()), 2) if all(curves.values()) else ([], [])
-    at_kl = {path: rewards[-1] for path, rewards in zip(curves, values) if grid}
+    runs = [run for group in groups for run in group.runs]
+    curves = [[(p.get("kl_sft"), p.get("reward")) for p in run.points] for run in runs]
+    curves = [[point for point in curve if all(map(is_number, point))] for curve in curves]
+    grid, at_kl = at_equal_kl(curves, 2) if all(curves) else ([], [])
+    measured = {}
+    for i, run in enumerate(runs):
+        last = dict(run.points[-1]) if run.points else {}
+        if losses := run.columns.get("eval_loss", ((), ()))[1]:
+            kept = min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))
+            last = {k[5:]: v[kept] for k, (_, v) in run.columns.items() if k.startswith("eval_")}
+        measured[run.path] = last | ({f"reward at KL {grid[-1]:.2f}": at_kl[i][-1]} if grid else {})
     rows = []
     for group in groups:
-        lasts = []
-        for run in group.runs:
-            last = {k: v for k, v in (run.points or [{}])[-1].items() if k not in ("eta", "step")}
-            if losses := run.columns.get("eval_loss", ((), ()))[1]:  # the model of a reward run
-                best = min(range(len(losses)), key=lambda i: (math.isnan(losses[i]), losses[i]))
-                logged = {
-                    k.removeprefix("eval_"): v for k, v in run.columns.items() if "eval_" in k
-                }
-                last = {name: column[best] for name, (_, column) in logged.items()}
-            if run.path in at_kl:
-                last[f"reward at KL {grid[-1]:.2f}"] = at_kl[run.path]
-            lasts.append(last)
-        row = {"setting": group.label, "seeds": len(lasts)}
-        for name in lasts[0]:
-            of_seeds = [last.get(name, math.nan) for last in lasts]
-            deviation = statistics.stdev(of_seeds) if len(of_seeds) > 1 else None
-            mean = statistics.fmean(of_seeds)
-            row[name] = {"mean": mean, "deviation": deviation, "values": of_seeds}
+        of_seeds = [measured[run.path] for run in group.runs]
+        row = {"setting": group.label, "seeds": len(of_seeds)}
+        for name in of_seeds[0]:
+            values = [one.get(name, math.nan) for one in of_seeds]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            row[name] = {"mean": statistics.fmean(values), "deviation": deviation, "values": values}
         rows.append(row)
     return rows
 
 
+def is_number(value: float | None) -> bool:
+    """Whether a measure is there, and finite."""
+    return value is not None and math.isfinite(value)
+
+
 def show(rows: list[dict]) -> str:
     """The table as text: the measures that tell most, mean +- deviation over the seeds."""
-    first = ["kl_sft", "reward", "gold", "accuracy", "loss", "ece"]
-    first += [name for name in rows[0] if name.startswith("reward at KL")]
-    names = [name for name in first if all(name in row for row in rows)]
+    names = ["kl_sft", "reward", "gold", "accuracy", "loss", "ece"]
+    names += [name for name in rows[0] if name.startswith("reward at KL")]
+    names = [name for name in names if all(name in row for row in rows)]
     width = max(len(row["setting"]) for row in rows)
-    lines = [f"{'':{width}}" + "".join(f"  {name:>17}" for name in names)]
+    lines = [" " * width + "".join(f"  {name:>17}" for name in names)]
     for row in rows:
-        cells = []
-        for name in names:
-            mean, deviation = row[name]["mean"], row[name]["deviation"]
-            cells.append(f"{mean:z.3f}" + (f" +- {deviation:.3f}" if deviation is not None else ""))
-        lines.append(f"{row['setting']:{width}}" + "".join(f"  {cell:>17}" for cell in cells))
+        cells = [(row[name]["mean"], row[name]["deviation"]) for name in names]
+        texts = [f"{a:z.3f}" if b is None else f"{a:z.3f} +- {b:.3f}" for a, b in cells]
+        lines.append(f"{row['setting']:{width}}" + "".join(f"  {text:>17}" for text in texts))
     return "\n".join(lines)
 
 
@@ -260,8 +248,6 @@ def main(argv: list[str] | None = None) -> None:
             saved.append(str(out / "sweep.png"))
         except ImportError:
             print("sweep.png was not drawn: pip install matplotlib")
-        except UserError as error:
-            print(f"sweep.png was not drawn: {error}")
         print(f"\nsaved {', '.join(saved)}")
     if failed:
         print(f"\nfailed: {len(failed)} of {len(planned)}", file=sys.stderr)

@@ -69,20 +69,18 @@ def with_moves(
         if seen:
             here = counts[group_of(name, scope)]
             here += torch.cat([found.double().cpu() * size / seen, here.new_tensor([size])])
+    norms = torch.tensor([group["norms"] for group in report.values()]).double()  # (groups, M)
     pairs = torch.triu_indices(len(states), len(states), 1)
-    squares, dots = torch.zeros(len(states)).double(), torch.zeros(pairs.shape[1]).double()
-    for group in report.values():
-        norms = torch.tensor(group["norms"], dtype=torch.float64)
-        cosines = torch.tensor([math.cos(math.radians(a or 0)) for a in group["angles"]]).double()
-        squares += norms**2
-        dots += cosines * norms[pairs[0]] * norms[pairs[1]]  # 0 where a norm, and so no angle, is
-    norms = squares.sqrt()
+    angles = [[angle or 0.0 for angle in group["angles"]] for group in report.values()]
+    cosines = torch.tensor(angles).double().deg2rad().cos()  # where there is none, a norm is 0
+    dots = (cosines * norms[:, pairs[0]] * norms[:, pairs[1]]).sum(0)
+    norms = norms.square().sum(0).sqrt()
     angles = (dots / norms[pairs[0]] / norms[pairs[1]]).clamp(-1, 1).acos().rad2deg().tolist()
-    whole = not any(map(math.isnan, angles))
+    found = bool(angles) and all(angle == angle for angle in angles)
     total = {
         "threshold": threshold,
-        "angle": statistics.fmean(angles) if angles and whole else None,
-        "angles": [None if math.isnan(angle) else angle for angle in angles],
+        "angle": statistics.fmean(angles) if found else None,
+        "angles": [angle if angle == angle else None for angle in angles],
         "norms": norms.tolist(),
         "norm": math.hypot(*(group["norm"] for group in report.values())),
     }
@@ -104,24 +102,19 @@ def _shares(*counts: float) -> dict[str, float | list[float] | None]:
 
 def angle_summary(report: dict[str, dict]) -> str:
     """One line on what was merged, from the report of `with_moves`."""
-
-    def shown(values: Sequence[float | None], form: str) -> str:
-        """Values; of many, the range."""
-        values = ["none" if value is None else format(value, form) for value in values]
-        low, high = min(values, key=len), max(values)
-        return ", ".join(values) if len(values) < 6 else f"{low} to {high}"
-
     total, *groups = report.values()
+    moved, norms = total["moved"], total["norms"]
     angles = [group["angle"] for group in groups if group["angle"] is not None]
     text = "no angles: fewer than two task vectors that are not zero"
-    if angles:
+    if angles and total["angle"] is not None:
         text = (
-            f"angle {shown([total['angle']], '.1f')} degrees, of {len(angles)} groups "
-            f"{min(angles):.1f} to {max(angles):.1f}, median {statistics.median(angles):.1f}"
+            f"angle {total['angle']:.1f} degrees, of {len(angles)} groups {min(angles):.1f} to "
+            f"{max(angles):.1f}, median {statistics.median(angles):.1f}"
         )
-    overlap, agreement = ([total[name]] for name in ("overlap", "sign_agreement"))
+    shares = (total["overlap"], total["sign_agreement"])
+    overlap, agreement = ("none" if one is None else f"{one:.1%}" for one in shares)
     return (
-        f"moved by more than {total['threshold']:g}: {shown(total['moved'], '.1%')} of the weights,"
-        f" overlap {shown(overlap, '.1%')}, of that one sign {shown(agreement, '.1%')}; {text}; "
-        f"norms {shown(total['norms'], '.3g')}"
+        f"moved by more than {total['threshold']:g}: {min(moved):.1%} to {max(moved):.1%} of the "
+        f"weights, overlap {overlap}, of that one sign {agreement}; {text}; "
+        f"norms {min(norms):.3g} to {max(norms):.3g}"
     )
