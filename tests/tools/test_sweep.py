@@ -22,6 +22,7 @@ import dataclasses, json, os, pathlib, sys, time
 from dataclasses import dataclass
 from minalign.running.errors import one_line_errors, require
 from minalign.running.flags import flag, parse_flags
+from minalign.running.run import stop_after_step
 
 @dataclass
 class Config:
@@ -46,7 +47,11 @@ def main():
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with open(folder / "starts", "a") as file:
         file.write(f"{config.resume} {os.getpid()}\\n")
-    time.sleep(config.waits)
+    if config.waits:
+        with stop_after_step(folder) as stop:
+            stop.wait(config.waits)
+            time.sleep(0.5)  # the rest of the step; a second signal would end it at once
+            raise KeyboardInterrupt("after its step")
     require(not (config.fails and config.seed == 1), "--seed 1: it fails")
     rows = [{"step": s, "reward": 0.0, "kl_sft": 0.0} for s in (1, 2, 3)]
     for row in rows:
@@ -170,17 +175,21 @@ def test_a_finished_run_with_other_flags_is_not_taken_for_one_of_these(here, cap
 def test_ctrl_c_reaches_every_run_once_and_the_same_command_goes_on(here, number):
     words = "-m minalign sweep script.py --eta 0.5,1 --seeds 1 --out s --jobs 2 -- --waits".split()
     job = subprocess.Popen(
-        [sys.executable, *words, "60"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [sys.executable, *words, "60"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     )
     folders = [Path("s/eta-0.5_seed-0"), Path("s/eta-1.0_seed-0")]
     deadline = time.monotonic() + 60
     while not all((f / "starts").exists() for f in folders) and time.monotonic() < deadline:
         time.sleep(0.05)
-    job.send_signal(number)
+    os.killpg(job.pid, number)  # as a terminal does: to all of the group
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 130 and errors == "stopped: the same command goes on\n"
     for folder in folders:
-        assert Path(f"{folder}.log").read_text() == "stopped\n"
+        assert "stopped: after its step: go on" in Path(f"{folder}.log").read_text()
         with pytest.raises(ProcessLookupError):
             os.kill(int((folder / "starts").read_text().split()[1]), 0)
         assert not (folder / "finished").exists()
