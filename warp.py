@@ -29,7 +29,7 @@ import train_policy
 from minalign.models.functions import check_functions
 from minalign.running.errors import one_line_errors, require
 from minalign.running.files import read_json, read_json_lines, write_json
-from minalign.running.flags import flag, parse_flags
+from minalign.running.flags import dashed, flag, parse_flags
 from minalign.running.run import Run, open_run
 
 if typing.TYPE_CHECKING:  # heavy imports come after parsing: --help and a wrong flag answer at once
@@ -59,13 +59,23 @@ class Config(train_policy.Config):
         "M: policies per iteration; they differ in the order of prompts and in sampling",
         "[1, 1000]",
     )
+    rm_of_run: list[str] | None = flag(
+        None,
+        "in place of --rm: M rewards, one for each run of an iteration; each keeps its own scale, "
+        "with --standardize-rewards none does",
+    )
     eta: float = flag(
         0.5, "how far theta_init moves towards the merge between iterations", "[0, 1]"
     )
-    method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
+    method: str = flag(
+        "slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp", "ram")
+    )
+    ram_threshold: float = flag(
+        1e-5, "a run has moved a weight by more than this: for the report, and for ram", "[0, inf)"
+    )
     scope: str = flag(
         "layer",
-        "what shares an angle: a transformer layer, a tensor, the whole model",
+        "what shares an angle, and a line of the report: a layer, a tensor, the whole model",
         ("layer", "tensor", "model"),
     )
     etas: str = flag(
@@ -81,6 +91,20 @@ def resolve(config: Config) -> Config:
         not config.shard,
         "--shard: of train_policy.py and train_rm.py alone: here processes train runs side by side",
     )
+    if names := config.rm_of_run:
+        for field in dataclasses.fields(config):
+            given = field.name.startswith("rm") and getattr(config, field.name) != field.default
+            require(
+                not given or field.name == "rm_of_run",
+                f"--rm-of-run: each run has one reward: leave {dashed(field.name)} out",
+            )
+        require(
+            len(names) == config.runs,
+            f"--rm-of-run: got {len(names)}, expected one reward for each of --runs {config.runs}",
+        )
+        # All of them are loaded. `reward` of a merge is their mean over the runs.
+        config.rm = list(dict.fromkeys(names))
+        config.rm_weights = [names.count(name) / len(names) for name in config.rm]
     config = train_policy.resolve(config)
     etas = numbers("--etas", config.etas)
     require(bool(etas), "--etas: expected at least one number")
@@ -127,7 +151,7 @@ def run_warp(run: Run, task: Task) -> dict:
     from minalign.models.activations import checkpoint_activations_
     from minalign.models.loading import load_policy
     from minalign.models.saving import save_policy
-    from minalign.tools.merge import angle_summary
+    from minalign.tools.task_vectors import angle_summary, with_moves
 
     config, results = run.config, {"runs": [], "merges": [], "front": []}
     theta_sft = weights_of(task.start)
@@ -137,6 +161,8 @@ def run_warp(run: Run, task: Task) -> dict:
     groups = min(config.runs, run.ranks.count)
     group, members = run.ranks.split(groups)
 
+    if config.rm_of_run:
+        start, results["table"] = measure(run, task, policy, "start policy"), []
     theta_init = theta_sft
     for i in range(1, config.iterations + 1):
         print(f"\niteration {i} of {config.iterations}")
@@ -147,29 +173,44 @@ def run_warp(run: Run, task: Task) -> dict:
         for m, one in enumerate(runs):
             if m % groups == group and not (one.folder / "model").exists():  # it is written last
                 set_weights_(policy, theta_init)
-                train_one(one, task, policy)
+                own = config.rm_of_run and task.reward.alone(config.rm_of_run[m])
+                train_one(one, task._replace(reward=own or task.reward), policy)
         run.ranks.wait()
 
-        thetas = []
+        thetas, rows = [], []
         for m, one in enumerate(runs, 1):
             set_weights_(policy, weights_of(load_policy(str(one.folder))[0]))
             thetas.append(weights_of(policy))
             if run.first:
                 shutil.rmtree(one.folder / "checkpoints", ignore_errors=True)
-            results["runs"].append({"iteration": i, "run": m, "curve": curve_of(one.folder)})
-            measure(run, task, policy, f"policy {m}", one.folder)
+            curve = curve_of(one.folder)
+            metrics = measure(run, task, policy, f"policy {m}", one.folder)
+            if config.rm_of_run:  # along the curve `reward` was the run's own
+                name = config.rm_of_run[m - 1]
+                curve = [{f"reward {name}": point.pop("reward")} | point for point in curve]
+                curve[-1] |= metrics
+                rows.append({"policy": f"run {m}: {name}"} | metrics)
+            results["runs"].append({"iteration": i, "run": m, "curve": curve})
 
         # theta_slerp <- theta_init + slerp of the task vectors: of the policies, not of their EMAs
-        theta_merged, report = merge_policies(theta_init, thetas, config.method, config.scope)
+        scope, threshold = config.scope, config.ram_threshold
+        theta_merged, report = merge_policies(
+            theta_init, thetas, config.method, scope, ram_threshold=threshold
+        )
         set_weights_(policy, theta_merged)
         folder = iteration / "merged"
         if run.first:
+            report = with_moves(report, theta_init, thetas, scope, threshold)
             write_json(iteration / "angles.json", report)
             print(f"  {angle_summary(report)}")
             if not (folder / "model").exists():
                 save_policy(policy, task.tokenizer, folder / "model")
         metrics = measure(run, task, policy, f"{config.method} of {config.runs}", folder)
         results["merges"].append({"iteration": i} | metrics)
+        if config.rm_of_run and run.first:
+            rows = [{"policy": "start policy"} | start, *rows, {"policy": config.method} | metrics]
+            results["table"] += [{"iteration": i} | row for row in rows]
+            print(reward_table(rows))
 
         # theta_init <- (1 - eta) theta_init + eta theta_slerp, for the next iteration
         theta_init = liti(theta_init, theta_merged, config.eta)
@@ -186,6 +227,17 @@ def run_warp(run: Run, task: Task) -> dict:
             save_policy(policy, task.tokenizer, run.folder / "front" / f"eta-{eta:g}" / "model")
     write_json(run.folder / "front.json", results)
     return results
+
+
+def reward_table(rows: list[dict]) -> str:
+    """What start policy, runs and merge of an iteration are worth by every reward."""
+    names = ["kl_sft", "reward", *(name for name in rows[0] if name.startswith("reward "))]
+    width = max(len(row["policy"]) for row in rows)
+    lines = [f"  {'held-out means':{width}}" + "".join(f"  {name:>8}" for name in names)]
+    for row in rows:
+        values = (f"  {row[name]:z{max(8, len(name))}.3f}" for name in names)
+        lines.append(f"  {row['policy']:{width}}" + "".join(values))
+    return "\n".join(lines)
 
 
 def run_of(run: Run, iteration: Path, i: int, m: int, members: Ranks) -> Run:

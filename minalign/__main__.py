@@ -1,4 +1,4 @@
-"""Tools beside the three scripts: python -m minalign generate|score|evaluate|judge|plot|merge."""
+"""Tools beside the three scripts: python -m minalign TOOL, as listed here."""
 
 import importlib
 import sys
@@ -13,6 +13,7 @@ TOOLS = {
     "judge": "two policies compared, pair by pair, by a language model as judge",
     "plot": "figures of runs",
     "merge": "saved models merged by their task vectors (WARP)",
+    "sweep": "runs of a script for several values of its flags, a table and a figure",
 }
 
 

@@ -1,4 +1,4 @@
-"""Weights in motion: EMA, task vectors, SLERP, LERP and LITI (WARP, arXiv 2406.16768).
+"""Weights in motion: EMA, task vectors, SLERP, LERP, RAM and LITI (WARP, arXiv 2406.16768).
 
 Everything is taken from task vectors delta = theta - theta_init: full weights are nearly collinear,
 so that SLERP of them is just LERP. A function needs nothing but `import torch`, `import math` and
@@ -48,21 +48,15 @@ def ema_update_(
     for i, (ema, parameter) in enumerate(zip(ema_parameters, parameters)):
         if not ema.is_floating_point() or ema.data_ptr() in moved:
             continue
+        problem = ""
         if ema.shape != parameter.shape:
-            raise ValueError(
-                f"got shapes {tuple(ema.shape)} and {tuple(parameter.shape)} at tensor {i}, "
-                "expected one"
-            )
-        if ema.dtype != torch.float32:
-            raise ValueError(
-                f"got an average in {ema.dtype} at tensor {i}, expected float32: call .float() on "
-                "its model"
-            )
-        if ema.numel() and ema.data_ptr() == parameter.data_ptr():
-            raise ValueError(
-                f"got one storage for average and policy at tensor {i}, expected a copy: use "
-                "deepcopy"
-            )
+            problem = f"shapes {tuple(ema.shape)} and {tuple(parameter.shape)}, expected one"
+        elif ema.dtype != torch.float32:
+            problem = f"an average in {ema.dtype}, expected float32: call .float() on its model"
+        elif ema.numel() and ema.data_ptr() == parameter.data_ptr():
+            problem = "one storage for average and policy, expected a copy: use deepcopy"
+        if problem:
+            raise ValueError(f"tensor {i}: got {problem}")
         ema.lerp_(parameter.to(ema), mu)
         moved.add(ema.data_ptr())
 
@@ -158,10 +152,8 @@ def slerp(delta_a: torch.Tensor, delta_b: torch.Tensor, lam: float) -> torch.Ten
         raise ValueError(
             f"got shapes {tuple(delta_a.shape)} and {tuple(delta_b.shape)}, expected one"
         )
-    deltas = torch.stack([delta_a.detach().double(), delta_b.detach().double()])
-    flat = deltas.flatten(1)  # (2, n)
-    weights = slerp_coefficients(flat @ flat.T, lam)
-    return (weights[0] * deltas[0] + weights[1] * deltas[1]).float()
+    flat = torch.stack([delta_a, delta_b]).detach().double().flatten(1)  # (2, n)
+    return (slerp_coefficients(flat @ flat.T, lam) @ flat).view(delta_a.shape).float()
 
 
 def slerp_many(deltas: list[torch.Tensor]) -> torch.Tensor:
@@ -189,6 +181,36 @@ def slerp_many(deltas: list[torch.Tensor]) -> torch.Tensor:
         )
     flat = torch.stack([delta.detach().double().flatten() for delta in deltas])  # (M, n)
     return (slerp_coefficients(flat @ flat.T) @ flat).view(deltas[0].shape).float()
+
+
+def ram(deltas: list[torch.Tensor], threshold: float = 1e-5) -> torch.Tensor:
+    """Reinforced agent merging: of each weight, the mean over the runs that moved it.
+
+        sum_m [|d_m| > t] d_m / max(1, sum_m [|d_m| > t])        (RAM, arXiv 2601.13572)
+
+    What one run alone moved is kept whole, where LERP divides it by M. Where all moved, it is LERP.
+
+    Args:
+        deltas: M >= 1 task vectors of one shape.
+        threshold: t, in the unit of the weights.
+    Returns:
+        The same shape; float32, or float64 where the task vectors are.
+    Raises:
+        ValueError: no vector, shapes that differ, or a threshold below 0 or not finite.
+
+    >>> ram([torch.tensor([2.0, 2.0, 0.0]), torch.tensor([0.0, 4.0, 0.0])])
+    tensor([2., 3., 0.])
+    """
+    if not len(deltas) or any(d.shape != deltas[0].shape for d in deltas):
+        raise ValueError(
+            f"got shapes {[tuple(d.shape) for d in deltas]}, expected one or more, all alike"
+        )
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"got threshold={threshold}, expected a number of 0 or more")
+    stacked = torch.stack(list(deltas)).detach()
+    stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+    moved = stacked.abs() > threshold
+    return (moved * stacked).sum(0) / moved.sum(0).clamp(min=1)
 
 
 def task_vector(
@@ -258,6 +280,19 @@ def liti(
     return result
 
 
+def group_of(name: str, scope: str) -> str:
+    """The group whose angle a tensor shares: the scope of `merge_policies`, in a word.
+
+    >>> group_of("model.layers.3.mlp.up.weight", "layer"), group_of("lm_head.weight", "layer")
+    ('model.layers.3', 'lm_head')
+    """
+    if scope != "layer":
+        return name if scope == "tensor" else "model"
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[: number + 1] if number is not None else parts[:-1]) or name
+
+
 @torch.no_grad()
 def merge_policies(
     init_state: dict[str, torch.Tensor],
@@ -266,6 +301,7 @@ def merge_policies(
     scope: str = "layer",
     lam: float | None = None,
     out: dict[str, torch.Tensor] | None = None,
+    ram_threshold: float = 1e-5,
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float | list[float] | None]]]:
     """Merge M policies that were trained from one initialisation.
 
@@ -273,63 +309,56 @@ def merge_policies(
         (WARP, arXiv 2406.16768; the coefficients c come from the angles of each group)
 
     A merge of task vectors is a weighted sum of them, and SLERP's weights follow from their dot
-    products alone. So there is one pass over the tensors for the dot products and one for the sums.
-    Both go block by block: states may be lazy mappings of name to tensor, and `out` may write each
-    tensor away. The arithmetic is float32, and float64 where the difference would show: one policy
-    alone, and vectors within a degree of parallel or opposite. Tensors that share their storage in
-    init and states (tied embeddings) count once and are merged once.
+    products alone. (RAM's differ from entry to entry.) So there is one pass over the tensors for
+    the dot products and one for the sums. Both go block by block: states may be lazy mappings of
+    name to tensor, and `out` may write each tensor away. The arithmetic is float32, and float64
+    where the difference would show: one policy alone, and vectors within a degree of parallel or
+    opposite. Tensors that share their storage in init and states (tied embeddings) count once and
+    are merged once.
 
     Args:
         init_state, states: theta_init and the M >= 1 policies, same keys and shapes, any floating
             dtypes.
         method: "slerp" (the recursion of `slerp_many`), "slerp-symmetric" (mean direction, mean
-            norm: no order) or "lerp" (mean).
+            norm: no order), "lerp" (mean) or "ram" (see `ram`).
         scope: what shares an angle: "layer" (a transformer block; embeddings, final norm and head
             each by themselves; the paper's), "tensor", or "model" (the whole flattened vector).
         lam: weight of the second of two policies; None is 1/M.
         out: receives the merged tensors by name; None is a new dict.
+        ram_threshold: t of `ram`.
     Returns:
         out, each tensor in the widest dtype of its inputs (buffers that are not floating are the
         init's), and a report. It has for each group "angle" (mean over pairs, degrees; None where a
-        vector is zero or M = 1), "norms" (of the M task vectors) and "norm" (of the merged one).
+        vector is zero or M = 1), "angles" (of the pairs 1-2, 1-3, ..., 2-3, ...), "norms" (of the M
+        task vectors) and "norm" (of the merged one).
     Raises:
         ValueError: a key or shape differs or a weight is not finite (it is named), no states, an
-            unknown word, lam with other than two states, or lam with "slerp-symmetric".
+            unknown word, a threshold that `ram` refuses, lam with other than two states, or lam
+            with "slerp-symmetric" or "ram".
 
     >>> init, a, b = ({"w": torch.tensor(w)} for w in ([1.0, 1.0], [2.0, 1.0], [1.0, 2.0]))
     >>> merged, report = merge_policies(init, [a, b])
     >>> merged["w"], report["w"]["angle"]
     (tensor([1.7071, 1.7071]), 90.0)
     """
-    if method not in ("slerp", "slerp-symmetric", "lerp"):
-        raise ValueError(f"got method={method!r}, expected 'slerp', 'slerp-symmetric' or 'lerp'")
+    if method not in ("slerp", "slerp-symmetric", "lerp", "ram"):
+        raise ValueError(f"got method={method!r}, expected slerp, slerp-symmetric, lerp or ram")
     if scope not in ("layer", "tensor", "model"):
         raise ValueError(f"got scope={scope!r}, expected 'layer', 'tensor' or 'model'")
-    if not states or (lam is not None and (len(states) != 2 or method == "slerp-symmetric")):
+    if not states or (lam is not None and (len(states) != 2 or method not in ("slerp", "lerp"))):
         raise ValueError(
             f"got {len(states)} states, method={method!r} and lam={lam}, expected 1 or more; "
-            "lam is for two"
+            "lam is for two, and for slerp or lerp"
         )
     every_state = [init_state, *states]
-    shapes, *others = [
-        {name: tuple(tensor.shape) for name, tensor in state.items()} for state in every_state
-    ]
+    shapes, *others = [{k: tuple(v.shape) for k, v in state.items()} for state in every_state]
     for m, found in enumerate(others, 1):
         for name in dict.fromkeys([*shapes, *found]):
-            if shapes.get(name) != found.get(name):
+            if (init := shapes.get(name, "missing")) != (its := found.get(name, "missing")):
                 raise ValueError(
-                    f"got {name!r}: {shapes.get(name, 'missing')} in the init and "
-                    f"{found.get(name, 'missing')} in policy {m}, expected the same keys and "
-                    "shapes: merge policies of one init"
+                    f"got {name!r}: {init} in the init and {its} in policy {m}, expected the same "
+                    "keys and shapes: merge policies of one init"
                 )
-
-    def group_of(name: str) -> str:
-        """The group whose angle a tensor shares."""
-        if scope != "layer":
-            return name if scope == "tensor" else "model"
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        return ".".join(parts[: number + 1] if number is not None else parts[:-1]) or name
 
     # A generator: the name of its type would be one more import.
     def blocks(name: str, dtype: torch.dtype):
@@ -393,7 +422,7 @@ def merge_policies(
             tied.append((name, first_name[storages]))
         else:
             first_name[storages] = name
-            groups.setdefault(group_of(name), []).append(name)
+            groups.setdefault(group_of(name, scope), []).append(name)
 
     out = {} if out is None else out
     report = {}
@@ -420,17 +449,24 @@ def merge_policies(
                         f"got {name!r} of {f'policy {m}' if m else 'the init'} with numbers that "
                         "are not finite, expected finite ones"
                     )
+        square = (weights @ gram @ weights).clamp(min=0) * (method != "ram")
         for name in floating:
             merged = torch.empty(shapes[name], dtype=widest(name), device=gram.device)
             parts = merged.view(-1).split(2**18)
             for part, (theta_init, deltas) in zip(parts, blocks(name, dtype)):
-                torch.add(theta_init, weights.to(dtype) @ deltas, out=part)
+                if method != "ram":
+                    delta = weights.to(dtype) @ deltas
+                else:
+                    delta = ram(deltas, ram_threshold)
+                    square += delta.double().square().sum()
+                torch.add(theta_init, delta, out=part)
             out[name] = merged
         angles = cosines(gram).acos().rad2deg()
         report[group] = {
             "angle": angles.mean().item() if len(angles) and angles.isfinite().all() else None,
+            "angles": [None if angle != angle else angle for angle in angles.tolist()],
             "norms": gram.diagonal().sqrt().tolist(),
-            "norm": (weights @ gram @ weights).clamp(min=0).sqrt().item(),
+            "norm": square.sqrt().item(),
         }
     for name, first in tied:
         out[name] = out[first]

@@ -126,8 +126,11 @@ def load_task(
             len(weights) == len(parts),
             f"--rm-weights: got {len(weights)}, expected one for each of {len(parts)} rewards",
         )
-        with autocast(device, dtype):
-            reward = standardised_sum(parts, weights, task, flags, batch_size)
+        reward = RewardSum(parts, weights)
+        # Those of warp.py --rm-of-run are not added up in training: each keeps its own scale.
+        if flags.standardize_rewards or not getattr(flags, "rm_of_run", None):
+            with autocast(device, dtype):
+                reward = standardised_sum(parts, weights, task, flags, batch_size)
     else:
         (reward,) = parts.values()
     return task._replace(reward=reward)

@@ -1,6 +1,7 @@
 """Merging: closed forms, singular cases, scopes, ties, and the command line on saved folders."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -12,9 +13,11 @@ import minalign.merge as merge_module
 from minalign.data import toy
 from minalign.merge import (
     ema_update_,
+    group_of,
     lerp,
     liti,
     merge_policies,
+    ram,
     slerp,
     slerp_coefficients,
     slerp_many,
@@ -22,6 +25,7 @@ from minalign.merge import (
 )
 from minalign.running.errors import UserError
 from minalign.tools.merge import main as merge_main
+from minalign.tools.task_vectors import angle_summary, with_moves
 
 
 def seeded(seed):
@@ -391,7 +395,9 @@ def test_merging_folders_equals_merging_in_memory_bit_for_bit(saved, monkeypatch
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert (folder / "merged" / "model.safetensors.index.json").exists() == (shard_bytes < 2**27)
     assert (folder / "merged" / "chat_template.jinja").exists()
-    assert json.loads((folder / "merged" / "angles.json").read_text()).keys() == report.keys()
+    written = json.loads((folder / "merged" / "angles.json").read_text())
+    assert written.keys() == {"total"} | report.keys()
+    assert all(report[group].items() <= written[group].items() for group in report)
 
 
 def test_merging_folders_moves_by_eta(saved):
@@ -481,3 +487,166 @@ def test_slerp_slerp_many_and_merge_policies_take_the_same_coefficients(monkeypa
     for other in (slerp(a, b, 0.5), slerp_many([a, b])):
         torch.testing.assert_close(merged["w"], other, rtol=1e-5, atol=1e-6)
     assert len(calls) >= 3
+
+
+# --- RAM, and what the runs moved -----------------------------------------------------------------
+
+
+def test_ram_by_hand():
+    """t = .5. Nobody moved the first, one alone the next two, two the next three, all the last."""
+    a = torch.tensor([0.5, 2.0, 0.25, 1.0, 3.0, 0.0, 1.0])
+    b = torch.tensor([-0.5, 0.0, 0.0, 3.0, -1.0, -4.0, 2.0])
+    c = torch.tensor([0.0, 0.5, -0.75, 0.5, 0.0, 2.0, 6.0])
+    by_hand = torch.tensor([0.0, 2.0, -0.75, 2.0, 1.0, -1.0, 3.0])
+    assert torch.equal(ram([a, b, c], 0.5), by_hand)
+    merged, report = merge_policies(
+        {"w": torch.ones(7)}, [{"w": 1 + d} for d in (a, b, c)], "ram", ram_threshold=0.5
+    )
+    assert torch.equal(merged["w"], 1 + by_hand)
+    assert report["w"]["norm"] == pytest.approx(by_hand.norm().item())
+
+
+def test_ram_of_what_all_moved_is_lerp_and_of_disjoint_vectors_the_sum():
+    a, b = torch.randn(99, generator=seeded(1)), torch.randn(99, generator=seeded(2))
+    torch.testing.assert_close(ram([a, b]), lerp(a, b, 0.5))
+    even = torch.arange(99) % 2
+    assert torch.equal(ram([a * even, b * (1 - even)]), a * even + b * (1 - even))
+    assert torch.equal(ram([a], 0.5), a * (a.abs() > 0.5))
+    assert torch.equal(ram([a, b], 0), ram([b, a], 0)) and not ram([a * 0, b * 0], 0).any()
+    assert ram([a.double(), b.double()]).dtype == torch.float64
+    assert ram([a.bfloat16(), b.bfloat16()]).dtype == torch.float32
+    assert ram([a / 0, b])[a != 0].isinf().all() and ram([a * math.nan, b]).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "count, dtype, size",
+    [
+        (1, torch.float32, 99),
+        (2, torch.bfloat16, 99),
+        (3, torch.float64, 99),
+        (3, torch.float32, 2**18 + 5),
+    ],
+)
+def test_ram_of_states_goes_weight_by_weight_whatever_shares_an_angle(count, dtype, size, device):
+    sizes = {"model.layers.0.w": size, "model.layers.0.b": 3, "head": 7}
+    init = {n: torch.randn(s, device=device).to(dtype) for n, s in sizes.items()}
+    states = []
+    for m in range(count):
+        moved = {n: (torch.rand(s, generator=seeded(m)) < 0.3) for n, s in sizes.items()}
+        states.append({n: init[n] + moved[n].to(init[n]) for n in init})
+    for scope in ("layer", "model"):
+        merged, report = merge_policies(init, states, "ram", scope, ram_threshold=1e-3)
+        square = 0.0
+        for name in init:
+            deltas = [state[name].float() - init[name].float() for state in states]
+            count_here = sum((delta.abs() > 1e-3).int() for delta in deltas)
+            expected = sum(deltas) / count_here.clamp(min=1)  # what is not moved here is 0
+            torch.testing.assert_close(
+                merged[name].float(), (init[name].float() + expected).to(dtype).float()
+            )
+            square += expected.double().square().sum().item()
+        assert math.hypot(*(one["norm"] for one in report.values())) == pytest.approx(square**0.5)
+
+
+def test_bad_ram_is_refused():
+    one, two = torch.ones(2), torch.ones(3)
+    for deltas, threshold in [([], 0), ([one, two], 0), ([one], -1), ([one], math.nan)]:
+        with pytest.raises(ValueError, match="expected"):
+            ram(deltas, threshold)
+    with pytest.raises(ValueError, match="lam is for two, and for slerp or lerp"):
+        merge_policies({"w": one}, [{"w": one}] * 2, "ram", lam=0.5)
+    with pytest.raises(ValueError, match="threshold"):
+        merge_policies({"w": one}, [{"w": one}] * 2, "ram", ram_threshold=math.inf)
+    with pytest.raises(ValueError, match="not finite"):
+        merge_policies({"w": one}, [{"w": one}, {"w": one * math.nan}], "ram")
+
+
+@pytest.mark.slow
+def test_ram_is_mergekits():
+    """With mergekit 0.1.5, of three policies, bit for bit but for the order of a sum."""
+    module = pytest.importorskip("mergekit.merge_methods.ram")
+    base, *thetas = (torch.randn(500, generator=seeded(m)) for m in range(4))
+    thetas = [torch.where(theta > 0, theta, base) for theta in thetas]
+    deltas = [theta - base for theta in thetas]
+    flat, moved, counts, shared, alone = module._prepare_ram_vectors(thetas, base, 1e-5)
+    theirs = (flat * moved * alone + flat * moved * shared / counts.clamp(min=1)).sum(0)
+    torch.testing.assert_close(ram(deltas), theirs, rtol=1e-6, atol=1e-7)
+
+
+def table(deltas, threshold):
+    """What runs moved, entry by entry, in plain Python: shares moved, overlap, sign agreement."""
+    entries = [[value for value in entry if abs(value) > threshold] for entry in zip(*deltas)]
+    moved = [sum(abs(value) > threshold for value in delta) / len(delta) for delta in deltas]
+    any_ = [entry for entry in entries if entry]
+    several = [entry for entry in any_ if len(entry) > 1]
+    alike = [entry for entry in several if min(entry) > 0 or max(entry) < 0]
+    overlap = len(several) / len(any_) if any_ else None
+    return moved, overlap, len(alike) / len(several) if several else None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+@pytest.mark.parametrize("scope", ["layer", "tensor", "model"])
+def test_the_report_counts_what_each_run_moved_per_group_and_in_total(count, scope):
+    names = ["model.embed.weight", "model.layers.0.q", "model.layers.0.k", "model.layers.1.q"]
+    init = {name: torch.randn(40 + i, generator=seeded(i)) for i, name in enumerate(names)}
+    init |= {"model.still": torch.ones(3), "mask": torch.ones(2, dtype=torch.bool)}
+    states = [dict(init) for _ in range(count)]
+    for m, state in enumerate(states):
+        for i, name in enumerate(names):
+            noise = torch.randn(40 + i, generator=seeded(100 * m + i))
+            state[name] = init[name] + noise.where(noise > -1, torch.zeros(()))
+    report = merge_policies(init, states, "lerp", scope)[1]
+    described = with_moves(report, init, states, scope, 0.25)
+    groups = {
+        group: [n for n in names + ["model.still"] if group_of(n, scope) == group]
+        for group in report
+    }
+    assert list(described) == ["total", *report]
+    for group, members in {"total": names + ["model.still"], **groups}.items():
+        vectors = torch.stack([flat(state, members) - flat(init, members) for state in states])
+        moved, overlap, agreement = table(vectors.tolist(), 0.25)
+        found = described[group]
+        assert found["moved"] == moved and found["weights"] == vectors.shape[1]
+        assert (found["overlap"], found["sign_agreement"]) == (overlap, agreement)
+        assert found["norms"] == pytest.approx(vectors.norm(dim=1).tolist())
+        assert found["norm"] == pytest.approx(vectors.mean(0).norm().item())
+        pairs = itertools.combinations(vectors, 2)
+        angles = [math.degrees(math.acos(a @ b / a.norm() / b.norm())) for a, b in pairs if a.any()]
+        if "still" in members[0]:
+            assert found["angle"] is None and found["overlap"] is None
+        else:
+            assert found["angles"] == pytest.approx(angles, abs=1e-3)
+    text = angle_summary(described)
+    assert f"{described['total']['moved'][0]:.1%}" in text and "\n" not in text
+
+
+def test_of_large_tensors_a_part_tells_what_was_moved():
+    """And small ones are looked at whole, and weigh what they have: not 32 times as much."""
+    size, small = 2**17 + 9, 2**14
+    init = {"large": torch.zeros(size), "small": torch.zeros(small)}
+    draws = [torch.rand(size, generator=seeded(m)) < share for m, share in ((0, 0.25), (1, 0.5))]
+    states = [{"large": draw * 1.0, "small": torch.ones(small)} for draw in draws]
+    report = merge_policies(init, states, "lerp")[1]
+    exact, sampled = (with_moves(report, init, states, "layer", 1e-5, part) for part in (1, 32))
+    for group in exact:
+        assert sampled[group]["moved"] == pytest.approx(exact[group]["moved"], abs=0.03)
+        assert sampled[group]["overlap"] == pytest.approx(exact[group]["overlap"], abs=0.03)
+        assert sampled[group]["weights"] == exact[group]["weights"]
+    assert sampled["small"] == exact["small"] and sampled["large"] != exact["large"]
+    shares = [(draw.sum().item() + small) / (size + small) for draw in draws]
+    assert exact["total"]["moved"] == pytest.approx(shares, abs=1e-12)
+
+
+def test_merging_folders_by_ram(saved, capsys):
+    folder, models = saved
+    merge(folder, "b c", "--method", "ram", "--ram-threshold", "0.02")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").state_dict()
+    start, *thetas = (models[name].state_dict() for name in ("init", "b", "c"))
+    for name, weight in start.items():
+        delta = ram([theta[name] - weight for theta in thetas], 0.02)
+        torch.testing.assert_close(merged[name], weight + delta)
+    total = json.loads((folder / "merged" / "angles.json").read_text())["total"]
+    assert "moved by more than 0.02: " in capsys.readouterr().out and 0 < total["overlap"] < 1
+    for wrong in ("--lam 0.5", "--ram-threshold -1", "--ram-threshold nan"):
+        with pytest.raises((UserError, SystemExit)):
+            merge(folder, "c b", "--method", "ram", *wrong.split())

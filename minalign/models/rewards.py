@@ -144,6 +144,12 @@ class RewardSum:
         if how == "sum":
             self.reading = " + ".join(f"{w:g} {part}" for w, part in zip(self.weights, parts))
 
+    def alone(self, name: str) -> RewardSum:
+        """One of the rewards by itself, standardised as in the sum."""
+        i, one = list(self.rewards).index(name), RewardSum({name: self.rewards[name]}, [1.0])
+        one.means, one.stds = [self.means[i]], [self.stds[i]]
+        return one
+
     def score_rollout(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import statistics
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..running.errors import UserError, require
 from ..running.files import to_json
 from ..running.flags import flag, parse_flags
 from .shards import INDEX, Shards
+from .task_vectors import angle_summary, with_moves
 
 if typing.TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -44,8 +44,17 @@ class Config:
     )
     models: list[str] | None = flag(None, "the policies to merge, in order")
     out: str = flag("", "folder of the merged model; must not exist")
-    method: str = flag("slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp"))
-    scope: str = flag("layer", "what shares an angle", ("layer", "tensor", "model"))
+    method: str = flag(
+        "slerp", "how task vectors are merged", ("slerp", "slerp-symmetric", "lerp", "ram")
+    )
+    ram_threshold: float = flag(
+        1e-5,
+        "a model has moved a weight by more than this: for the report, and for ram",
+        "[0, inf)",
+    )
+    scope: str = flag(
+        "layer", "what shares an angle, and a line of the report", ("layer", "tensor", "model")
+    )
     lam: float | None = flag(None, "weight of the second of two models (default: 1/2)", "[0, 1]")
     eta: float = flag(1.0, "LITI: (1 - eta) theta_init + eta merged", "[0, 1]")
 
@@ -118,7 +127,7 @@ def merge_folders(config: Config) -> dict[str, dict]:
     generation config lists every end token of the models.
 
     Returns:
-        The report of `merge_policies`.
+        The report of `merge_policies`, as `with_moves` completes it.
     Raises:
         UserError: keys, shapes or tokenizers differ, or a weight cannot be merged. The model is
             named.
@@ -139,8 +148,12 @@ def merge_folders(config: Config) -> dict[str, dict]:
         # One core writes. The threads of a product wait for each other, and would wait for it.
         torch.set_num_threads(max(1, threads - 1))
         try:
-            how = (config.method, config.scope, config.lam)
-            _, report = merge_policies(init, states, *how, out=shards)
+            how, threshold = (config.method, config.scope, config.lam), config.ram_threshold
+            _, report = merge_policies(init, states, *how, shards, threshold)
+            if shards.pending:
+                shards.flush()  # it is written during the count
+            part = 1 if config.method == "ram" else 32  # of large tensors: all of them take long
+            report = with_moves(report, init, states, config.scope, threshold, part)
         except ValueError as error:
             policies = ", ".join(f"policy {m} {path}" for m, path in enumerate(config.models, 1))
             raise UserError(f"init {config.init}, {policies}: {error}") from error
@@ -229,21 +242,8 @@ def require_mergeable(models: list[SavedModel]) -> str:
     return str(functools.reduce(torch.promote_types, dtypes)).removeprefix("torch.")
 
 
-def angle_summary(report: dict[str, dict]) -> str:
-    """One line on the geometry of a merge, from the report of `merge_policies`."""
-    angles = [group["angle"] for group in report.values() if group["angle"] is not None]
-    if not angles:
-        return "no angles: fewer than two task vectors that are not zero"
-    norms = [group["norms"] for group in report.values()]
-    ratio = max(max(of_group) / min(of_group) for of_group in norms if min(of_group) > 0)
-    return (
-        f"angles of task vectors over {len(angles)} groups, degrees: min {min(angles):.1f}, median "
-        f"{statistics.median(angles):.1f}, max {max(angles):.1f}; norm ratios up to {ratio:.2f}"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Parse the flags, merge, print the angles."""
+    """Parse the flags, merge, print what was merged."""
     config = parse_flags(Config, __doc__, argv, "minalign merge")
     for name in ("init", "models", "out"):
         require(bool(getattr(config, name)), f"--{name} is missing")

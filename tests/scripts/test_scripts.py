@@ -340,6 +340,30 @@ def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys, monkeypatch
     assert "ran with --eta 0.25, now 0.3" in fails(warp.main, other, capsys)
 
 
+def test_runs_of_warp_with_a_reward_model_each(here, tmp_path, capsys):
+    flags = command(
+        "--rm-of-run rm rm-again --steps 2 --iterations 1 --batch-size 8 --eval-every 2 "
+        "--eval-prompts 4 --etas 0,1 --method ram --standardize-rewards",
+        out=tmp_path / "diverse",
+    )
+    warp.main(flags)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = next(i for i, words in enumerate(lines) if words[:2] == ["held-out", "means"])
+    assert lines[table][2:] == "kl_sft reward reward rm reward rm-again".split()
+    assert [words[:2] for words in lines[table + 1 : table + 5]][:3] == [
+        ["start", "policy"],
+        ["run", "1:"],
+        ["run", "2:"],
+    ]
+    config = json.loads((tmp_path / "diverse/config.json").read_text())
+    assert {"reward rm", "reward rm-again"} <= config["fingerprints"].keys()
+    total = json.loads((tmp_path / "diverse/iteration-1/angles.json").read_text())["total"]
+    assert 0 < total["overlap"] <= 1 and len(total["moved"]) == 2
+    swapped = [{"rm": "rm-again", "rm-again": "rm"}.get(word, word) for word in flags]
+    line = fails(warp.main, [*swapped, "--resume"], capsys)
+    assert "--rm-of-run ['rm', 'rm-again'], now ['rm-again', 'rm']" in line or "--rm [" in line
+
+
 def test_nonfinite_rewards_stop_the_run_and_keep_the_policy(here, tmp_path, capsys, monkeypatch):
     real, calls = RewardModel.read_out, []
 
