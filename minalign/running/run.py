@@ -35,7 +35,7 @@ from .device import pick_device, pick_dtype
 from .errors import UserError, one_line, require
 from .files import write_json
 from .fingerprints import fingerprints
-from .flags import dashed
+from .flags import as_given, dashed
 from .logs import JsonLines, MetricsLog, rows_until
 from .ranks import Ranks, launcher_is_gone, process_group
 from .run_folder import claimed_folder, require_same_fingerprints
@@ -106,8 +106,12 @@ class Run:
     def write_config(self) -> None:
         """Write what runs to <folder>/config.json. That of a resumed run tells how it goes on."""
         if self.first:
-            what = describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
-            write_json(self.folder / "config.json", what)
+            write_json(self.folder / "config.json", self.ran)
+
+    @property
+    def ran(self) -> dict[str, typing.Any]:
+        """What config.json holds, and a model's card tells."""
+        return describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
 
     def require_shared_folder(self) -> None:
         """UserError where processes on other machines do not see the run's folder."""
@@ -290,14 +294,26 @@ def show_config(config: typing.Any, device: torch.device, reason: str, dtype: to
 
 
 def describe(config: typing.Any, device: torch.device, dtype: torch.dtype) -> dict[str, typing.Any]:
-    """What config.json holds: every flag as resolved, device, command, commit, versions."""
+    """What config.json holds: flags as resolved and as given, device, command, commit, versions."""
     return dataclasses.asdict(config) | {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "machine": _machine(device),
         "argv": sys.argv,
+        **as_given(config),
         "git": _git_revision(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
+
+
+def _machine(device: torch.device) -> str:
+    """What the bits of a run depend on, beside its versions."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type} {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _versions() -> dict[str, str]:
