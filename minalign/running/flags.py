@@ -92,14 +92,9 @@ def parse_flags(
         def error(self, message: str) -> typing.NoReturn:
             self.exit(2, f"error: {one_line(self.place + message)} (see --help)\n")
 
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=formatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    options["argument_default"] = argparse.SUPPRESS  # what is parsed was given
+    parser = Parser(prog=prog, description=description, **options)
     parser.add_argument("--version", action="version", version=f"minalign {__version__}")
     parser.add_argument(
         "--config", metavar="FILE", help="config.json of a run: its flags, where none is given here"

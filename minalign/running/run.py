@@ -295,25 +295,20 @@ def show_config(config: typing.Any, device: torch.device, reason: str, dtype: to
 
 def describe(config: typing.Any, device: torch.device, dtype: torch.dtype) -> dict[str, typing.Any]:
     """What config.json holds: flags as resolved and as given, device, command, commit, versions."""
+    import torch
+
+    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return dataclasses.asdict(config) | {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "machine": _machine(device),
+        "machine": machine,
         "argv": sys.argv,
         **as_given(config),
         "git": _git_revision(),
         "versions": {"python": platform.python_version()} | _versions(),
     }
-
-
-def _machine(device: torch.device) -> str:
-    """What the bits of a run depend on, beside its versions."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type} {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _versions() -> dict[str, str]:
