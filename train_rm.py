@@ -317,12 +317,10 @@ def save(run: Run, reward_model: RewardModel, held_out: Sequence[Example]) -> No
     curve = rows_until(run.folder / "metrics.jsonl", run.step - 1)
     curve += filter(None, [run.counts.get("best")])  # it is logged after it is saved
     ids = [text for i in range(min(2, len(held_out))) for text in held_out[i].texts]
-    rewards = reward_model.read_out(reward_model.logits(ids)).tolist()
-    texts = reward_model.tokenizer.batch_decode(ids)
-    samples = [{"text": text, "reward": reward} for text, reward in zip(texts, rewards)]
-    title = f"Reward model ({run.config.loss}) after {step} steps"
-    kind = "text-classification", ["reward-model"]
-    card = model_card(run.ran, title, *kind, {}, curve, samples)
+    scored = zip(ids, reward_model.read_out(reward_model.logits(ids)).tolist())
+    samples = [{"text": reward_model.tokenizer.decode(i), "reward": reward} for i, reward in scored]
+    title, tags = f"Reward model ({run.config.loss}) after {step} steps", ["reward-model"]
+    card = model_card(run.ran, title, "text-classification", tags, {}, curve, samples)
     with atomic_folder(run.folder / "model") as folder:
         (folder / "README.md").write_text(card, encoding="utf-8")
         adapter_of = base if run.config.lora_save == "adapter" else ""

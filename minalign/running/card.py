@@ -27,9 +27,7 @@ LIMITS = {  # pipeline tag -> what such a model is not
     "would prefer. It is no measure of truth or safety, means little across prompts, and less for "
     "texts unlike its data: longer ones, other formats, or those of a policy trained against it.",
 }
-MEASURED = (
-    "It was measured on held-out prompts of its own data, as the table says, and nowhere else."
-)
+MEASURED = "It was measured on held-out prompts of its own data, and nowhere else."
 
 MOST_ROWS = 12  # of the curve
 HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
@@ -70,13 +68,7 @@ def model_card(
     return text + "".join(f"\n## {name}\n\n{body}\n" for name, body in sections.items() if body)
 
 
-def policy_card(
-    ran: dict[str, typing.Any],
-    title: str,
-    folder: Path,
-    step: int,
-    results: dict[str, dict[str, float]],
-) -> str:
+def policy_card(ran: dict, title: str, folder: Path, step: int, results: dict[str, dict]) -> str:
     """The card of a policy after `step` steps of the run whose logs are in `folder`."""
     curve, samples = (rows_until(folder / f"{name}.jsonl", step) for name in ("metrics", "samples"))
     tags = ["reinforce"] + ["warp"] * (ran["script"] == "warp")
@@ -114,21 +106,22 @@ def how(ran: dict[str, typing.Any]) -> str:
 
 def command_of(ran: dict[str, typing.Any]) -> str:
     """The command line of a run, quoted for a shell, without --resume, and --out but of a tool."""
-    launcher, script = ["python"], ran["script"]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    words, script = ["python", f"{ran['script']}.py"], ran["script"]
     if processes() > 1:
-        launcher = ["torchrun", "--nproc-per-node", str(local)]
-        launcher += ["--nnodes", str(processes() // local)] * (processes() > local)
-    tool = (Path(__file__).parents[1] / "tools" / f"{script}.py").exists()
-    words = ["-m", "minalign", script] if tool else [f"{script}.py"]
-    out = {"out": ran["out"]} if tool else {}  # which alone has no default
-    return shlex.join([*launcher, *words, *words_of(ran["given"] | out)])
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+        nodes = ["--nnodes", str(processes() // local)] if processes() > local else []
+        words = ["torchrun", "--nproc-per-node", str(local), *nodes, f"{script}.py"]
+    out = {}
+    if (Path(__file__).parents[1] / "tools" / f"{script}.py").exists():
+        words, out = ["python", "-m", "minalign", script], {"out": ran["out"]}  # it has no default
+    return shlex.join([*words, *words_of(ran["given"] | out)])
 
 
 def made_of(fingerprints: dict[str, str]) -> str:
     """Code, data and models, with their hashes."""
-    names = {name: plain(name.replace(str(Path.home()), "~")) for name in fingerprints}
-    return "\n".join(f"- {names[name]}: `{value}`" for name, value in fingerprints.items())
+    home = os.path.expanduser("~/")
+    names = {name: name.replace(home, "~/") if home != "/" else name for name in fingerprints}
+    return "\n".join(f"- {plain(names[name])}: `{fingerprints[name]}`" for name in names)
 
 
 def held_out(row: dict) -> dict[str, typing.Any]:
@@ -138,25 +131,19 @@ def held_out(row: dict) -> dict[str, typing.Any]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A markdown table of rows of names and numbers, some of them None. "" of no rows."""
+    """A markdown table of rows of names and numbers, None among them. "" of no rows."""
 
     def cell(value: object) -> str:
-        return (
-            f"{value:z.3f}"
-            if isinstance(value, float)
-            else plain("-" if value is None else str(value))
-        )
+        return f"{value:z.3f}" if isinstance(value, float) else plain(str(value))
 
     names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "eta"))
     lines = [map(plain, names), ["---"] * len(names)]
-    lines += [[cell(row.get(name)) for name in names] for row in rows]
+    lines += [[cell(row.get(name, "")) for name in names] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
 
 
 def shown(samples: Sequence[dict]) -> str:
     """Samples as they are, in a block that no text of theirs can end."""
-    if not samples:
-        return ""
     parts, what = [], "Held-out texts, of each pair the better one first:"
     for sample in samples:
         text, reward = sample.get("text", "")[:600], sample["reward"]
@@ -164,8 +151,7 @@ def shown(samples: Sequence[dict]) -> str:
             what = "Prompt | completion, from the last steps of training:"
             text = f"{sample['prompt'][-300:]} | {sample['completion'][:600]}"
         parts.append(f"reward {math.nan if reward is None else reward:z.2f}\n{text}")
-    block = fenced(visible("\n\n".join(parts)))
-    return f"{what}\n\n{block}"
+    return "\n\n".join([what, fenced(visible("\n\n".join(parts)))]) if parts else ""
 
 
 def fenced(text: str, language: str = "") -> str:

@@ -163,11 +163,11 @@ def given_in(path: str, config_class: type) -> dict[str, typing.Any]:
     )
     known = {field.name for field in dataclasses.fields(config_class)}
     for name, value in given.items():
-        fix = "remove it from that file"
-        require(name in known, f"--config {path}: {dashed(name)}: no flag of {script}: {fix}")
         parts = value if isinstance(value, list) else [value]
         whole = value is True or all(type(part) in (str, int, float) for part in parts)
-        require(whole, f"--config {path}: {dashed(name)} {value}: no value of a flag: {fix}")
+        what = "no value of a flag" if name in known else f"no flag of {script}"
+        wrong = f"--config {path}: {dashed(name)} {value}: {what}: remove it from that file"
+        require(name in known and whole, wrong)
     return {name: value for name, value in given.items() if name not in NOT_TAKEN}
 
 

@@ -158,9 +158,8 @@ class Run:
                 stopping = self.ranks.any(self.stop.is_set() or launcher_is_gone(), self.device)
                 best = self.counts.get("best_step")  # known to the first process alone
                 ended = self.ranks.any("ended" in self.counts, self.device)
-                due = (
-                    step % self.config.save_every == 0 or step in (total, best) or stopping or ended
-                )
+                due = stopping or ended or step in (total, best)
+                due |= step % self.config.save_every == 0
                 if self.ranks.any(self.first and due, self.device):
                     keep = self.config.keep
                     save_checkpoint(self.folder, step, state, keep, best, writing=self.first)
