@@ -222,11 +222,13 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module, ran: dict, title: s
         torch.manual_seed(config.seed)
         add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
     if run.first:
-        judge(run, train_policy.evaluate(run, task, policy))  # where a decline is measured from
+        measured = train_policy.evaluate(run, task, policy)
+        judge(run, measured)  # where a decline is measured from
     train_policy.train(run, task, policy)
     merge_lora_(policy)
     if run.first:
-        card = policy_card(ran, title, run.folder, config.steps, {})
+        begins = {"theta_init": measured.metrics}
+        card = policy_card(ran, title, run.folder, int(run.last["step"]), begins)
         save_policy(policy, task.tokenizer, run.folder / "model", card=card)
 
 
