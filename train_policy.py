@@ -438,17 +438,27 @@ def policy_of(config: Config, task: Task) -> tuple[torch.nn.Module, Task]:
     return policy, task
 
 
-def save(run: Run, task: Task, policy: torch.nn.Module) -> None:
-    """<run's folder>/model, the policy as it is, and best/, that of the best step so far."""
+def save(run: Run, task: Task, policy: torch.nn.Module, before: dict[str, float]) -> None:
+    """<run's folder>/model, the policy as it is, and best/, that of the best step so far.
+
+    Each with its card, which tells what held-out prompts said `before` training, too.
+    """
     from minalign.data import toy
     from minalign.models.lora import adapter_parameters
     from minalign.models.saving import save_policy
+    from minalign.running.card import policy_card
     from minalign.running.checkpoints import checkpoint_folder, read_checkpoint
 
     run.require_in_place()
     base = run.config.model or toy.start_policy_folder()
     adapter_of = base if run.config.lora_save == "adapter" else ""
-    save_policy(policy, task.tokenizer, run.folder / "model", adapter_of=adapter_of)
+
+    def save_as(name: str, step: int) -> None:
+        title = f"Policy after {step} steps of REINFORCE"
+        card = policy_card(run.ran, title, run.folder, step, {"start policy": before})
+        save_policy(policy, task.tokenizer, run.folder / name, adapter_of, card)
+
+    save_as("model", (run.last or {"step": 0})["step"])
     best_step = run.counts.get("best_step")
     best = best_step and read_checkpoint(checkpoint_folder(run.folder, best_step), "no new best/")
     if not best:
@@ -459,7 +469,7 @@ def save(run: Run, task: Task, policy: torch.nn.Module) -> None:
         for parameter, weight in zip(trained, weights, strict=True):
             parameter.data.copy_(weight)
         if weights is not last:
-            save_policy(policy, task.tokenizer, run.folder / "best", adapter_of=adapter_of)
+            save_as("best", best_step)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -486,7 +496,7 @@ def main(argv: list[str] | None = None) -> None:
                 train(run, task, policy)
         finally:  # also after Ctrl-C or a reward that is not finite: what was learned is kept
             if run.first and run.step + run.done:
-                save(run, task, policy)
+                save(run, task, policy, before)
         if not run.first:
             return
         after, samples, _ = evaluate(run, task, policy)

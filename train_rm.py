@@ -337,7 +337,7 @@ def write_logs(
         )
         if best is None or metrics["eval_loss"] < best["eval_loss"]:
             run.counts["best"] = {"step": run.step} | metrics
-            save(run, reward_model)
+            save(run, reward_model, held_out)
     run.log(metrics)
 
 
@@ -347,18 +347,29 @@ def keep_last(run: Run, reward_model: RewardModel, held_out: Sequence[Example]) 
     if best is None and run.first:
         if not reward_model.logits(texts).isfinite().all():
             return "no model is kept"
-        save(run, reward_model)
+        save(run, reward_model, held_out)
     return f"{run.folder}/model is that of step {best['step'] if best else run.step - 1}"
 
 
-def save(run: Run, reward_model: RewardModel) -> None:
-    """<run's folder>/model."""
+def save(run: Run, reward_model: RewardModel, held_out: Sequence[Example]) -> None:
+    """<run's folder>/model, with a card that shows the scores of some held-out texts."""
     from minalign.data import toy
     from minalign.models.folders import atomic_folder
+    from minalign.running.card import model_card
+    from minalign.running.logs import rows_until
 
     run.require_in_place()
     base = run.config.model or toy.start_policy_folder()
+    step = (run.counts.get("best") or {"step": run.step - 1})["step"]
+    curve = rows_until(run.folder / "metrics.jsonl", run.step - 1)
+    curve += filter(None, [run.counts.get("best")])  # it is logged after it is saved
+    ids = [text for i in range(min(2, len(held_out))) for text in held_out[i].texts]
+    scored = zip(ids, reward_model.read_out(reward_model.logits(ids)).tolist())
+    samples = [{"text": reward_model.tokenizer.decode(i), "reward": reward} for i, reward in scored]
+    title, tags = f"Reward model ({run.config.loss}) after {step} steps", ["reward-model"]
+    card = model_card(run.ran, title, "text-classification", tags, {}, curve, samples)
     with atomic_folder(run.folder / "model") as folder:
+        (folder / "README.md").write_text(card, encoding="utf-8")
         adapter_of = base if run.config.lora_save == "adapter" else ""
         reward_model.save_pretrained(folder, adapter_of=adapter_of)
 
@@ -438,6 +449,18 @@ def load(
     return reward_model, examples, held_out
 
 
+def load_run(run: Run) -> tuple[RewardModel, TokenItems[Example], TokenItems[Example]]:
+    """As `load`, and the run takes the fingerprints of data and start model."""
+    from minalign.data import toy
+
+    with run.ranks.first_before_others():
+        model = run.config.model or toy.start_policy_folder()
+    parts = load(run.config, run.device)
+    data = {"training data": parts[1], "held-out data": parts[2]}
+    run.is_made_of(data, {f"start model {model}": model})
+    return parts
+
+
 def toy_reward_model(device: torch.device, dtype: torch.dtype) -> str:
     """The toy world's reward model: what a run without --rm gets.
 
@@ -450,8 +473,9 @@ def toy_reward_model(device: torch.device, dtype: torch.dtype) -> str:
     if not folder.exists():
         print("no --rm: training the toy world's reward model first, as `python train_rm.py` does")
         with atomic_folder(folder) as new:
-            run = Run(new, resolve(Config()), device, dtype)
-            parts = load(run.config, device)
+            where = ["--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
+            run = Run(new, resolve(parse_flags(Config, "", where)), device, dtype)
+            parts = load_run(run)
             run.write_config()
             train(run, *parts)
     return str(folder)
@@ -461,14 +485,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the flags, open the run, train."""
     config = resolve(parse_flags(Config, __doc__, argv))
     with open_run(config, "rm") as run:
-        from minalign.data import toy
-
-        with run.ranks.first_before_others():
-            model = config.model or toy.start_policy_folder()
-        parts = load(config, run.device)
-        _, train_pairs, held_out = parts
-        data = {"training data": train_pairs, "held-out data": held_out}
-        run.is_made_of(data, {f"start model {model}": model})
+        parts = load_run(run)
         with run.begun():
             train(run, *parts)
         print(f"saved {run.folder}/model")

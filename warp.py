@@ -151,6 +151,7 @@ def run_warp(run: Run, task: Task) -> dict:
     from minalign.models.activations import checkpoint_activations_
     from minalign.models.loading import load_policy
     from minalign.models.saving import save_policy
+    from minalign.running.card import policy_card
     from minalign.tools.task_vectors import angle_summary, with_moves
 
     config, results = run.config, {"runs": [], "merges": [], "front": []}
@@ -174,7 +175,9 @@ def run_warp(run: Run, task: Task) -> dict:
             if m % groups == group and not (one.folder / "model").exists():  # it is written last
                 set_weights_(policy, theta_init)
                 own = config.rm_of_run and task.reward.alone(config.rm_of_run[m])
-                train_one(one, task._replace(reward=own or task.reward), policy)
+                task_of_run = task._replace(reward=own or task.reward)
+                name = f"Policy {m + 1} of WARP's iteration {i}"
+                train_one(one, task_of_run, policy, run.ran, name)
         run.ranks.wait()
 
         thetas, rows = [], []
@@ -203,9 +206,13 @@ def run_warp(run: Run, task: Task) -> dict:
             report = with_moves(report, theta_init, thetas, scope, threshold)
             write_json(iteration / "angles.json", report)
             print(f"  {angle_summary(report)}")
-            if not (folder / "model").exists():
-                save_policy(policy, task.tokenizer, folder / "model")
+            folder.mkdir(exist_ok=True)
         metrics = measure(run, task, policy, f"{config.method} of {config.runs}", folder)
+        if run.first and not (folder / "model").exists():
+            last = {f"policy {r['run']}": r["curve"][-1] for r in results["runs"][-config.runs :]}
+            last["merge"] = metrics
+            card = policy_card(run.ran, f"WARP's merge of iteration {i}", folder, 0, last)
+            save_policy(policy, task.tokenizer, folder / "model", card=card)
         results["merges"].append({"iteration": i} | metrics)
         if config.rm_of_run and run.first:
             rows = [{"policy": "start policy"} | start, *rows, {"policy": config.method} | metrics]
@@ -224,7 +231,10 @@ def run_warp(run: Run, task: Task) -> dict:
         set_weights_(policy, liti(theta_sft, theta_merged, eta))
         results["front"].append({"eta": eta} | measure(run, task, policy, f"eta {eta:g}"))
         if eta in keep_etas:
-            save_policy(policy, task.tokenizer, run.folder / "front" / f"eta-{eta:g}" / "model")
+            front = {f"eta {point['eta']:g}": point for point in results["front"]}
+            folder = run.folder / "front" / f"eta-{eta:g}"
+            card = policy_card(run.ran, f"WARP's front at eta {eta:g}", folder, 0, front)
+            save_policy(policy, task.tokenizer, folder / "model", card=card)
     write_json(run.folder / "front.json", results)
     return results
 
@@ -247,7 +257,7 @@ def run_of(run: Run, iteration: Path, i: int, m: int, members: Ranks) -> Run:
     return dataclasses.replace(run, folder=iteration / f"run-{m}", config=config, ranks=members)
 
 
-def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
+def train_one(run: Run, task: Task, policy: torch.nn.Module, ran: dict, title: str) -> None:
     """One of the M runs, into its own folder, from the weights that `policy` has.
 
     Adapters are added to the weights at its end: what is merged later is W + BA, since the mean of
@@ -258,6 +268,7 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
     from minalign.measuring.progress import judge
     from minalign.models.lora import add_lora_, merge_lora_
     from minalign.models.saving import save_policy
+    from minalign.running.card import policy_card
 
     config = run.config
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -265,11 +276,14 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module) -> None:
         torch.manual_seed(config.seed)
         add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
     if run.first:
-        judge(run, train_policy.evaluate(run, task, policy))  # where a decline is measured from
+        measured = train_policy.evaluate(run, task, policy)
+        judge(run, measured)  # where a decline is measured from
     train_policy.train(run, task, policy)
     merge_lora_(policy)
     if run.first:
-        save_policy(policy, task.tokenizer, run.folder / "model")
+        begins = {"theta_init": measured.metrics}
+        card = policy_card(ran, title, run.folder, int(run.last["step"]), begins)
+        save_policy(policy, task.tokenizer, run.folder / "model", card=card)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import pkgutil
 import re
 import runpy
@@ -14,6 +15,7 @@ import train_policy
 import train_rm
 import warp
 from minalign.running.flags import parse_flags
+from minalign.tools import plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
@@ -125,7 +127,7 @@ def commands(text):
 def test_commands_have_flags_that_exist_and_go_together(page, monkeypatch):
     """Every command of scripts and tools, as far as it needs neither a model nor data."""
     for command in commands(TEXT[page]):
-        words = shlex.split(command)
+        words = shlex.split(re.sub(r" --config \S+", "", command))  # a run's, which is not there
         if words[0] == "torchrun":
             monkeypatch.setenv("WORLD_SIZE", words[2])
             script = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -148,6 +150,23 @@ def test_commands_have_flags_that_exist_and_go_together(page, monkeypatch):
         else:
             assert words[:2] in (["python", "-m"], ["pip", "install"]), f"{page}: {command}"
         monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def test_the_notebook_is_kept_without_outputs_and_its_commands_are_flags_that_exist():
+    """That it runs, .ci/run tests."""
+    cells = json.loads((ROOT / "docs/minalign.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    source = "\n".join("".join(cell["source"]) for cell in code)
+    calls = re.findall(r'(train_rm|train_policy|warp|plot)\.main\(\s*"([^"]*)"\.split\(\)', source)
+    assert len(calls) == source.count(".main(") > 5
+    for name, line in calls:
+        if name == "plot":
+            parse_flags(plot.Config, "", line.split())
+        else:
+            script = SCRIPTS[f"{name}.py"]
+            words = re.sub(r"--config \S+", "", line).split()
+            script.resolve(parse_flags(script.Config, "", words))
 
 
 def test_the_step_on_one_page_raises_the_reward(tmp_path, monkeypatch):

@@ -14,7 +14,11 @@ from .older_readers import write_for_older_readers
 
 
 def save_policy(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter_of: str = ""
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    adapter_of: str = "",
+    card: str = "",
 ) -> None:
     """Write an atomic checkpoint that AutoModelForCausalLM loads.
 
@@ -24,9 +28,12 @@ def save_policy(
         folder: where to.
         adapter_of: the name of the adapters' base model: with it, the adapters are saved alone, in
             PEFT's files.
+        card: the text of README.md.
     """
     with atomic_folder(folder) as new:
         save_files(policy, tokenizer, new, adapter_of)
+        if card:
+            (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_files(

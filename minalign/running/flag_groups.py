@@ -163,8 +163,8 @@ class RunFlags:
         1, "last checkpoints to keep; that of a policy's best step stays, too", "[1, inf)"
     )
     resume: bool = flag(False, "resume the run in --out from its last checkpoint, to the same end")
-    tensorboard: bool = flag(
-        False, "write the metrics for TensorBoard, too (pip install tensorboard)"
+    report: str | None = flag(
+        None, "where metrics go, too, if it is installed", ("tensorboard", "trackio", "wandb")
     )
     on_nonfinite: str = flag(
         "stop",

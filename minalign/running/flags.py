@@ -2,14 +2,18 @@
 
 import argparse
 import dataclasses
+import inspect
 import re
 import types
 import typing
+from pathlib import Path
 
-from .errors import one_line
+from .errors import one_line, require
+from .files import read_json
 
 SEEDS = "[0, 9223372036854775808)"  # what Python's and torch's generators both take
 TEMPERATURES = "[1e-06, 1e+06]"  # logits divided by it stay float32 numbers
+NOT_TAKEN = ("out", "resume")  # by --config: each run has a folder of its own
 # What no flag goes beyond that says nothing else: loops end, and float32 holds it.
 LARGEST = {int: "[-2147483647, 2147483647]", float: "[-1e+30, 1e+30]"}
 
@@ -75,37 +79,114 @@ def parse_flags(
         argv: the command line; None is sys.argv[1:].
         prog: the program's name in --help; None is the script's.
     Returns:
-        An instance of `config_class`.
+        An instance of `config_class`. Its attribute `given` has the flags that were given, by name,
+        without those of NOT_TAKEN.
+    Raises:
+        UserError: the file of --config is not one of this program's.
     """
     from .. import __version__
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> typing.NoReturn:
-            self.exit(2, f"error: {one_line(message)} (see --help)\n")
+        place = ""
 
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=formatter
-    )
+        def error(self, message: str) -> typing.NoReturn:
+            self.exit(2, f"error: {one_line(self.place + message)} (see --help)\n")
+
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    options["argument_default"] = argparse.SUPPRESS  # what is parsed was given
+    parser = Parser(prog=prog, description=description, **options)
     parser.add_argument("--version", action="version", version=f"minalign {__version__}")
+    parser.add_argument(
+        "--config", metavar="FILE", help="config.json of a run: its flags, where none is given here"
+    )
     parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own knows no -1e-05
     kinds = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    all_fields = {field.name: field for field in dataclasses.fields(config_class)}
     # A group of --help for each class, the script's own flags first.
+    fields = dict(all_fields)
     for owner in config_class.__mro__[:-1]:
         group = parser.add_argument_group(owner.__doc__.strip().rstrip("."))
         for name in owner.__annotations__:
             if name in fields:
                 _add_flag(group, fields.pop(name), kinds)
-    config = config_class(**vars(parser.parse_args(argv)))
-    for field in dataclasses.fields(config_class):
-        value, allowed = getattr(config, field.name), field.metadata["allowed"]
-        if typing.get_origin(_kind(kinds[field.name])) is tuple and value is not None:
-            setattr(config, field.name, tuple(value))  # argparse gives a list
-        for one in value if isinstance(value, list) else [value]:
-            if expected := _expected(one, allowed):
-                parser.error(f"{dashed(field.name)} {one}: expected {expected}")
+
+    def read(words: list[str] | None) -> dict[str, typing.Any]:
+        given = vars(parser.parse_args(words))
+        for name in given.keys() & all_fields.keys():
+            value, allowed = given[name], all_fields[name].metadata["allowed"]
+            if typing.get_origin(_kind(kinds[name])) is tuple:
+                given[name] = tuple(value)  # argparse gives a list
+            for one in value if isinstance(value, list) else [value]:
+                if expected := _expected(one, allowed):
+                    parser.error(f"{dashed(name)} {one}: expected {expected}")
+        return given
+
+    given = read(argv)
+    if "config" in given:
+        parser.place = f"{given['config']}: "
+        given = read(words_of(given_in(given.pop("config"), config_class))) | given
+    config = config_class(**given)
+    config.given = {name: given[name] for name in given if name not in NOT_TAKEN}
     return config
+
+
+def script_of(config_class: type) -> str:
+    """The name of the script or tool whose flags these are, such as train_policy."""
+    return Path(inspect.getfile(config_class)).stem
+
+
+def as_given(config: typing.Any) -> dict[str, typing.Any]:
+    """What config.json keeps for --config: the script, and the flags that it was given.
+
+    The flags are None where the config was made without `parse_flags`.
+    """
+    return {"script": script_of(type(config)), "given": getattr(config, "given", None)}
+
+
+def given_in(path: str, config_class: type) -> dict[str, typing.Any]:
+    """The flags that were given in the run whose config.json this is, without those of NOT_TAKEN.
+
+    Raises:
+        UserError: it cannot be read, is of an earlier version or another script, or names a flag
+            that is none, or no value.
+    """
+    ran, script = read_json(Path(path)), script_of(config_class)
+    given = ran.get("given")
+    require(
+        isinstance(given, dict),
+        f"--config {path}: does not say which flags were given (a model's, or of an earlier "
+        "version): give them here",
+    )
+    require(
+        ran.get("script") == script,
+        f"--config {path}: of {ran.get('script')}, expected one of {script}: give it to that one",
+    )
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for name, value in given.items():
+        parts = value if isinstance(value, list) else [value]
+        whole = value is True or all(type(part) in (str, int, float) for part in parts)
+        what = "no value of a flag" if name in known else f"no flag of {script}"
+        wrong = f"--config {path}: {dashed(name)} {value}: {what}: remove it from that file"
+        require(name in known and whole, wrong)
+    return {name: value for name, value in given.items() if name not in NOT_TAKEN}
+
+
+def words_of(given: dict[str, typing.Any]) -> list[str]:
+    """Flags as the words of a command line.
+
+    >>> words_of({"steps": 3, "rm": ["a", "b"], "shard": True, "split": "-x"})
+    ['--steps', '3', '--rm', 'a', 'b', '--shard', '--split=-x']
+    """
+    words = []
+    for name, value in given.items():
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if value is True:
+            words.append(dashed(name))
+        elif any(isinstance(one, str) and one.startswith("-") for one in values):
+            words += [f"{dashed(name)}={one}" for one in values]
+        else:
+            words += [dashed(name), *map(str, values)]
+    return words
 
 
 def _expected(value: object, allowed: str | tuple[str, ...] | None) -> str:
@@ -145,12 +226,11 @@ def _add_flag(
             "type": values[0],
             "nargs": "+" if many else len(values),
             "action": "extend" if many else "store",
-            "default": field.default,
             "metavar": values[0].__name__.upper(),
         }
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-        options |= {"type": kind, "default": field.default, "choices": choices, "metavar": metavar}
+        options |= {"type": kind, "choices": choices, "metavar": metavar}
     positional = field.metadata["positional"]
     options |= {"metavar": field.name.upper()} if positional else {}
     group.add_argument(field.name if positional else dashed(field.name), **options)

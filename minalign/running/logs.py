@@ -1,15 +1,23 @@
-"""The logs of a run: files of JSON lines, a printed table, TensorBoard."""
+"""The logs of a run: files of JSON lines, a printed table, and what --report names."""
 
 import contextlib
+import importlib
+import importlib.util
 import json
+import re
+import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .errors import UserError
+from ..models.folders import first_line
+from .errors import UserError, require
 from .files import to_json, write_json_lines
+
+Report = Callable[[dict[str, float], int], object]  # of metrics and their step
 
 
 def rows_until(path: Path, last_step: int) -> list[dict]:
@@ -53,19 +61,64 @@ class JsonLines:
         self.last = row
 
 
+def require_report(name: str | None) -> None:
+    """UserError where what --report names is not installed."""
+    there = not name or name in sys.modules
+    if not there:  # a folder of that name, as wandb makes, is a spec without origin
+        there = getattr(importlib.util.find_spec(name), "origin", None) is not None
+    require(there, f"--report {name}: it is not installed: pip install {name}, or leave it out")
+
+
+@contextlib.contextmanager
+def open_report(name: str | None, folder: Path, last_step: int, flags: dict) -> Iterator[Report]:
+    """Inside, a function that reports a step's metrics to what --report names, or to nobody.
+
+    A resumed run goes on in its own report: <folder>/report_id keeps its name there.
+
+    Args:
+        last_step: the steps after it are reported anew.
+        flags: of the run.
+    Raises:
+        UserError: the report cannot be begun.
+    """
+    if not name:
+        yield lambda metrics, step: None
+    elif name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(folder / name), purge_step=last_step + 1) as board:
+            yield lambda metrics, step: [board.add_scalar(k, metrics[k], step) for k in metrics]
+    else:
+        file = folder / "report_id"
+        new = f"{re.sub(r'[^A-Za-z0-9]+', '-', str(folder))[-80:]}-{uuid.uuid4().hex[:8]}".strip(
+            "-"
+        )
+        identity = file.read_text() if last_step and file.is_file() else new
+        file.write_text(identity)
+        own = {"id": identity, "dir": str(folder)} if name == "wandb" else {}
+        names = {"project": "minalign", "name": identity, "resume": "allow"} | own
+        try:
+            package = importlib.import_module(name)
+            report = package.init(config=flags, **names).log
+        except Exception as error:
+            fix = "log in there, choose its offline mode, or leave --report out"
+            raise UserError(f"--report {name}: {first_line(error)}: {fix}") from error
+        try:
+            yield report
+        finally:
+            package.finish()
+
+
 class MetricsLog:
-    """<folder>/metrics.jsonl, a printed table of some columns, and TensorBoard's files on request.
+    """<folder>/metrics.jsonl, a printed table of some columns, and a report.
 
     Args:
         last_step: rows up to this step stay, where a run is resumed.
+        report: gets the metrics of each step, too.
     """
 
-    def __init__(self, folder: Path, last_step: int = 0, tensorboard: bool = False) -> None:
-        self.board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+    def __init__(self, folder: Path, last_step: int = 0, report: Report | None = None) -> None:
+        self.report = report
         path = folder / "metrics.jsonl"
         self.lines = JsonLines(path, rows_until(path, last_step))
         before = (self.lines.last or {}).get("seconds")
@@ -82,9 +135,8 @@ class MetricsLog:
         """
         seconds = round(time.monotonic() - self.start, 3)
         self.lines.append({"step": step, "seconds": seconds, **metrics})
-        if self.board:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, step)
+        if self.report:
+            self.report(metrics, step)
         if columns:
             if self.printed % 25 == 0:
                 tqdm.write(" step" + "".join(f"{heading:>8}" for heading in columns.values()))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import importlib.util
 import platform
 import signal
 import subprocess
@@ -35,8 +34,8 @@ from .device import pick_device, pick_dtype
 from .errors import UserError, one_line, require
 from .files import write_json
 from .fingerprints import fingerprints
-from .flags import dashed
-from .logs import JsonLines, MetricsLog, rows_until
+from .flags import as_given, dashed
+from .logs import JsonLines, MetricsLog, open_report, require_report, rows_until
 from .ranks import Ranks, launcher_is_gone, process_group
 from .run_folder import claimed_folder, require_same_fingerprints
 
@@ -106,8 +105,12 @@ class Run:
     def write_config(self) -> None:
         """Write what runs to <folder>/config.json. That of a resumed run tells how it goes on."""
         if self.first:
-            what = describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
-            write_json(self.folder / "config.json", what)
+            write_json(self.folder / "config.json", self.ran)
+
+    @property
+    def ran(self) -> dict[str, typing.Any]:
+        """What config.json holds, and a model's card tells."""
+        return describe(self.config, self.device, self.dtype) | {"fingerprints": self.made_of}
 
     def require_shared_folder(self) -> None:
         """UserError where processes on other machines do not see the run's folder."""
@@ -137,8 +140,6 @@ class Run:
         state = state | {"counts": self.counts}
         resume = self.config.resume
         self.done = resume_(self.folder, state, self.ranks, self.device) if resume else 0
-        if self.first:
-            self.logs["metrics"] = MetricsLog(self.folder, self.done, self.config.tensorboard)
         for _ in range(self.done):
             next(batches)
         if self.counts.get("ended"):
@@ -146,21 +147,26 @@ class Run:
             total = self.done
         remaining = range(self.done + 1, total + 1)
         bar = dict(desc=name, unit="step", initial=self.done, total=total)
-        for step in tqdm(remaining, **bar, disable=not self.first or None):
-            self.step, self.began = step, time.monotonic()
-            yield step, next(batches)
-            self.require_in_place()
-            stopping = self.ranks.any(self.stop.is_set() or launcher_is_gone(), self.device)
-            best = self.counts.get("best_step")  # known to the first process alone
-            ended = self.ranks.any("ended" in self.counts, self.device)
-            due = step % self.config.save_every == 0 or step in (total, best) or stopping or ended
-            if self.ranks.any(self.first and due, self.device):
-                keep = self.config.keep
-                save_checkpoint(self.folder, step, state, keep, best, writing=self.first)
-            if ended:
-                return
-            if stopping and step < total:
-                raise KeyboardInterrupt(f"after step {step} of {total}")
+        report = self.config.report if self.first else None
+        with open_report(report, self.folder, self.done, dataclasses.asdict(self.config)) as report:
+            if self.first:
+                self.logs["metrics"] = MetricsLog(self.folder, self.done, report)
+            for step in tqdm(remaining, **bar, disable=not self.first or None):
+                self.step, self.began = step, time.monotonic()
+                yield step, next(batches)
+                self.require_in_place()
+                stopping = self.ranks.any(self.stop.is_set() or launcher_is_gone(), self.device)
+                best = self.counts.get("best_step")  # known to the first process alone
+                ended = self.ranks.any("ended" in self.counts, self.device)
+                due = stopping or ended or step in (total, best)
+                due |= step % self.config.save_every == 0
+                if self.ranks.any(self.first and due, self.device):
+                    keep = self.config.keep
+                    save_checkpoint(self.folder, step, state, keep, best, writing=self.first)
+                if ended:
+                    return
+                if stopping and step < total:
+                    raise KeyboardInterrupt(f"after step {step} of {total}")
 
     @property
     def last(self) -> dict[str, float] | None:
@@ -217,13 +223,10 @@ def open_run(config: typing.Any, kind: str) -> Iterator[Run]:
         config: a dataclass with RunFlags, DeviceFlags and `out`.
         kind: of run, for the folder's name: policy, rm or warp.
     Raises:
-        UserError: the folder cannot be used, --tensorboard lacks its package, or processes were
+        UserError: the folder cannot be used, --report lacks its package, or processes were
             started with different flags or versions.
     """
-    require(
-        not config.tensorboard or importlib.util.find_spec("tensorboard") is not None,
-        "--tensorboard: it is not installed: pip install tensorboard, or leave it out",
-    )
+    require_report(config.report)
     device, reason = pick_device(config.device)
     with process_group(device) as (ranks, device), contextlib.ExitStack() as stack:
         given = dataclasses.asdict(config).items()
@@ -290,11 +293,18 @@ def show_config(config: typing.Any, device: torch.device, reason: str, dtype: to
 
 
 def describe(config: typing.Any, device: torch.device, dtype: torch.dtype) -> dict[str, typing.Any]:
-    """What config.json holds: every flag as resolved, device, command, commit, versions."""
+    """What config.json holds: flags as resolved and as given, device, command, commit, versions."""
+    import torch
+
+    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return dataclasses.asdict(config) | {
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "machine": machine,
         "argv": sys.argv,
+        **as_given(config),
         "git": _git_revision(),
         "versions": {"python": platform.python_version()} | _versions(),
     }

@@ -19,7 +19,7 @@ from .flags import dashed
 # Flags that may have another value when a run is resumed.
 FREE_TO_CHANGE = (
     *"out resume device dtype save_every keep on_nonfinite micro_batch_size shard".split(),
-    *"tensorboard gradient_checkpointing eval_every".split(),
+    *"report gradient_checkpointing eval_every".split(),
 )
 
 # What scripts and tools write. Other files, such as a job's log, make a folder no run.

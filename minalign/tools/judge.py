@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..running.errors import require
 from ..running.files import read_json_lines, whole_file, write_json, write_json_lines
 from ..running.flag_groups import ColumnFlags, DeviceFlags, StopFlags
-from ..running.flags import SEEDS, TEMPERATURES, dashed, flag
+from ..running.flags import SEEDS, TEMPERATURES, as_given, dashed, flag
 from ..running.logs import JsonLines
 from ..running.run_folder import claimed_folder
 from .asking import EndpointJudge, LocalJudge, Reply
@@ -254,7 +254,7 @@ def compare(config: Config, folder: Path) -> None:
         pairs = load_pairs(config)
         write_json_lines(folder / "pairs.jsonl", [pair._asdict() for pair in pairs])
         # Last: a folder with a config can be resumed.
-        write_json(folder / "config.json", dataclasses.asdict(config))
+        write_json(folder / "config.json", dataclasses.asdict(config) | as_given(config))
     answers = Answers(folder)
     ask_all(judge, pairs, answers, config.criterion)
 

@@ -134,6 +134,9 @@ def merge_folders(config: Config) -> dict[str, dict]:
     """
     from ..models.older_readers import write_for_older_readers
     from ..models.saving import save_generation_config
+    from ..running.card import model_card
+    from ..running.fingerprints import fingerprints
+    from ..running.run import describe
 
     with atomic_folder(Path(config.out)) as folder:
         inputs = read_models([config.init, *config.models], folder / "inputs")
@@ -167,6 +170,12 @@ def merge_folders(config: Config) -> dict[str, dict]:
         print(f"written in {dtype}, the widest dtype of the models")
         shutil.rmtree(folder / "inputs", ignore_errors=True)
         (folder / "angles.json").write_text(to_json(report, indent=1) + "\n")
+        ran = describe(config, torch.device("cpu"), getattr(torch, dtype))
+        ran["fingerprints"] = fingerprints({}, {f"model {m.path}": m.path for m in inputs})
+        kind = "text-generation" if inputs[0].generation else "text-classification"
+        title = f"Merge of {len(states)} models by {config.method}"
+        card = model_card(ran, title, kind, ["merge"], {})
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return report
 
 

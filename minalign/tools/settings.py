@@ -78,12 +78,11 @@ def parse_flags_of_runs(
     config = parse_flags(config_class, description, argv, prog)
     argv = sys.argv[1:] if argv is None else argv
     runs, taken = settings_of(models(config)), []
-    given = {word.partition("=")[0] for word in argv}
     for name, key in take.items() if runs else ():
         head = next((group[0] for group in (DATA, REWARD) if key in group[1:]), "")
-        heads = [run.get(head) for run in runs.values()] if dashed(head) in given else []
+        heads = [run.get(head) for run in runs.values()] if head in config.given else []
         of_others = any(head_value != getattr(config, head) for head_value in heads)
-        if of_others or not hasattr(config, name) or dashed(name) in given:
+        if of_others or not hasattr(config, name) or name in config.given:
             continue
         value = agreed(runs, key, name)
         if isinstance(value, list):

@@ -95,16 +95,7 @@ def cases():
         rng = random.Random(number)
         program = rng.choice(list(PROGRAMS))
         config = PROGRAMS[program].Config
-        fixed = {
-            "retries",
-            "steps",
-            "iterations",
-            "runs",
-            "resume",
-            "shard",
-            "tensorboard",
-            "prompts",
-        }
+        fixed = {"retries", "steps", "iterations", "runs", "resume", "shard", "report", "prompts"}
         fields = [field for field in dataclasses.fields(config) if field.name not in fixed]
         yield program, arguments(program, rng.choice(fields), rng)
 

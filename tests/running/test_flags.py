@@ -1,13 +1,15 @@
 """Flags are strict and documented."""
 
+import json
+import shlex
 from dataclasses import dataclass
 
 import pytest
 
 from minalign.data.prompts import parse_span
-from minalign.running.errors import UserError
+from minalign.running.errors import UserError, one_line_errors
 from minalign.running.flag_groups import DataFlags, LoraFlags, MachineFlags, resolve_training
-from minalign.running.flags import flag, parse_flags
+from minalign.running.flags import as_given, flag, parse_flags, words_of
 
 
 @dataclass
@@ -25,8 +27,16 @@ class Config:
     eta: list[float] | None = flag(None, "interpolation weights")
 
 
-def parse(*argv):
-    return parse_flags(Config, "What the program does.", list(argv))
+@dataclass
+class Texts:
+    """Texts of any kind."""
+
+    name: str = flag("x", "a text")
+    names: list[str] | None = flag(None, "texts")
+
+
+def parse(*argv, kind=Config):
+    return parse_flags(kind, "What the program does.", list(argv))
 
 
 def test_flags_not_given_have_their_defaults():
@@ -158,3 +168,98 @@ def test_flags_of_lora_need_a_rank_and_get_their_defaults():
             resolved(**{name: value})
     assert resolved() == Shared()
     assert resolved(lora_rank=4) == Shared(lora_rank=4, lora_alpha=8.0, lora_save="merged")
+
+
+# --- --config: the flags of an earlier run
+
+
+def write_run(path, config):
+    """What a run of this config leaves, without what only runs know."""
+    path.write_text(json.dumps({"batch_size": 99} | as_given(config)))
+    return str(path)
+
+
+def test_a_config_file_gives_the_flags_that_were_given(tmp_path):
+    argv = "--batch-size 8 --ends -1 5 --eta 0 -0.5 --resume --anchor fixed --out runs/a".split()
+    first = parse(*argv, "--mu", "1e-05")
+    file = write_run(tmp_path / "config.json", first)
+    again = parse("--config", file)
+    assert again == Config(batch_size=8, ends=(-1.0, 5.0), eta=[0.0, -0.5], mu=1e-5)
+    assert "anchor" in again.given, "a default that was given stays, whatever it becomes"
+    assert again.given == first.given and {"out", "resume"}.isdisjoint(again.given)
+    assert type(again.ends) is tuple
+
+
+def test_flags_win_over_the_config_file_a_list_as_a_whole(tmp_path):
+    file = write_run(tmp_path / "config.json", parse("--eta", "0", "1", "--mu", "0.5"))
+    config = parse("--eta", "0.5", "--config", file, "--out", "b")
+    assert config == Config(eta=[0.5], mu=0.5, out="b")
+    third = write_run(tmp_path / "third.json", config)
+    assert parse("--config", third) == Config(eta=[0.5], mu=0.5), "a chain of configs"
+
+
+def test_an_out_or_resume_in_a_config_file_is_left_alone(tmp_path):
+    file = tmp_path / "config.json"
+    given = {"out": "x", "resume": True, "seed": 3}
+    file.write_text(json.dumps({"script": "test_flags", "given": given}))
+    assert parse("--config", str(file)) == Config(seed=3)
+
+
+@pytest.mark.parametrize("text", ["-x", "a b", "", "'", '"$(rm)`', "--x", "-1", "é\n\u2028#"])
+def test_any_text_comes_back_from_a_config_file_and_a_command_line(tmp_path, text):
+    first = parse(f"--name={text}", "--names=a", f"--names={text}", kind=Texts)
+    assert first == Texts(text, ["a", text])
+    file = write_run(tmp_path / "config.json", first)
+    assert parse("--config", file, kind=Texts) == first
+    line = shlex.join(words_of(first.given))
+    assert parse(*shlex.split(line), kind=Texts) == first
+
+
+@pytest.mark.parametrize(
+    "content, culprit",
+    [
+        ("{", "cannot be read"),
+        ("[1]", "expected an object"),
+        ("{}", "does not say which flags were given"),
+        ({"given": None}, "does not say which flags were given"),
+        ({"given": ["--seed", "1"]}, "does not say which flags were given"),
+        ({"given": {}}, "of None, expected one of test_flags"),
+        ({"given": {}, "script": "warp"}, "of warp, expected one of test_flags"),
+        ({"tensorboard": True}, "--tensorboard True: no flag of test_flags"),
+        ({"config": "x"}, "--config x: no flag of test_flags"),
+        ({"help": True}, "--help True: no flag of test_flags"),
+        ({"seed": None}, "--seed None: no value of a flag"),
+        ({"seed": False}, "--seed False: no value of a flag"),
+        ({"seed": {"a": 1}}, "no value of a flag"),
+        ({"eta": [1, [2]]}, "no value of a flag"),
+        ({"eta": []}, "--eta: expected at least one"),
+        ({"seed": True}, "--seed: expected one argument"),
+        ({"seed": 1.5}, "--seed: invalid int value: '1.5'"),
+        ({"seed": "x"}, "--seed: invalid int value: 'x'"),
+        ({"mu": 0}, "--mu 0.0: expected a number in (0, 1]"),
+        ({"anchor": "moving"}, "--anchor: invalid choice: 'moving'"),
+        ({"ends": [1]}, "--ends: expected 2 arguments"),
+    ],
+)
+def test_a_bad_config_file_is_one_line_that_names_it(tmp_path, content, culprit, capsys):
+    file = tmp_path / "config.json"
+    if isinstance(content, dict) and "given" not in content:
+        content = {"given": content, "script": "test_flags"} if content else content
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(SystemExit) as exit, one_line_errors():
+        parse("--config", str(file))
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1
+    assert str(file) in err and culprit in err
+
+
+@pytest.mark.parametrize("path", ["", "nowhere.json", "."])
+def test_a_config_file_that_is_not_there_is_one_line(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        parse("--config", path)
+
+
+def test_a_config_made_in_python_does_not_say_what_was_given():
+    assert as_given(Config()) == {"script": "test_flags", "given": None}
+    assert as_given(parse()) == {"script": "test_flags", "given": {}}

@@ -491,7 +491,7 @@ def test_only_what_may_change_may_change(tmp_path, script):
 
 
 def test_nothing_that_changes_what_is_learned_may_change():
-    free = "out resume device dtype save_every keep on_nonfinite micro_batch_size tensorboard shard"
+    free = "out resume device dtype save_every keep on_nonfinite micro_batch_size report shard"
     free += " gradient_checkpointing eval_every"
     assert set(FREE_TO_CHANGE) == set(free.split())
 

@@ -1,23 +1,27 @@
 """Runs get folders of their own, and a metrics log survives what happens to its run."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import math
 import os
 import re
 import signal
+import sys
 import time
+import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import run_policy
 
 import train_policy
 from minalign.models.precision import autocast
 from minalign.running.device import pick_device, pick_dtype
 from minalign.running.errors import UserError, one_line_errors, require
-from minalign.running.logs import MetricsLog
+from minalign.running.logs import MetricsLog, open_report
 from minalign.running.optimizer import warmup_factor
 from minalign.running.run import Run, open_run
 from minalign.running.run_folder import claimed_folder
@@ -185,26 +189,106 @@ def test_the_learning_rate_warms_up_linearly():
     assert warmup_factor(1, 0) == 1.0
 
 
-HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+# --- --report
 
 
-@pytest.mark.skipif(HAS_TENSORBOARD, reason="tensorboard is installed")
-def test_tensorboard_that_is_not_there_is_a_line():
-    config = train_policy.Config(tensorboard=True)
-    with pytest.raises(UserError, match="--tensorboard: it is not installed"):
-        with open_run(config, "policy"):
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_report_that_is_not_installed_is_a_line(name, tmp_path, monkeypatch):
+    """Also where a folder of its logs lies there, which Python would import as a package."""
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    Path(name).mkdir()
+    importlib.invalidate_caches()
+    with pytest.raises(
+        UserError, match=f"--report {name}: it is not installed: pip install {name}"
+    ):
+        with open_run(train_policy.Config(report=name), "policy"):
             pass
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_tensorboard_gets_every_metric(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(tmp_path, tensorboard=True)
-    log.write(1, {"reward": 0.5})
-    log.write(2, {"reward": 0.75})
-    log.board.close()
+    with open_report("tensorboard", tmp_path, 0, {}) as report:
+        log = MetricsLog(tmp_path, 0, report)
+        log.write(1, {"reward": 0.5})
+        log.write(2, {"reward": 0.75})
     read = events.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("reward")] == [(1, 0.5), (2, 0.75)]
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """Stand-ins for wandb and trackio, with the calls that both document: init, log, finish.
+
+    Real ones were tried by hand: neither is among the packages of the tests.
+    """
+    made, active = [], []
+
+    class Report:
+        def __init__(self, *, project, name, config, resume, **own):
+            assert not active, "the report before has not ended"
+            assert project == "minalign" and resume == "allow"
+            self.name, self.config, self.own, self.rows = name, config, own, []
+            made.append(self)
+            active.append(self)
+
+        def log(self, metrics, step=None):
+            assert active == [self]
+            self.rows.append({"step": step, **metrics})
+
+    for name in ("wandb", "trackio"):
+        module = types.ModuleType(name)
+        module.init, module.finish = Report, active.clear
+        monkeypatch.setitem(sys.modules, name, module)
+    yield made
+    assert not active
+
+
+def logged(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if name != "seconds"} for row in rows]
+
+
+def test_a_report_has_what_metrics_jsonl_has_and_goes_on_with_the_run(tmp_path, reports):
+    for steps in (1, 2):
+        run_policy(tmp_path / "run", report="wandb", steps=steps, resume=steps == 2)
+    first, then = reports
+    assert first.rows + then.rows == logged(tmp_path / "run") and len(then.rows) == 1
+    assert first.config["steps"] == 1 and first.config["report"] == "wandb"
+    assert first.own == then.own == {"id": first.name, "dir": str(tmp_path / "run")}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_each_run_has_a_report_of_its_own(tmp_path, reports, name):
+    """Also where folders have like names, or a run begins anew; and one ends before the next."""
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a-b").mkdir()
+    for folder, done in (("a b", 0), ("a-b", 0), ("a b", 3), ("a b", 0), ("a b", 3)):
+        with open_report(name, tmp_path / folder, done, {"steps": 9}) as report:
+            report({"reward": 0.5}, done + 1)
+    names = [report.name for report in reports]
+    assert names[0] == names[2] and names[3] == names[4] and len(set(names)) == 3
+    assert all(re.fullmatch(r"[\w-]+-a-b-[0-9a-f]{8}", name) for name in names)
+    assert [report.rows[0]["step"] for report in reports] == [1, 1, 4, 1, 4]
+
+
+def test_a_report_ends_with_a_run_that_fails(tmp_path, reports):
+    with pytest.raises(ZeroDivisionError):
+        with open_report("wandb", tmp_path, 0, {}):
+            _ = 1 / 0
+
+
+def test_a_report_that_cannot_be_begun_is_a_line(tmp_path, monkeypatch, reports):
+    def refuse(**_):
+        raise RuntimeError("no API key\nsee the manual")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    with pytest.raises(UserError, match="^--report wandb: no API key: log in there, .* leave"):
+        with open_report("wandb", tmp_path, 0, {}):
+            pytest.fail("it has begun")
 
 
 def test_the_commit_that_ran_is_written_down(tmp_path):

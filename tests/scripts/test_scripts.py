@@ -5,12 +5,15 @@ And their error lines.
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import content, difference
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,6 +32,7 @@ from minalign.models.loading import load_policy
 from minalign.reward import RewardModel
 from minalign.running.errors import one_line_errors
 from minalign.running.run import Run
+from minalign.tools import merge as merge_tool
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +124,61 @@ def test_the_policy_learns_what_is_truly_better(here, capsys):
     assert output.count(" |") >= 8 and "grammatical" in output
     policy, tokenizer = load_policy("learned")
     assert AutoModelForCausalLM.from_pretrained("learned/model").config.vocab_size == len(tokenizer)
+
+
+def card_of(folder):
+    return (Path(folder) / "README.md").read_text()
+
+
+def left(folder):
+    """What a run left, but for the name of its folder."""
+    found = content(folder)
+    del found["config.json"]["out"]
+    return found
+
+
+def repeat(main, model, *more):
+    """Run the command in a model's card, and `more` flags."""
+    words = shlex.split(re.search(r"```bash\n(.*?)\n```", card_of(model), re.DOTALL)[1])
+    assert words[0] == "python" and not {"--out", "--resume"} & set(words)
+    main([*words[2:], *map(str, more)])
+
+
+def test_the_command_of_a_policys_card_repeats_it_bit_for_bit(here, tmp_path):
+    """Also where it is stopped, and --config resumes it."""
+    short = "--rm rm --steps 4 --eval-every 2 --batch-size 8 --eval-prompts 8 --seed 7"
+    train_policy.main(command(short, out="named"))
+    again = ["--out", str(tmp_path / "again")]
+    repeat(train_policy.main, "named/best", "--steps", 2, *again)
+    train_policy.main(["--config", "named/config.json", "--resume", *again])
+    assert difference(left("named"), left(tmp_path / "again")) == ""
+    results = json.loads(Path("named/results.json").read_text())
+    text = card_of("named/model")
+    for name, row in (("start policy", results["before"]), ("step 4", results["after"])):
+        cells = re.search(rf"^\| {name} \| (.*) \|$", text, re.MULTILINE)[1].split(" | ")
+        assert cells == [f"{value:z.3f}" for value in row.values()]
+    fingerprints = json.loads(Path("named/config.json").read_text())["fingerprints"]
+    assert len(fingerprints) == 5
+    assert all(f"- {name}: `{value}`" in text for name, value in fingerprints.items())
+    assert "after 4 steps" in text and card_of("named/best")
+
+
+def test_the_commands_of_the_other_cards_repeat_them_bit_for_bit(here, tmp_path):
+    train_rm.main(command("--steps 3 --eval-every 2 --max-pairs 64 --max-eval-pairs 20", out="one"))
+    repeat(train_rm.main, "one/model", "--out", tmp_path / "again")
+    assert difference(left("one"), left(tmp_path / "again")) == ""
+    assert "text-classification" in card_of("one/model")
+    short = "--rm rm --steps 1 --iterations 1 --batch-size 4 --eval-prompts 4 --etas 0,1"
+    warp.main(command(f"{short} --keep-etas 0.5", out="war"))
+    repeat(warp.main, "war/iteration-1/merged/model", "--out", tmp_path / "war")
+    assert difference(left("war"), left(tmp_path / "war")) == ""
+    for inner in ("iteration-1/run-2", "iteration-1/merged", "front/eta-0.5"):
+        assert "python warp.py --rm rm --steps 1" in card_of(f"war/{inner}/model")
+    start = toy.start_policy_folder()
+    merge_tool.main(["--init", start, "--models", "war/iteration-1/run-1", "--out", "both"])
+    text = card_of("both")
+    assert f"--init {start} --models war/iteration-1/run-1 --out both" in text
+    assert "iteration 1" not in text, "the card of a merge is its own, not that of a model in it"
 
 
 VARIANTS = [
