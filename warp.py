@@ -275,7 +275,7 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module, ran: dict, title: s
     if config.lora_rank:
         torch.manual_seed(config.seed)
         add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
-    if run.first:
+    if run.first and not run.stop.is_set():
         measured = train_policy.evaluate(run, task, policy)
         judge(run, measured)  # where a decline is measured from
     train_policy.train(run, task, policy)

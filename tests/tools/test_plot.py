@@ -279,7 +279,7 @@ def test_a_real_run_can_be_drawn(tmp_path, monkeypatch, axes_drawn):
         more = f"--seed {seed} --out run-{seed} --device cpu"
         train_policy.main([*flags.split(), *more.split()])
     plot.main(["run-0", "run-1", "--out", "x.pdf"])
-    assert Path("x.pdf").stat().st_size > 5_000 and len(axes_drawn()) == 8
+    assert Path("x.pdf").stat().st_size > 5_000 and len(axes_drawn()) == 9
     assert all(set(texts(axis)) == {"run (n=2)"} for axis in axes_drawn())
 
 
