@@ -276,12 +276,11 @@ def train_one(run: Run, task: Task, policy: torch.nn.Module, ran: dict, title: s
         torch.manual_seed(config.seed)
         add_lora_(policy, config.lora_rank, config.lora_alpha, targets=config.lora_targets)
     if run.first and not run.stop.is_set():
-        measured = train_policy.evaluate(run, task, policy)
-        judge(run, measured)  # where a decline is measured from
+        judge(run, train_policy.evaluate(run, task, policy))  # where a decline is measured from
     train_policy.train(run, task, policy)
     merge_lora_(policy)
     if run.first:
-        begins = {"theta_init": measured.metrics}
+        begins = {"theta_init": run.counts["start"]["metrics"]} if "start" in run.counts else {}
         card = policy_card(ran, title, run.folder, int(run.last["step"]), begins)
         save_policy(policy, task.tokenizer, run.folder / "model", card=card)
 

@@ -77,7 +77,7 @@ def parse_flags_of_runs(
     """
     config = parse_flags(config_class, description, argv, prog)
     argv = sys.argv[1:] if argv is None else argv
-    runs, taken = settings_of(models(config)), []
+    runs, taken, kinds = settings_of(models(config)), [], typing.get_type_hints(config_class)
     for name, key in take.items() if runs else ():
         head = next((group[0] for group in (DATA, REWARD) if key in group[1:]), "")
         heads = [run.get(head) for run in runs.values()] if head in config.given else []
@@ -85,7 +85,7 @@ def parse_flags_of_runs(
         if of_others or not hasattr(config, name) or name in config.given:
             continue
         value = agreed(runs, key, name)
-        if isinstance(value, list):
+        if isinstance(value, list) and "list" in str(kinds[name]):  # else a damaged file is told
             taken += [f"{dashed(name)}={one}" for one in value]
         elif value is not None:
             taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]

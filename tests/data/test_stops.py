@@ -209,7 +209,13 @@ def test_all_completions_that_end_at_a_text_or_the_limit_have_probability_1():
 def test_a_sampler_stops_and_its_log_probs_are_of_what_is_left(dtype):
     policy, tokenizer = policy_and_tokenizer()
     config = SimpleNamespace(
-        seed=0, temperature=1.0, max_new_tokens=20, micro_batch_size=4, sampler_dtype="auto"
+        seed=0,
+        temperature=1.0,
+        max_new_tokens=20,
+        micro_batch_size=4,
+        sampler_dtype="auto",
+        importance="sequence",
+        importance_limit=2.0,
     )
     prompts = [TokenizedPrompt([5 + n]) for n in range(8)]
     stop = stop_at(tokenizer, ["é", "a", "\n"])
