@@ -5,7 +5,6 @@ What is wrong in a row is a UserError, by which `read_items` drops and counts it
 
 import itertools
 import re
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -36,8 +35,6 @@ KNOWN = (
     *(name.replace("chosen", "rejected") for name in CHOSEN_RATINGS),
 )
 
-
-NONE = types.MappingProxyType({})
 
 Item = typing.TypeVar("Item")
 
@@ -127,7 +124,7 @@ def parse_columns(given: Sequence[str] | None, asked: Collection[str] = ()) -> d
 
 
 def by_our_names(
-    rows: Sequence[dict], names: dict[str, str], source: str, asked: Mapping[str, str] = NONE
+    rows: Sequence[dict], names: dict[str, str], source: str, asked: Mapping[str, str] | None = None
 ) -> tuple[list[dict], list[str]]:
     """Rows of the known columns by our names, None in every gap; and all columns of the data.
 
@@ -143,6 +140,7 @@ def by_our_names(
             theirs in columns,
             f"{source}: has columns {shown(columns)}: expected {theirs!r:.40} (--columns {ours}=)",
         )
+    asked = asked or {}
     for name, function in asked.items():
         require(
             not function or name in names or name in columns,
@@ -191,12 +189,12 @@ def prompt_column(
 
 
 def prompt_rows(
-    rows: Sequence[dict], names: dict[str, str], source: str, asked: Mapping[str, str] = NONE
+    rows: Sequence[dict], names: dict[str, str], source: str, asked: Mapping[str, str] | None = None
 ) -> tuple[list[dict], str]:
     """Rows by our names, and the column of their prompts. Which are not read is printed."""
     rows, columns = by_our_names(rows, names, source, asked)
     column = prompt_column(rows[0], names, columns, source)
-    read = columns_for(rows[0], asked, column) or {}
+    read = columns_for(rows[0], asked or {}, column) or {}
     name_unread(source, columns, {column, "prompt", "completion", *read}, names)
     return rows, column
 

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..running.errors import UserError, require
-from .columns import (
-    KNOWN,
-    NONE,
-    PROMPT_COLUMNS,
-    by_our_names,
-    parse_columns,
-    read_items,
-    read_prompt,
-)
+from .columns import KNOWN, PROMPT_COLUMNS, by_our_names, parse_columns, read_items, read_prompt
 from .messages import Note, first_turn
 from .rows import read_rows
 
@@ -41,10 +32,10 @@ class Split(NamedTuple):
     asked: dict[str, str] = {}  # further columns, see models.functions.columns_asked
 
     @classmethod
-    def from_flags(cls, flags: DataFlags, asked: Mapping[str, str] = NONE) -> Split:
+    def from_flags(cls, flags: DataFlags, asked: dict[str, str] | None = None) -> Split:
         """What the flags of a script or tool say."""
         data = flags.dataset, flags.split, flags.eval_split, flags.eval_share, flags.split_seed
-        return cls(*data, flags.subset, parse_columns(flags.columns, asked), asked)
+        return cls(*data, flags.subset, parse_columns(flags.columns, asked or ()), asked or {})
 
 
 def held_out(text: str, seed: int, share: float) -> bool:
@@ -67,13 +58,9 @@ def both_splits(data: Split) -> tuple[list[list[dict]], set[str], list[str]]:
     """
     splits = [data.split] + [data.eval_split] * bool(data.eval_split)
     wanted = {data.names.get(name, name) for name in (*KNOWN, *data.asked)}
-    read = functools.partial(
-        read_rows, subset=data.subset, columns=None if "**" in data.asked else wanted
-    )
-    parts = [
-        by_our_names(read(data.dataset, split), data.names, data.dataset, data.asked)
-        for split in splits
-    ]
+    wanted = None if "**" in data.asked else wanted
+    read = (read_rows(data.dataset, split, data.subset, wanted) for split in splits)
+    parts = [by_our_names(rows, data.names, data.dataset, data.asked) for rows in read]
     known = set.intersection(*(set(rows[0]) for rows, _ in parts))
     every = list(dict.fromkeys(name for _, columns in parts for name in columns))
     return [rows for rows, _ in parts], known, every

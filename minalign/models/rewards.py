@@ -55,8 +55,7 @@ class RewardFunction:
         """As RewardModel.score_rollout. The texts are those of the rollout, decoded.
 
         Raises:
-            UserError: a column is missing, the function fails, or does not return one number for
-                each completion.
+            UserError: see functions.call.
         """
         texts = [
             decode_parts(tokenizer, prompt.ids, completion)
@@ -84,9 +83,7 @@ def combine(
         mean-sd:  r = m - sqrt(mean_i (z_i - m)^2),  m = mean_i z_i
 
     min is the worst-case optimisation of Coste et al. 2023 (arXiv 2310.02743). Their
-    uncertainty-weighted one subtracts lambda times the variance; mean-sd the deviation,
-    whose unit is the reward's own. Both are below every mean: where rewards disagree, none is
-    believed.
+    uncertainty-weighted one subtracts lambda times the variance, mean-sd the deviation itself.
 
     Args:
         scores: (M, N), standardised: z_i.
@@ -105,7 +102,7 @@ def combine(
         return (weights[:, None] * known).sum(0)
     if how == "min":
         lowest = scores.masked_fill(~applies, torch.inf).amin(0)
-        # inf is no number, even where it is not the lowest; and where none applies, it is 0
+        # inf that is not the lowest stays no number: 0 x inf is NaN
         return lowest.where(applies.any(0), 0.0) + 0.0 * known.sum(0)
     count = applies.sum(0).clamp(min=1)
     mean = known.sum(0) / count
@@ -162,27 +159,22 @@ class RewardSum:
         Parts are NaN where they do not apply.
         """
         batch = (tokenizer, prompts, completions, batch_size)
-        scores = {name: reward.score_rollout(*batch) for name, reward in self.rewards.items()}
+        every = [reward.score_rollout(*batch) for reward in self.rewards.values()]
         parts = {}
-        for name, one in scores.items():
+        for name, one in zip(self.rewards, every):
             parts |= {name: known_rewards(one)}
             parts |= {f"{name} {part}": values for part, values in one.parts.items()}
-        every = list(scores.values())
-        all_rows = torch.ones_like(every[0].rewards, dtype=torch.bool)
-        applies = torch.stack([all_rows if s.applies is None else s.applies for s in every])
-        means, stds, weights = (
-            all_rows.new_tensor(numbers, dtype=torch.float32)
-            for numbers in (self.means, self.stds, self.weights)
-        )
         rewards = torch.stack([one.rewards for one in every])  # (M, B)
-        total = combine((rewards - means[:, None]) / stds[:, None], applies, self.how, weights)
+        known = [one.applies for one in every]
+        applies = torch.stack([torch.ones_like(rewards[0]) > 0 if k is None else k for k in known])
+        numbers = self.means, self.stds, self.weights
+        means, stds, weights = (rewards.new_tensor(one)[:, None] for one in numbers)
+        total = combine((rewards - means) / stds, applies, self.how, weights[:, 0])
         variance = None
         if self.how == "sum" and all(one.variance is not None for one in every):
-            variances = torch.stack([one.variance for one in every])
-            variance = (weights / stds) ** 2 @ variances
-        some = any(one.applies is not None for one in every)
-        kept = parts if len(parts) > 1 else {}
-        return Scores(total, variance, kept, applies.any(0) if some else None)
+            variance = ((weights / stds) ** 2 * torch.stack([s.variance for s in every])).sum(0)
+        some = applies.any(0) if any(k is not None for k in known) else None
+        return Scores(total, variance, parts if len(parts) > 1 else {}, some)
 
     def fit(self, parts: dict[str, torch.Tensor]) -> None:
         """Set mean and standard deviation of each reward from its scores of the start policy.

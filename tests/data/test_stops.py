@@ -41,7 +41,7 @@ def byte_level():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = [spell.pre_tokenize_str(piece)[0][0] for piece in PIECES]
-    vocabulary = {token: i for i, token in enumerate(["<end>", *letters, *pieces])}
+    vocabulary = {token: i for i, token in enumerate([*letters, *pieces, "<end>"])}  # 0 is "!"
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = spell, decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
@@ -74,7 +74,7 @@ def slowly(tokenizer, texts, prompt, ids):
 def test_a_completion_ends_before_the_first_text_whatever_its_tokens(make, texts):
     """Also where it begins or ends within one: by brute force over random ids."""
     tokenizer, rng, hits = make(), random.Random(0), 0
-    usual = [i for i in range(1, len(tokenizer)) if tokenizer.decode([i]).strip("\ufffd")]
+    usual = [i for i in range(len(tokenizer)) if tokenizer.decode([i], True).strip("\ufffd")]
     many = [i for i in usual if set(tokenizer.decode([i])) & set("Human:.\né")]
     for _ in range(150):
         prompt = rng.choices(usual, k=rng.randint(1, 3))
@@ -148,31 +148,41 @@ def test_stopping_early_changes_no_token(family, monkeypatch):
     policy, tokenizer = policy_and_tokenizer()
     if family != "own cache":
         monkeypatch.setattr("minalign.models.generation.can_decode", lambda _: False)
-    stop = stop_at(tokenizer, ["é", "a", "\n"])
+    find, called, texts = stop_at(tokenizer, ["é", "a", "!"]), [], ["é", "a", "!"]
+
+    def stop(prompt, ids):
+        called.append((prompt, ids))
+        return find(prompt, ids)
+
     prompts = [[5, 6], [7], [9, 9, 9]] * 4
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    how = dict(max_new_tokens=60, temperature=1.0, eos_token_ids=[0, 3], pad_token_id=0)
+    ends = [tokenizer.eos_token_id, 3]
+    how = dict(max_new_tokens=60, temperature=1.0, eos_token_ids=ends, pad_token_id=0)
     how["uniforms"] = draw_uniforms(12, 60, "cpu", torch.Generator().manual_seed(0))
     whole = generate(policy, ids, mask, **how)
     early = generate(policy, ids, mask, stop=stop, **how)
     assert early.mask.sum() < whole.mask.sum()
-    expected = completions_of(whole, prompts, [0, 3], stop)
-    found = completions_of(early, prompts, [0, 3], stop)
+    drawn = [tokens[mask].tolist() for tokens, mask in zip(whole.tokens, whole.mask)]
+    for prompt, ids in called:  # each row's own, whoever has left
+        assert any(p == prompt and d[: len(ids)] == ids for p, d in zip(prompts, drawn))
+    assert {len(ids) for _, ids in called} == {16, 32, 48}
+    expected = completions_of(whole, prompts, ends, stop)
+    found = completions_of(early, prompts, ends, stop)
     for one, other in zip(expected[0], found[0], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     assert expected[1] == found[1] and expected[2].tolist() == found[2].tolist()
     stopped = 0
     for row, (prompt, completion) in enumerate(zip(prompts, found[1])):
-        drawn = whole.tokens[row][whole.mask[row]].tolist()
         text = decode_parts(tokenizer, prompt, completion)[1]
-        assert not any(one in text for one in ("é", "a", "\n"))
-        hit = slowly(tokenizer, ["é", "a", "\n"], prompt, [i for i in drawn if i not in (0, 3)])
+        assert not any(one in text for one in texts)
+        hit = slowly(tokenizer, texts, prompt, [i for i in drawn[row] if i not in ends])
         stopped += hit is not None
         kept = found[0].tokens[row][found[0].mask[row]].tolist()
-        assert kept == (drawn[: hit[0]] if hit else drawn) and (not hit or hit[1] == text)
-        assert bool(found[2][row]) == (hit is not None or bool({0, 3} & {*drawn}))
+        assert kept == (drawn[row][: hit[0]] if hit else drawn[row])
+        assert not hit or hit[1] == text
+        assert bool(found[2][row]) == (hit is not None or bool({*ends} & {*drawn[row]}))
     assert 3 < stopped
 
 

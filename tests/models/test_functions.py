@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import random
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ import torch
 
 import train_policy
 from minalign.data.chat import TokenizedPrompt
+from minalign.data.prompts import beginning, tokenize_prompts
 from minalign.models.functions import asked_of, call, columns_asked
 from minalign.models.rewards import RewardFunction, RewardSum, combine
 from minalign.running.errors import UserError
@@ -156,7 +158,7 @@ def test_each_prompt_comes_with_its_own_answer(here, capsys):
     calls = calls_of()
     assert len(calls) == 3 + 4  # steps; before, at steps 2 and 3, after
     for prompts, answers in calls:
-        assert [f"what is {answer} ?" in str(p) for p, answer in zip(prompts, answers)]
+        assert all(f"what is {answer} ?" in str(p) for p, answer in zip(prompts, answers))
     held_out = calls[0][1]
     assert held_out == calls[-1][1] and not {*held_out} & {n for _, a in calls[1:3] for n in a}
     rows = read_json_lines(here / "run/metrics.jsonl")
@@ -178,6 +180,19 @@ def test_each_prompt_comes_with_its_own_answer(here, capsys):
     given = read_json_lines(here / "g.jsonl")
     assert [row["answer"] for row in given] == calls[0][1]
     assert [row["reward"] is None for row in given] == [n % 3 == 0 for n in calls[0][1]]
+
+
+def test_a_dropped_prompt_moves_no_columns():
+    tokenizer = tiny.tokenizer()
+    texts = [letter * n for n, letter in enumerate("abcdefgh", 1)]
+    columns = [{"answer": text} for text in texts]
+    rows = tokenize_prompts(tokenizer, texts[::-1], 5, None, "odd", columns[::-1])
+    assert [(tokenizer.decode(p.ids), p.columns["answer"]) for p in rows] == [
+        (text, text) for text in texts[4::-1]
+    ]
+    assert [p.row for p in rows] == list(range(5)) == [p.row for p in [*rows[:2], *rows[2:]]]
+    cut = beginning(rows[1], (2, 2), random.Random(0))
+    assert cut.ids == rows[1].ids[:2] and cut[1:] == rows[1][1:] and cut.row == 1
 
 
 def test_all_columns_but_the_prompt_and_only_what_is_asked_for(here):
@@ -309,7 +324,7 @@ def test_none_is_no_zero():
     scores = scored(of([2.0, None, math.nan]))
     assert scores.applies.tolist() == [True, False, True]
     assert scores.rewards[:2].tolist() == [2.0, 0.0] and scores.rewards[2].isnan()
-    assert scored(of([1, 2, 3])).applies.all()
+    assert scored(of([1, 0, False])).applies.all()
     rewards = {"a": of([2.0, None, None]), "b": of([10.0, 30.0, None])}
     both = RewardSum(rewards, [1.0, 2.0])
     both.fit({"a": torch.tensor([0.0, 2.0, torch.nan]), "b": torch.tensor([10.0, 30.0, 20.0])})

@@ -5,9 +5,12 @@ one line that bad input gets.
 """
 
 import json
+import random
 import re
+import runpy
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ import train_policy
 import train_rm
 import warp
 from minalign.data.chat import encode_whole
+from minalign.data.prompts import load_prompts
+from minalign.data.splits import Split
 from minalign.reward import RewardModel
 from minalign.running.errors import UserError
 from minalign.tools import generate, score
@@ -461,3 +466,44 @@ def test_a_hub_id_without_a_network_says_what_to_do(here, no_waiting):
     with pytest.raises(UserError, match="--model nobody/no-such-model.*local copy") as error:
         load_policy("nobody/no-such-model")
     assert "\n" not in str(error.value)
+
+
+# --- docs/sums.py
+
+
+def test_sums_that_are_held_out_are_in_no_training_data(tmp_path, monkeypatch, capsys):
+    """The commands of docs/tasks.md in their first steps, and the reward by hand."""
+    monkeypatch.chdir(tmp_path)
+    sums = runpy.run_path(str(ROOT / "docs/sums.py"))
+    section = (ROOT / "docs/tasks.md").read_text().split("## A task whose answers")[1]
+    block = section.split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    first, second = block.strip().split("&&\n")
+    assert first.strip() == "python docs/sums.py"
+    seen = []
+    sums["make_start_policy"].__globals__["random"] = SimpleNamespace(Random=watched(seen))
+    sums["main"](steps=6)
+    argv = shlex.split(second.replace("docs/sums.py", str(ROOT / "docs/sums.py")))[2:]
+    assert " ".join(shlex.split(second)) in " ".join(sums["__doc__"].replace("\\\n", " ").split())
+    train_policy.main([*argv, "--steps", "2", "--eval-prompts", "4", "--device", "cpu"])
+    assert "2259 training and 241 held-out prompts" in capsys.readouterr().out
+    _, held, *_ = load_prompts(Split("runs/sums/sums.jsonl"))
+    read = {row["prompt"] for row in seen}
+    assert len(held) == 241 and len(read) > 600 and read.isdisjoint(held)
+    rows = [json.loads(line) for line in Path("runs/sums/sums.jsonl").read_text().splitlines()]
+    assert all(
+        int(row["prompt"][:2]) + int(row["prompt"][3:5]) == int(row["answer"]) for row in rows
+    )
+    assert sums["exact"]([""] * 3, ["42", "42 ", "24"], ["42"] * 3) == [1.0, 0.0, 0.0]
+    assert all(sums["slip"]("42", random.Random(n)) not in ("42", "24") for n in range(50))
+
+
+def watched(seen):
+    """random.Random, whose choices are kept."""
+
+    class Rng(random.Random):
+        def choices(self, rows, k):
+            drawn = super().choices(rows, k=k)
+            seen.extend(drawn)
+            return drawn
+
+    return Rng
