@@ -32,6 +32,9 @@ def broken(prompts, completions):
     return [float("nan")] * len(completions)
 def of_prompt(prompts, completions):
     return [sum(map(ord, str(prompt))) % 97 for prompt in prompts]
+def near(prompts, completions, answer):
+    return [None if a is None else -abs(float(c.split()[-1]) - a)
+            for c, a in zip(completions, answer)]
 def asked(prompts, completions):
     return [len(prompt) if isinstance(prompt, str) else -1 for prompt in prompts]
 """
@@ -275,6 +278,58 @@ def test_a_list_of_texts_is_read_as_one_text_is(models):
     measured(tiny.rows("b.jsonl", row | {"chosen": ["a"], "rejected": ["b"]}, 4), rm=rm, out="q")
     texts, lists = ([json.loads(line) for line in open(f"{out}/scores.jsonl")] for out in "pq")
     assert texts == lists
+
+
+def test_functions_get_the_columns_that_they_name(capsys):
+    """By row and text, also in small batches; None leaves the row out for all."""
+    rows = [
+        {"prompt": f"q{n}", "chosen": f"a {c}", "rejected": f"a {r}", "answer": a}
+        for n, (c, r, a) in enumerate([(5, 9, 5), (2, 1, 1), (3, 4, 9), (7, 8, None)])
+    ]
+    results = measured(rows, "--batch-size", "3", rm=["rules:near", "rules:last"])
+    assert means(results, "rules:near") == {"all": pytest.approx(1 / 3)}
+    assert means(results) == {"all": pytest.approx(1 / 3)} and results["measured"] == 3
+    said = capsys.readouterr().out
+    assert "it does not apply" in said and "columns not read" not in said
+    scores = [json.loads(line) for line in Path("o/scores.jsonl").read_text().splitlines()]
+    assert [row["chosen"]["rules:near"] for row in scores] == [[0.0], [-1.0], [-6.0]]
+    without = write([{k: v for k, v in row.items() if k != "answer"} for row in rows])
+    line = refusal(["--rm", "rules:near", "--dataset", without, "--out", "p", *CPU], capsys)
+    assert "names column 'answer'" in line
+
+
+def test_the_lowest_of_several_rewards_by_hand(capsys):
+    """Standardised on the six texts: last is 1, 2, 3, 4, 5, 6 and length 3, all but one 4."""
+    rows = [
+        {"chosen": c, "rejected": r} for c, r in [("a 6", "a 1"), ("a 2", "a 5"), ("aa 4", "a 3")]
+    ]
+    flags = ["--rm-combine", "min"]
+    results = measured(rows, *flags, rm=["rules:last", "rules:length"])
+    (name,) = [name for name in results["rewards"] if name != "the longer wins"]
+    assert name == "min of rules:last, rules:length"
+    last = [(x - 3.5) / (35 / 12) ** 0.5 for x in (6, 1, 2, 5, 4, 3)]
+    length = [(x - 19 / 6) / (5 / 36) ** 0.5 for x in (3, 3, 3, 3, 4, 3)]
+    lowest = list(map(min, last, length))
+    scores = [json.loads(line) for line in Path("o/scores.jsonl").read_text().splitlines()]
+    found = [x for row in scores for side in ("chosen", "rejected") for x in row[side][name]]
+    assert found == pytest.approx(lowest)
+    for flags, why in ((["--rm-weights", "1", "2"], "takes no --rm-weights"), ([], "")):
+        rm = ["rules:last", "rules:length"] if why else ["rules:last"]
+        line = refusal(["--rm", *rm, "--dataset", "d.jsonl", "--rm-combine", "min", *flags], capsys)
+        assert why in line and "--rm-combine min" in line
+
+
+def test_a_risk_is_that_of_the_scores(models, capsys):
+    rows = [{"prompt": "p", "chosen": "good film", "rejected": "bad"}]
+    measured(rows, "--risk", "0.5", rm=[models["ordinal"]])
+    (row,) = [json.loads(line) for line in Path("o/scores.jsonl").read_text().splitlines()]
+    model = RewardModel.from_pretrained(models["ordinal"])
+    logits = model.logits([model.encode("p", "good film")])
+    p = logits[0, model.order].double().softmax(0)
+    expected = -0.5 * (p * torch.exp(-torch.arange(1, 6) / 0.5)).sum().log().item()
+    assert row["chosen"][models["ordinal"]] == [pytest.approx(expected, rel=1e-4)]
+    line = refusal(["--rm", models["rm"], "--dataset", "d.jsonl", "--risk", "1", *CPU], capsys)
+    assert "--risk 1" in line
 
 
 def test_several_rewards_are_one_with_weights_or_averaged(models):
