@@ -86,8 +86,10 @@ def parse_flags_of_runs(
         if of_others or not hasattr(config, name) or dashed(name) in given:
             continue
         value = agreed(runs, key, name)
-        if isinstance(value, list):
+        if isinstance(value, list) and name == "stop":  # they may begin with a dash
             taken += [f"{dashed(name)}={one}" for one in value]
+        elif isinstance(value, list):
+            taken += [dashed(name), *map(str, value)]
         elif value is not None:
             taken += [dashed(name) if value is True else f"{dashed(name)}={value}"]
     if not taken:
