@@ -414,7 +414,9 @@ LONG_NAMES = ["x" * 5000, "x/" + "y" * 5000 + ".jsonl"]
 
 
 @pytest.mark.parametrize(
-    "dataset", [*LONG_NAMES, "a\0b", "a\0b.jsonl", "\ud800.jsonl", "./", "//", "a b"]
+    "dataset",
+    [*LONG_NAMES, "a\0b", "a\0b.jsonl", "\ud800.jsonl", "./", "a b"]
+    + [pytest.param("//", marks=pytest.mark.slow)],  # the whole disk
 )
 def test_names_of_no_file_are_named(dataset):
     with pytest.raises(UserError, match=f"^{re.escape(one_line(dataset)[:99])}"):

@@ -80,6 +80,7 @@ def test_the_estimate_is_unbiased():
             assert mean == pytest.approx(won.item(), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_it_meets_the_exact_world_where_all_completions_are_enumerated():
     """Sampled means lie within 4 standard errors of the truth, and the KL below its bound."""
     world = exact_world.make_world(3, width=16)

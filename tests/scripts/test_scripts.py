@@ -163,6 +163,7 @@ def test_the_command_of_a_policys_card_repeats_it_bit_for_bit(here, tmp_path):
     assert "after 4 steps" in text and card_of("named/best")
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_other_cards_repeat_them_bit_for_bit(here, tmp_path):
     train_rm.main(command("--steps 3 --eval-every 2 --max-pairs 64 --max-eval-pairs 20", out="one"))
     repeat(train_rm.main, "one/model", "--out", tmp_path / "again")
@@ -399,6 +400,7 @@ def test_warp_runs_the_algorithm_and_resumes(here, tmp_path, capsys, monkeypatch
     assert "ran with --eta 0.25, now 0.3" in fails(warp.main, other, capsys)
 
 
+@pytest.mark.slow
 def test_runs_of_warp_with_a_reward_model_each(here, tmp_path, capsys):
     flags = command(
         "--rm-of-run rm rm-again --steps 2 --iterations 1 --batch-size 8 --eval-every 2 "

@@ -198,6 +198,7 @@ def test_any_pairs_and_a_column():
     assert means(measured(rows, out="p"))["all"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "parquet", pytest.param("saved", marks=pytest.mark.slow)])
 def test_files_of_every_kind_have_the_same_numbers(kind):
     rows = [pair(n % 3, 1, n, subset="a", id=n) for n in range(9)]
@@ -260,6 +261,7 @@ def test_models_read_rows_as_their_training_does(models):
     assert results["rewards"]["the longer wins"]["ece"] is None
 
 
+@pytest.mark.slow
 def test_chat_prompts_reach_every_kind_of_reward(models):
     row = {"prompt": [tiny.U("hi {n}")], "chosen": [tiny.A("a 2")], "rejected": [tiny.A("b 1")]}
     data = tiny.rows("d.jsonl", row, 6)
