@@ -89,6 +89,7 @@ def judge(run: Run, measured: Measured) -> None:
         f"step {run.step}: held-out reward - beta KL is {-change:.3g} (standard error {error:.2g}) "
         f"below that of {place}, the best: lower --lr {config.lr:g}"
     )
+    said += f" or --mu {config.mu:g}" if config.anchor == "ema" else ""
     if best["step"] < 2 * config.eval_every or counts["declines"] == 1:
         said += f", and --eval-every {config.eval_every}, too coarse to see where it fell"
     if counts["declines"] == 2 and config.stop_on_decline:

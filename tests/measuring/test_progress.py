@@ -20,7 +20,8 @@ def measured(rewards, kls):
 
 
 def new_run(beta=0.1, **flags):
-    given = dict(steps=9, eval_every=1, lr=1e-3, beta=beta, target_kl=None, stop_on_decline=False)
+    given = dict(steps=9, eval_every=1, lr=1e-3, beta=beta, target_kl=None, anchor="fixed", mu=0.01)
+    given["stop_on_decline"] = False
     config = SimpleNamespace(**given | flags)
     return SimpleNamespace(config=config, counts={}, made_of={"held-out data": "h"}, step=0)
 
@@ -58,6 +59,11 @@ def test_a_decline_is_told_once_when_it_is_seen_twice(capsys):
     assert said[4].startswith(f"step 4: {line}: lower --lr 0.001")
     assert run.counts["best_step"] == 1 and "ended" not in run.counts
     assert told(run, capsys, GOOD, WORSE) == ["", ""]  # once in between is none
+
+
+def test_with_a_moving_anchor_its_rate_is_named_too(capsys):
+    said = told(new_run(anchor="ema"), capsys, START, GOOD, WORSE, WORSE)
+    assert "lower --lr 0.001 or --mu 0.01" in said[3]
 
 
 def test_a_change_within_the_error_is_no_decline(capsys):
