@@ -273,7 +273,8 @@ def train(
         grad_norm = optimizer.step(skip=not math.isfinite(loss))
         if not math.isfinite(loss + grad_norm):
             kept = keep_last(run, reward_model, held_out)
-            run.skip(f"loss {loss}, gradient norm {grad_norm}", kept)
+            overflow = optimizer.overflowed and math.isfinite(loss)
+            run.skip(f"loss {loss}, gradient norm {grad_norm}", kept, overflow)
         metrics = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.lr}
         write_logs(run, reward_model, objective, held_out, steps, metrics)
     best = run.counts.get("best") or {}

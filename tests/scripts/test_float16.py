@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import difference, new_run, run_policy, start_model_folder
+from tiny_runs import difference, new_run, run_policy, run_rm, start_model_folder
 
 import train_rm
 from minalign.running.errors import UserError
@@ -64,6 +64,28 @@ def test_an_overflow_is_a_skipped_step_and_halves_the_scale(tmp_path, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(state["policy"], policy.parameters()))
 
 
+def test_an_overflow_does_not_end_a_reward_model_either(tmp_path, monkeypatch, capsys):
+    """One step overflows, the others train; a loss that is not finite ends the run at once."""
+    forward = Optimizer.forward
+
+    def scaled(self, function, dtype):
+        found = forward(self, function, torch.float16)
+        self.scaler.update(2.0**120)
+        self.scaler.set_backoff_factor(2.0**-110)
+        return found
+
+    monkeypatch.setattr(Optimizer, "forward", scaled)
+    model = start_model_folder(tmp_path / "lm")
+    run_rm(tmp_path / "rm", model)
+    assert rows_of(tmp_path / "rm")[-1]["skipped"] == 1
+    assert "loss scale is halved" in capsys.readouterr().out
+    monkeypatch.setattr(
+        train_rm, "pair_losses", lambda objective, logits, examples: logits.sum((0, 2)) * torch.nan
+    )
+    with pytest.raises(UserError, match="step 1: loss nan"):
+        run_rm(tmp_path / "broken", model)
+
+
 def test_a_float16_run_resumes_with_its_scale(tmp_path):
     policies = [run_policy(tmp_path / "whole", dtype=torch.float16, **SIZES)]
     run_policy(tmp_path / "cut", dtype=torch.float16, **SIZES | {"steps": 3})
@@ -92,8 +114,6 @@ def test_a_gradient_that_is_not_finite_at_a_scale_of_one_ends_the_run(tmp_path):
 
 
 def test_a_reward_model_trains_in_float16(tmp_path):
-    from tiny_runs import run_rm
-
     model = start_model_folder(tmp_path / "lm")
     found = [run_rm(tmp_path / name, model, dtype=name) for name in ("float32", "float16")]
     assert abs(found[0]["eval_loss"] - found[1]["eval_loss"]) < 0.05
