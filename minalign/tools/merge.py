@@ -171,7 +171,10 @@ def merge_folders(config: Config) -> dict[str, dict]:
         shutil.rmtree(folder / "inputs", ignore_errors=True)
         (folder / "angles.json").write_text(to_json(report, indent=1) + "\n")
         ran = describe(config, torch.device("cpu"), getattr(torch, dtype))
-        ran["fingerprints"] = fingerprints({}, {f"model {m.path}": m.path for m in inputs})
+        # Weights are not hashed, which would take as long as the merge does
+        sizes = [sum(t.nbytes for t in model.tensors.values()) for model in inputs]
+        named = {f"model {m.path}": f"{size:,} bytes" for m, size in zip(inputs, sizes)}
+        ran["fingerprints"] = fingerprints({}, {}) | named
         kind = "text-generation" if inputs[0].generation else "text-classification"
         title = f"Merge of {len(states)} models by {config.method}"
         card = model_card(ran, title, kind, ["merge"], {})
