@@ -111,6 +111,12 @@ def test_numbers_that_are_not_finite_are_never_the_best_nor_a_decline(capsys, ba
     assert capsys.readouterr().out == "" and run.counts["best_step"] == 1
 
 
+def test_prompts_without_a_reward_are_not_compared(capsys):
+    run, some = new_run(), [Sample("", "", None, 0.0), *measured(*START).samples]
+    judge(run, Measured({"reward": 0.2, "kl_sft": 0.0}, some, []))
+    assert math.isnan(run.counts["start"]["rewards"][0])
+
+
 def test_one_prompt_has_no_error_and_no_guard(capsys):
     run = new_run()
     assert not any(told(run, capsys, ([1.0], [0.0]), ([0.0], [0.0]), ([0.0], [0.0])))

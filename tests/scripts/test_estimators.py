@@ -1,7 +1,10 @@
 """--baseline names the estimator that runs."""
 
+import json
+
 import pytest
 import torch
+from tiny_runs import run_policy
 
 import train_policy
 from minalign.data.chat import TokenizedPrompt
@@ -60,3 +63,17 @@ def test_samples_without_a_reward_are_left_out(name):
     assert found[0][0][1] == 0 and (found[0][0][2:] != 0).all()
     nobody = advantages_of(SECOND, PROMPTS, torch.zeros(4, dtype=torch.bool))
     assert not nobody.any()
+
+
+def some(prompts, completions):
+    """None for texts that begin like half of them."""
+    return [None if len(text) % 2 else 3.0 + len(text) for text in completions]
+
+
+def test_a_run_averages_the_samples_that_have_a_reward(tmp_path):
+    """Of the log, of shaped rewards, and of the baseline that the next batch gets."""
+    run_policy(tmp_path, function=some, beta=0.0, missing_eos_penalty=0.0, steps=2, batch_size=16)
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 0 < first["applies"] < 1 and first["reward"] >= 3
+    assert first["shaped_reward"] == pytest.approx(first["reward"])
+    assert second["baseline"] == pytest.approx(first["reward"])

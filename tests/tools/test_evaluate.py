@@ -6,6 +6,7 @@ Most rewards here are `rules:last`, the number that an answer ends with: tables 
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pyarrow
@@ -35,6 +36,8 @@ def of_prompt(prompts, completions):
 def near(prompts, completions, answer):
     return [None if a is None else -abs(float(c.split()[-1]) - a)
             for c, a in zip(completions, answer)]
+def of_some(prompts, completions):
+    return [None if "1" in str(p) else len(c) for p, c in zip(prompts, completions)]
 def asked(prompts, completions):
     return [len(prompt) if isinstance(prompt, str) else -1 for prompt in prompts]
 """
@@ -464,6 +467,17 @@ def test_the_best_is_sought_among_the_samples_of_one_prompt(models):
     evaluate.main(["--best-of", "1", "4", *flags])
     one, four = json.loads(Path("o/results.json").read_text())["best_of"]
     assert one["reward"] == pytest.approx(four["reward"]) and four["win_rate"] == 0.5
+
+
+def test_prompts_without_a_reward_are_left_out_of_best_of_n(models, capsys):
+    data = tiny.rows("p.jsonl", {"prompt": "what is {n} film ?"}, 20)
+    flags = ["--start", models["lm"], "--rm", "rules:of_some", "--dataset", data, *CPU]
+    flags += ["--eval-prompts", "9", "--max-new-tokens", "2", "--out", "o", "--eval-share", "0.5"]
+    evaluate.main(["--best-of", "1", "2", *flags])
+    said = re.search(r"--best-of: (\d+) of (\d+) prompts are left out", capsys.readouterr().out)
+    assert 0 < int(said[1]) < int(said[2]) - 1
+    one, two = json.loads(Path("o/results.json").read_text())["best_of"]
+    assert 0 < one["reward"] <= two["reward"] and one["reward_low"] > 0
 
 
 def test_gold_is_that_of_the_sample_which_the_reward_takes():
