@@ -502,7 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         after, samples, _ = evaluate(run, task, policy)
         show_samples("after", samples)
         best, results = of_these_prompts(run, "best"), {"before": before, "after": after}
-        if best and objective(after, run) >= objective(best["metrics"], run):
+        if best and run.last and best["step"] == run.last["step"]:
             best = None
         if best:
             results["best"] = {"step": best["step"]} | best["metrics"]
@@ -510,10 +510,11 @@ def main(argv: list[str] | None = None) -> None:
         between = (best["step"], best["metrics"]) if best else None
         print("\n" + before_after_table(before, after, between))
         if best:
+            last, value = objective(after, run), objective(best["metrics"], run)
+            why = "worse than" if last < value else f"with a KL above 1.2 x {config.target_kl}, and"
             print(
-                f"\nheld-out reward - beta KL: {objective(after, run):.3f} at the last step, worse "
-                f"than {objective(best['metrics'], run):.3f} at step {best['step']}, which is "
-                f"{run.folder}/best"
+                f"\nheld-out reward - beta KL: {last:.3f} at the last step, {why} {value:.3f} at "
+                f"step {best['step']}, which is {run.folder}/best"
             )
         print(f"\nsaved {run.folder}/model")
 

@@ -662,6 +662,23 @@ def test_the_best_step_is_a_model_beside_the_last_ones(place, capsys, lora):
     assert Path("o/best/tokenizer.json").exists() or lora
 
 
+def test_with_a_target_the_best_step_may_be_below_the_last(place, capsys):
+    """What is beyond 1.2 times the target is not the best, and the end of the run says so."""
+    Path("rules.py").write_text(WORSE.replace("-float(len(calls))", "float(len(calls))"))
+    flags = ["--steps", "3", "--eval-every", "1", "--lr", "0.05"]
+    SCRIPTS["rules"](*flags, "--out", "free")
+    near, *_, far = [row["eval_kl_sft"] for row in rows_of("free/metrics.jsonl")]
+    assert 0 < 2 * near < far
+    capsys.readouterr()
+    SCRIPTS["rules"](*flags, "--target-kl", str(near), "--out", "o")
+    said = capsys.readouterr().out
+    assert (
+        "at the last step, with a KL above 1.2 x" in said and "at step 1, which is o/best" in said
+    )
+    results = json.loads(Path("o/results.json").read_text())
+    assert results["best"]["step"] == 1 and results["best"]["reward"] < results["after"]["reward"]
+
+
 def test_a_last_step_that_is_the_best_has_a_best_model_too(resumed):
     """B19: best/ is there whatever step it is of."""
     resumed("policy")
