@@ -325,6 +325,7 @@ def test_every_file_is_read_or_named_in_one_line(tmp_path, tokenizers, capsys):
 # --- what such files found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["a" + " " * 200_000 + "b", "\n\nHuman: a" * 100_000], ids=["white space", "turns"]
 )

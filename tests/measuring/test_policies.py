@@ -278,6 +278,7 @@ def test_the_command_line_compares_policies(folders, monkeypatch, capsys):
     assert config["model"] == ["other", "loop"] and config["max_new_tokens"] == 12
 
 
+@pytest.mark.slow
 def test_policies_meet_the_same_random_numbers_whatever_is_beside_them(folders, monkeypatch):
     """The start policy under another name samples what it samples as start.
 

@@ -284,6 +284,7 @@ def test_generate_draws_fresh_samples_for_each_batch_and_the_same_for_a_seed(her
     assert answers[0] == answers[1] != answers[2] and len(set(answers[0])) == 4
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_reaches_all_three_scripts_and_changes_no_step(here, monkeypatch):
     from minalign.models import activations
 
