@@ -266,7 +266,7 @@ def train(run: Run, task: Task, policy: torch.nn.Module) -> dict[str, float]:
         # A = r_beta - b, with b from rewards other than the sample's own
         advantages = advantages_of(shaped, prompts, applies)
         if config.standardize_advantages:
-            advantages = standardized_advantages(advantages)
+            advantages = standardized_advantages(advantages, applies)
         if config.uncertainty != "none":
             advantages *= uncertainty_weights(gather(scores.variance), config.uncertainty)
         A = advantages[mine, None] * samples.importance  # (B, T): all 1 where the policy drew

@@ -255,7 +255,9 @@ class ShrinkageBaseline:
         self._within, self._between = state["within"], state["between"]
 
 
-def standardized_advantages(advantages: torch.Tensor) -> torch.Tensor:
+def standardized_advantages(
+    advantages: torch.Tensor, applies: torch.Tensor | None = None
+) -> torch.Tensor:
     """Advantages (B,) over their standard deviation: the learning rate then fits any reward scale.
 
         A_i / std_j(A_j)
@@ -264,6 +266,9 @@ def standardized_advantages(advantages: torch.Tensor) -> torch.Tensor:
     The deviation holds the sample itself, so the expected gradient is only nearly that of the
     reward, divided by it. Equal advantages, which have none, become 0.
 
+    Args:
+        advantages: (B,).
+        applies: (B,) bool, the samples that have one: the deviation is theirs. None is all.
     Returns:
         (B,) float32, detached.
     Raises:
@@ -275,8 +280,9 @@ def standardized_advantages(advantages: torch.Tensor) -> torch.Tensor:
     if advantages.ndim != 1 or len(advantages) < 2:
         raise ValueError(f"got advantages {tuple(advantages.shape)}, expected (B,) with B >= 2")
     advantages = advantages.detach().float()
-    deviation = advantages.std(correction=0)
-    # Rounding gives equal numbers a deviation, too
+    kept = advantages if applies is None else advantages[applies]
+    deviation = (kept - kept.mean()).square().mean().sqrt()
+    # Rounding gives equal numbers a deviation, too; of none it is NaN
     spread = deviation > 1e-6 * advantages.abs().max()
     return (advantages / deviation).where(spread, 0.0)
 

@@ -686,6 +686,16 @@ def test_standardized_advantages_do_not_know_the_rewards_scale(device):
         assert not standardized_advantages(torch.full((7,), equal, device=device)).any()
 
 
+def test_samples_without_a_reward_have_no_say_in_the_deviation(device):
+    """How many they are changes nothing for the others; where all are such, all is 0."""
+    advantages = torch.tensor([3.0, 0.0, -1.0, 0.0, 0.0], device=device)
+    applies = torch.tensor([1, 0, 1, 0, 0], device=device).bool()
+    found = standardized_advantages(advantages, applies)
+    close(found, torch.tensor([1.5, 0.0, -0.5, 0.0, 0.0]))  # deviation 2
+    nobody = torch.zeros_like(applies)
+    assert not standardized_advantages(torch.zeros_like(advantages), nobody).any()
+
+
 def test_beta_follows_the_kl_by_the_equation():
     assert adapted_beta(0.1, 2.0, 2.0, 1.0) == 0.1
     assert adapted_beta(0.1, 2.2, 2.0, 0.5) == pytest.approx(0.1 * (1 + 0.1 * 0.5))

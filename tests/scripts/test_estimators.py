@@ -77,3 +77,12 @@ def test_a_run_averages_the_samples_that_have_a_reward(tmp_path):
     assert 0 < first["applies"] < 1 and first["reward"] >= 3
     assert first["shaped_reward"] == pytest.approx(first["reward"])
     assert second["baseline"] == pytest.approx(first["reward"])
+
+
+def test_a_run_standardises_by_the_samples_that_have_a_reward(tmp_path):
+    """Advantages of deviation 1 among them, and 0 elsewhere: less than 1 over all."""
+    flags = dict(beta=0.0, missing_eos_penalty=0.0, steps=1, batch_size=16)
+    run_policy(tmp_path, function=some, standardize_advantages=True, **flags)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert 0 < row["applies"] < 1
+    assert row["advantage_std"] == pytest.approx(row["applies"] ** 0.5)  # their mean is 0
