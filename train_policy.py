@@ -38,7 +38,7 @@ from minalign.running.flag_groups import (
     resolve_task,
     resolve_training,
 )
-from minalign.running.flags import fill_in, flag, parse_flags
+from minalign.running.flags import dashed, fill_in, flag, parse_flags
 from minalign.running.ranks import processes
 from minalign.running.run import Run, open_run
 
@@ -398,6 +398,10 @@ def load(run: Run) -> Task:
     from train_rm import toy_reward_model
 
     config = run.config
+    given = {"importance", "importance_limit"} & (getattr(config, "given", None) or {}).keys()
+    if given and str(run.dtype) == "torch.float32" and config.sampler_dtype in ("auto", "float32"):
+        named = ", ".join(map(dashed, sorted(given)))
+        print(f"note: {named}: in float32 the policy itself draws: all weights are 1")
     with run.ranks.first_before_others():
         model = config.model or toy.start_policy_folder()
         rewards = config.rm or [toy_reward_model(run.device, run.dtype)]

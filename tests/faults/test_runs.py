@@ -662,6 +662,16 @@ def test_the_best_step_is_a_model_beside_the_last_ones(place, capsys, lora):
     assert Path("o/best/tokenizer.json").exists() or lora
 
 
+def test_weights_that_are_all_1_are_named(place, capsys):
+    """--importance changes nothing where no rounded weights draw."""
+    SCRIPTS["policy"]("--importance", "token", "--importance-limit", "3", "--out", "a")
+    said = capsys.readouterr().out
+    assert "--importance, --importance-limit: in float32 the policy itself draws" in said
+    for flags in ([], ["--importance", "token", "--sampler-dtype", "bfloat16"]):
+        SCRIPTS["policy"](*flags, "--out", f"b{len(flags)}")
+        assert "the policy itself draws" not in capsys.readouterr().out
+
+
 def test_with_a_target_the_best_step_may_be_below_the_last(place, capsys):
     """What is beyond 1.2 times the target is not the best, and the end of the run says so."""
     Path("rules.py").write_text(WORSE.replace("-float(len(calls))", "float(len(calls))"))
