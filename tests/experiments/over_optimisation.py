@@ -7,9 +7,9 @@ And which number warns first?
 
 It resumes, and takes about 6 minutes per seed on one core.
 
-Reward models (Bradley-Terry, train_rm.train) on 100, 400, 1600 and 6400 of the noisy rater's pairs:
+Reward models (Bradley-Terry, train_rm.train) on 100, 400 and 6400 of the noisy rater's pairs:
 one epoch or 50 steps, the best by held-out loss kept. Policies (train_policy.train): 80 steps of 64
-with a fixed anchor and beta 0, .1 or .3, evaluated on 100 held-out prompts every 10 steps: 12 runs
+with a fixed anchor and beta 0, .1 or .3, evaluated on 100 held-out prompts every 10 steps: 9 runs
 per seed. A seed draws pairs, prompts and samples. Gold has turned at the first evaluation that lies
 .5 or more under the best one before it.
 
@@ -30,7 +30,7 @@ threshold of each signal, by the same rule: the smallest one that at most 10% of
 never turn exceed. Seeds 0 to 4 are reported, and nothing of 5 and 6 but the thresholds.
 
 Primary contrast: gold lost by stopping at the first alarm (against the run's best evaluation, mean
-of a seed's 12 runs), outside minus length, paired by seed. "outside" is called useful if the
+of a seed's 9 runs), outside minus length, paired by seed. "outside" is called useful if the
 interval of that excludes 0 in its favour, and it stops no more of the runs that never turn.
 
 Further, of each signal: turns it warns of before they happen, by how many steps; runs that never
@@ -64,7 +64,7 @@ from minalign.reward import RewardModel, Scores
 from minalign.rollout import sample_completions
 from minalign.task import Task
 
-SIZES, BETAS, KLS = (100, 400, 1600, 6400), (0.0, 0.1, 0.3), (0.5, 1.0, 2.0)
+SIZES, BETAS, KLS = (100, 400, 6400), (0.0, 0.1, 0.3), (0.5, 1.0, 2.0)
 STEPS, EVERY, DROP = 80, 10, 0.5
 ENSEMBLE, START_SAMPLES = 3, 1000
 CALIBRATION, FALSE_ALARMS = (5, 6), 0.1
