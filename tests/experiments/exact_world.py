@@ -167,6 +167,7 @@ def train(
     batch_size: int = 8,
     lr: float = 3e-5,
     beta: float | Callable[[int], float] = 0.1,
+    adapt: Callable[[float, float], float] | None = None,
     anchor: str = "fixed",
     mu: float = 0.01,
     baseline: str = "moving",
@@ -181,6 +182,7 @@ def train(
 
     Args:
         beta: may be a function of the step (1, 2, ...).
+        adapt: maps a batch's beta and mean k1 to the anchor, in nats, to the next batch's beta.
         init: starts policy and anchor elsewhere than at world.start.
         sampling_temperature: of the sampling alone, not of the log-probs: the classic mistake.
         observed: (PROMPTS, N), the rewards that training sees in place of the true ones.
@@ -228,6 +230,9 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
+        if adapt is not None:
+            kls = (logprobs - anchor_logprobs).masked_fill(~mask, 0.0).sum(1)
+            beta = adapt(strength, kls.mean().item())
         if anchor == "ema":
             ema_update_(list(reference.parameters()), list(policy.parameters()), mu)
         if step % every == 0 or step == steps:
