@@ -22,8 +22,8 @@ one direction of the logits that raises it; s_t is the derivative of log pi(y_t)
 
 - "log-prob": f is the sum of the tokens' log-probs over T; all logits grow in proportion. s_t is
   the log-prob plus the entropy;
-- "word": f is how often the most frequent token comes, over T; its logit grows. s_t is 1 where it was drawn,
-  minus its probability;
+- "word": f is how often the most frequent token comes, over T; its logit grows. s_t is 1 where it
+  was drawn, minus its probability;
 - "end": f is 1 where the completion ended; the end token's logit grows.
 
 Bias = (estimate - truth) / gradient. It is 0 for a perfect choice, and -1 for one that leaves
