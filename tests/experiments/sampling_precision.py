@@ -1,12 +1,12 @@
 """How biased are gradients from samples that a model drew in bfloat16, by length? (a real model)
 
-    python tests/experiments/sampling_precision.py --model PATH --seeds 8    about 60 s per seed
+    python tests/experiments/sampling_precision.py --model PATH --seeds 8    about 75 s per seed
     python tests/experiments/sampling_precision.py --report                  table and figure
 
 --model is a folder with a causal language model. It was developed with one of 260 thousand
 parameters, pretrained on children's stories. Forward passes only.
 
-Each seed draws 256 completions of 448 tokens at most, from nothing but the begin token, with
+Each seed draws 512 completions of 448 tokens at most, from nothing but the begin token, with
 minalign's sampler in bfloat16, and as many in float32 with other random numbers. The first T tokens
 of each are its samples of length T: 16, 64, 128, 256, 448.
 
@@ -20,10 +20,10 @@ mu is what drew, pi the float32 model. The choices (minalign.reinforce.importanc
 They are judged by an expected gradient, E[sum_t w_t (f - E f) s_t], for three rewards f, each along
 one direction of the logits that raises it; s_t is the derivative of log pi(y_t) along it:
 
-- "log-prob": f is the mean of the tokens' log-probs; all logits grow in proportion. s_t is the
-  log-prob plus the entropy;
-- "word": f is the share of the most frequent token; its logit grows. s_t is 1 where it was drawn,
-  minus its probability;
+- "log-prob": f is the sum of the tokens' log-probs over T; all logits grow in proportion. s_t is
+  the log-prob plus the entropy;
+- "word": f is how often the most frequent token comes, over T; its logit grows. s_t is 1 where it
+  was drawn, minus its probability;
 - "end": f is 1 where the completion ended; the end token's logit grows.
 
 Bias = (estimate - truth) / gradient. It is 0 for a perfect choice, and -1 for one that leaves
@@ -36,7 +36,7 @@ Primary contrast: bias for "log-prob" at 256 tokens, sequence minus token, by th
 Beside it: each choice, length and reward; mean weight, effective share of the samples (ESS), share
 of weights cut, and the log ratio of a token and of a sequence.
 
-All was fixed before the first run.
+All was fixed before the first run. A pilot on seed 100 had 256 completions, and much noise.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from minalign.models.sampler import Sampler, Samples
 from minalign.reinforce import importance_weights
 from minalign.rollout import completion_logits
 
-LENGTHS, COUNT, ROWS = (16, 64, 128, 256, 448), 256, 8  # ROWS: of a pass over full logits
+LENGTHS, COUNT, ROWS = (16, 64, 128, 256, 448), 512, 8  # ROWS: of a pass over full logits
 LIMITS = {"sequence": 2.0, "token": 2.0, "mask": 3.0}
 CHOICES, REWARDS = ("none", *LIMITS), ("log-prob", "word", "end")
 
