@@ -1,6 +1,6 @@
 """Does pessimism protect gold reward from an over-optimised ordinal reward model? (toy world)
 
-    python tests/experiments/risk.py --seeds 5       resumes; about 6 minutes per seed on one core
+    python tests/experiments/risk.py --seeds 5       resumes; about 7 minutes per seed on one core
     python tests/experiments/risk.py --report        table and figure from what is there
 
 Each seed has two ordinal reward models (scores 1..10, ties half), both of the same 400 of the noisy
