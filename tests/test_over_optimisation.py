@@ -102,19 +102,19 @@ def test_auroc_counts_pairs_and_halves_of_ties():
 def test_an_alarm_is_judged_by_where_it_stops(capsys):
     gold, rises = np.array([0.0, 1.0, 2.0, 0.0]), np.array([0.0, 1.0, 2.0])
     quiet = np.array([0.0, 1.0, 2.0, 3.0])
-    signals = {"length": rises, "early": rises + 2, "late": rises - 2}
+    signals = {"length": rises, "early": rises + 2, "late": rises - 1, "silent": rises - 2}
     runs = {0: {"turns": (gold, signals), "rises": (quiet, signals)}}
-    found = alarms("test", runs, {"length": 0.5, "early": 0.5, "late": 0.5})
+    found = alarms("test", runs, dict.fromkeys(signals, 0.5))
     assert (found["turned"], found["runs"], found["never stopping"]["mean"]) == (1, 2, 1.0)
     lost = {name: found[name]["gold lost - never stopping's"]["mean"] for name in signals}
-    # of both runs, at evaluations 2, 1 and never: (0 + 1) / 2, (1 + 2) / 2 and (2 + 0) / 2
-    assert lost == {"length": -0.5, "early": 0.5, "late": 0.0}
+    # of both runs, at evaluations 2, 1 and 3: (0 + 1) / 2, (1 + 2) / 2 and (2 + 0) / 2
+    assert lost == {"length": -0.5, "early": 0.5, "late": 0.0, "silent": 0.0}
     assert found["early"]["gold lost - length's"]["mean"] == 1.0
     hits = [(found[name]["hits"], found[name]["median lead, steps"]) for name in signals]
     assert hits[:2] == [(1, 10.0), (1, 20.0)]
-    assert hits[2][0] == 0
-    assert [found[name]["stops without need"] for name in signals] == [1, 1, 0]
-    assert [found[name]["late or never"] for name in signals] == [0, 0, 1]
+    assert [found[name]["hits"] for name in ("late", "silent")] == [0, 0]
+    assert [found[name]["stops without need"] for name in signals] == [1, 1, 1, 0]
+    assert [found[name]["late or never"] for name in signals] == [0, 0, 1, 1]
 
 
 def test_an_evaluation_has_the_means_of_the_steps_before_it():

@@ -23,7 +23,7 @@ Signals (SIGNALS; a larger one is more alarming), of each evaluation's held-out 
   saw as many pairs of other draws.
 - length: |log of its ratio to the start's|. KL: nats to the start.
 - the proxy, and collapse: see SIGNALS. Entropy, repeats, advantage sd and gradient norm are means
-  of the ten training steps before, over those of the first ten steps.
+  of the ten training steps before. The first ten stand for the start.
 
 An alarm is raised at the first evaluation whose signal exceeds a threshold. Seeds 5 and 6 set the
 threshold of each signal, by the same rule: the smallest one that at most 10% of their runs that
