@@ -82,7 +82,7 @@ def test_each_arm_trains_by_its_own_baseline_in_groups_of_its_own(world, monkeyp
             assert not torch.allclose(found, shaped)
 
 
-def test_objective_is_the_mean_of_the_last_two_and_counts_texts_without_an_end():
+def test_objective_is_the_mean_of_the_last_three_and_counts_texts_without_an_end():
     points = [(9, 9, 1), (1, 2, 1), (2, 4, 0.5), (6, 3, 1)]
     curve = [{"reward": r, "kl": k, "ended": e} for r, k, e in points]
     found = baselines.measures([{**point, "gold": 7.0} for point in curve])
