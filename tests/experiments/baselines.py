@@ -3,7 +3,7 @@
     python tests/experiments/baselines.py --seeds 8        resumes
     python tests/experiments/baselines.py --report         table and figure from what is there
 
-It takes about 3 minutes per seed on one core for the exact world, and 6 for the toy world.
+It takes about 3 minutes per seed on one core for the exact world, and 4 for the toy world.
 
 Seeds 0 to 7 run the exact world, and 0 to 4 the toy world, too. The baselines are those of
 --baseline with its defaults, by the very function that train_policy.py calls: the mean of all
@@ -16,8 +16,8 @@ within a prompt is 1. With sd 1 also at lr 2e-5 and 1.5e-4. No baseline (none) i
 at lr 5e-5, and with 3 added to all rewards, which changes no other arm. There are 4 prompts only,
 each asked 240 times, which flatters prompt; and a batch of shrink has 2 prompts.
 
-Toy world: 100 steps of 64 samples at lr 2.5e-4, 5e-4 and 1e-3, a reward model of each seed's own,
-200 held-out prompts every 20 steps. No prompt of its 9,026 comes twice in so short a run, which
+Toy world: 60 steps of 64 samples at lr 2.5e-4, 5e-4 and 1e-3, a reward model of each seed's own,
+150 held-out prompts every 10 steps. No prompt of its 9,026 comes twice in so short a run, which
 starves prompt: it then is ema, sample by sample (a test holds that), and ema's numbers stand for
 it.
 
@@ -75,7 +75,7 @@ EXACT = {
 }
 LEVELS, OFFSET = list(EXACT)[:3], "sd 1, offset 3"
 TOY, TOY_SEEDS = {"lr 2.5e-4": 2.5e-4, "lr 5e-4": 5e-4, "lr 1e-3": 1e-3}, 5
-TOY_RUN = dict(steps=100, beta=BETA, eval_every=20, eval_prompts=200)
+TOY_RUN = dict(steps=60, beta=BETA, eval_every=10, eval_prompts=150)
 DEFAULTS = ("exact, sd 1", "toy, lr 5e-4")
 HISTORY = 40  # batches before a variance is measured
 BANK, BATCHES = 64, 4000  # samples per prompt, and batches of them, to measure it with

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_policy
 import train_rm
 from minalign.running.run import Run
+from minalign.task import Task
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 
@@ -29,7 +30,11 @@ def train_reward_model(folder: Path, seed: int, **flags) -> dict[str, float]:
 
 
 def train_curve(
-    folder: Path, seed: int, prepare_: Callable[[torch.nn.Module], None] | None = None, **flags
+    folder: Path,
+    seed: int,
+    prepare_: Callable[[torch.nn.Module], None] | None = None,
+    adapt: Callable[[Task], Task] | None = None,
+    **flags,
 ) -> list[dict[str, float]]:
     """train_policy.py into `folder`; returns its evaluations, the start's first.
 
@@ -38,11 +43,13 @@ def train_curve(
 
     Args:
         prepare_: changes the policy in place before training.
+        adapt: changes the task; the parts of its reward's scores are measured, too ("reward NAME").
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = train_policy.resolve(train_policy.Config(seed=seed, save_every=10**6, **flags))
     run = Run(folder, config, CPU, FLOAT32)
-    policy, task = train_policy.policy_of(config, train_policy.load(run))
+    task = train_policy.load(run) if adapt is None else adapt(train_policy.load(run))
+    policy, task = train_policy.policy_of(config, task)
     if prepare_ is not None:
         prepare_(policy)
     start = train_policy.evaluate(run, task, policy).metrics
