@@ -12,7 +12,7 @@ moves by a fifth within 5 batches at most, as by default.
 - Exact world, 300 steps of 8 at lr 5e-5: targets .5, 1 and 2 nats; beta .1, .2, .4, .8 and 1.6;
   target 1 also with a horizon of 1 batch and of 20.
 - Toy world, 100 steps of 64, a reward model of each seed's own, 200 held-out prompts every 10
-  steps: targets 1 and 2; beta .1, .2 and .4. Reward is gold.
+  steps: targets 1 and 2; beta .1, .2, .4 and .8. Reward is gold.
 
 Where a run ends is the mean of its measurements in the last third of the steps, KL and reward. The
 front of the sweep is the line through where its betas end, by rising KL, read at the KL where the
@@ -48,7 +48,7 @@ TOY_SEEDS = 5
 # targets, betas, what reward is called
 WORLDS = {
     "exact": ((0.5, 1.0, 2.0), (0.1, 0.2, 0.4, 0.8, 1.6), "reward"),
-    "toy": ((1.0, 2.0), (0.1, 0.2, 0.4), "gold"),
+    "toy": ((1.0, 2.0), (0.1, 0.2, 0.4, 0.8), "gold"),
 }
 HORIZONS = (1, 20)  # batches, beside the 5 of the default
 
