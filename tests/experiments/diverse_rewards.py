@@ -16,7 +16,7 @@ Arms, each M runs of merging.py (200 steps of 4 samples, EMA anchor, lr 5e-5) me
 - one: all follow proxy 1;
 - truth (M = 2 alone): all follow the truth.
 
-All arms of an M take the same samples, and run m has the same random numbers in all. Fronts are by
+All arms of an M take as many samples, and run m has the same random numbers in all. Fronts are by
 LITI. Noise and runs were fixed before the first run; the etas were made denser where seed 100 gets
 to KL 1.
 
