@@ -196,10 +196,10 @@ def draw(everything: list[dict], summary: dict) -> None:
         gain = summary[f"{name}: KL 0.5, SLERP of 2 - one run"]
         place, look = (
             (angle["mean"], gain["mean"]),
-            dict(fmt="o", ms=3, lw=0.6, color="black", ecolor=GREY),
+            dict(fmt="o", ms=3, lw=0.6, color="black", ecolor="0.8"),
         )
         right.errorbar(*place, xerr=around(angle), yerr=around(gain), **look)
-        right.annotate(name, place, (3, 4), textcoords="offset points")
+        right.annotate(name, place, (0, 5), textcoords="offset points", ha="center")
     right.axhline(0, color="black", lw=0.5)
     right.set(xlabel="angle of two runs' task vectors, degrees")
     right.set(ylabel="SLERP of 2 minus one run, at KL 0.5")
