@@ -15,6 +15,20 @@ from .logged import Group, LoggedRun, at_equal_kl, curve, smooth, thin
 
 matplotlib.use("Agg")  # files only: works without a screen
 
+# Of every figure: sizes in points, as a page prints it, 7 inches wide.
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
 BLUE, ORANGE, GREY = "#1f5fa8", "#d1620c", "#8a8a8a"
 
 # Told apart by most eyes.
@@ -24,8 +38,6 @@ COLOURS = "#1f5fa8 #d1620c #2b8a57 #a03a83 #6b5b2e #c9a100 #4aa5c9 #b02a2a".spli
 LINES = [("-", "o"), ("--", "s"), (":", "^")]
 
 DIRECT_LABELS = 5  # lines; with more, a legend under the figure
-
-SMALL = 8  # points
 
 LARGEST = 1e100  # what is drawn: an axis of larger numbers overflows
 
@@ -49,6 +61,7 @@ RM_PANELS = [
 PLANES = [("reward", "reward, held-out prompts"), ("gold", "gold reward (the truth)")]
 
 
+@plt.rc_context(STYLE)
 def plot_front(results: dict, path: Path) -> None:
     """The KL-reward plane of a WARP run: training curves, merges and the front.
 
@@ -60,12 +73,10 @@ def plot_front(results: dict, path: Path) -> None:
     """
     panels = [("reward", "reward model's score"), ("gold", "gold reward (the truth)")]
     panels = [one for one in panels if _columns(results["front"], one[0])[0]] or panels[:1]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.5 * len(panels), 2.9), squeeze=False)
     front = results["front"]
     start = [front[0]] if front[0]["eta"] == 0 else []
-    near = {"textcoords": "offset points", "fontsize": 9}
+    near = {"textcoords": "offset points"}
     for axis, (key, label) in zip(axes[0], panels):
         for i, run in enumerate(results["runs"]):
             points = [*(start if run["iteration"] == 1 else []), *run["curve"]]
@@ -75,7 +86,7 @@ def plot_front(results: dict, path: Path) -> None:
             look["marker"] = "." if len(x) == 1 else ""  # a line of one point is invisible
             axis.plot(x, y, **look, label=name)
         name = "front: start policy to last merge"
-        axis.plot(*_columns(front, key), "o-", color=BLUE, ms=4, lw=2, label=name)
+        axis.plot(*_columns(front, key), "o-", color=BLUE, ms=3, lw=1.5, label=name)
         for point in front:
             if point["eta"] not in (0, 0.5, 1):
                 continue
@@ -88,20 +99,19 @@ def plot_front(results: dict, path: Path) -> None:
         for merge in results["merges"]:
             name = "merge of an iteration" if merge["iteration"] == 1 else None
             for where in zip(*_columns([merge], key)):
-                axis.plot(*where, "D", color=ORANGE, ms=7, zorder=3, label=name)
+                axis.plot(*where, "D", color=ORANGE, ms=5, zorder=3, label=name)
                 text = f"{merge['iteration']:g}"
-                axis.annotate(text, where, xytext=(5, -12), color=ORANGE, **near)
+                axis.annotate(text, where, xytext=(4, -10), color=ORANGE, **near)
         axis.set_xlabel("KL(policy || start), nats per completion")
         axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, loc="lower right", fontsize=9)
-    _save(figure, path, 150)
+    axes[0][0].legend(loc="lower right")
+    _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path, dpi: int) -> None:
+def _save(figure: plt.Figure, path: Path) -> None:
     """The file of a figure, in the format that its name ends in."""
     with whole_file(path, "wb") as file:
-        figure.savefig(file, dpi=dpi, format=Path(path).suffix[1:])
+        figure.savefig(file, format=Path(path).suffix[1:])
     plt.close(figure)
 
 
@@ -112,6 +122,7 @@ def _columns(points: Sequence[dict], key: str) -> tuple[list[float], list[float]
     return [kl for kl, _ in pairs], [value for _, value in pairs]
 
 
+@plt.rc_context(STYLE)
 def plot_groups(groups: Sequence[Group], path: Path) -> None:
     """Every panel for which these runs logged something, into one file.
 
@@ -143,9 +154,7 @@ def plot_groups(groups: Sequence[Group], path: Path) -> None:
     )
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.5 * columns, 2.5 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 2.5 * rows), squeeze=False)
     style = {}
     for i, group in enumerate(groups):
         line, marker = LINES[i // len(COLOURS) % len(LINES)]
@@ -158,22 +167,20 @@ def plot_groups(groups: Sequence[Group], path: Path) -> None:
             axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axis.set_ylabel(name, fontsize=SMALL + 1)
-        axis.tick_params(which="both", labelsize=SMALL)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylabel(name)
         axis.locator_params(axis="x", nbins=4, integer=draw is _draw_curves)
         if len(groups) <= DIRECT_LABELS:
-            _label_ends(axis, ends)
+            label_ends(axis, ends)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     if len(groups) > DIRECT_LABELS:
         lines = [plt.Line2D([], [], label=label, **look) for label, look in style.items()]
         place = {"loc": "outside lower center", "ncols": columns}
-        figure.legend(handles=lines, **place, frameon=False, fontsize=SMALL)
+        figure.legend(handles=lines, **place)
     if any(len(group.runs) > 1 for group in groups):
         note = "n seeds: their mean, in a band from the lowest to the highest"
-        figure.supxlabel(note, x=0.99, ha="right", fontsize=SMALL, color=GREY)
-    _save(figure, path, 200)
+        figure.supxlabel(note, x=0.99, ha="right", fontsize="medium", color=GREY)
+    _save(figure, path)
 
 
 def _curve(group: Group, metric: str, scale: str) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -223,7 +230,7 @@ def _draw_curves(
     if metric == "eval_ece":
         axis.set_ylim(bottom=0)
     axis.set_xlim(left=0)
-    axis.set_xlabel("optimizer steps", fontsize=SMALL + 1)
+    axis.set_xlabel("optimizer steps")
     return ends
 
 
@@ -252,7 +259,7 @@ def _draw_plane(
         _band(axis, kls, values, look["color"])
         axis.plot(kls, mean, **look | {"marker": None})
         ends.append((mean[-1] if mean else curves[0][-1][1], group.label, look["color"]))
-    axis.set_xlabel("KL(policy || start)\n(nats per sequence)", fontsize=SMALL + 1)
+    axis.set_xlabel("KL(policy || start)\n(nats per sequence)")
     return ends
 
 
@@ -270,7 +277,7 @@ def _plane(run: LoggedRun, metric: str) -> list[tuple[float, float]]:
     return list(zip(*_columns(run.points, metric)))
 
 
-def _label_ends(axis: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def label_ends(axis: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Labels right of the axes, at the heights where their lines end.
 
     They are moved apart, so that none covers another.
@@ -282,14 +289,15 @@ def _label_ends(axis: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         for value, text, colour in ends
         if math.isfinite(value)
     ]
-    # A line of text, as a share of the 1.7 inches of a panel's axes.
-    gap = 1.25 * SMALL / 72 / 1.7
+    # A line of text, as a share of the height of the axes.
+    inches = axis.get_position().height * axis.figure.get_figheight()
+    gap = 1.25 * STYLE["font.size"] / 72 / inches
     taken = []
     heights.sort()
     for height, _, _ in heights:  # from the bottom up, each at least a line above the one before
         taken.append(max(height, taken[-1] + gap if taken else 0.0))
     for i in reversed(range(len(taken))):  # and down again from the top
         taken[i] = min(taken[i], taken[i + 1] - gap if i + 1 < len(taken) else 1.0)
-    look = {"xycoords": "axes fraction", "fontsize": SMALL, "va": "center"}
+    look = {"xycoords": "axes fraction", "va": "center"}
     for height, (_, text, colour) in zip(taken, heights):
         axis.annotate(text, (1.02, height), color=colour, **look)

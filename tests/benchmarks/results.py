@@ -11,7 +11,10 @@ import json
 import os
 import platform
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 PACKAGES = ("torch", "transformers", "trl", "mergekit")
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # flags of a processor
@@ -19,7 +22,6 @@ SAME = ("benchmark", "device", "shape")  # a run replaces all results that have 
 MARKS = ("<!-- results: made by tests/benchmarks/all.py -->\n", "<!-- end of results -->\n")
 MEASURED_FLOORS = {"products", "read and write"}  # sides that no way can do without
 WIDEST = 4.0  # where bars end: longer ones would make the others unreadable
-BLUE, ORANGE, GREY = "#1f5fa8", "#d1620c", "#8a8a8a"
 
 
 def machine(device: str) -> str:
@@ -112,11 +114,9 @@ def figure(results: list[dict], path: Path) -> None:
 
     Works whose first side is not "ours", as those of growth.py, are left out.
     """
-    import matplotlib
+    from minalign.tools.figures import BLUE, GREY, ORANGE, STYLE, plt
 
-    matplotlib.use("Agg")  # files only: works without a screen
-    import matplotlib.pyplot as plt
-
+    plt.rcParams.update(STYLE)
     works = [one for one in groups(results, ("machine", *SAME, "work")) if one[0]["who"] == "ours"]
     bars = []  # label of a work, what a bar is, its length, its colour
     for own, *others in works:
@@ -131,7 +131,7 @@ def figure(results: list[dict], path: Path) -> None:
         if "floor" in own:
             ratio = own["floor"] / own["seconds"]
             bars.append(("", f"floor {ratio:.2f}", ratio, GREY))
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.17 * (len(bars) + len(works))))
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.14 * (len(bars) + len(works))))
     place, ticks = 0.0, {}
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for label, text, length, colour in bars:
@@ -145,11 +145,9 @@ def figure(results: list[dict], path: Path) -> None:
         ylim=(place + 1, 0.8),
         xlim=(0, 1.2 * min(max((bar[2] for bar in bars), default=1.0), WIDEST)),
     )
-    axes.set_yticks(list(ticks), list(ticks.values()), fontsize=8)
+    axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set_xlabel(
-        f"seconds in times of minalign's (blue); peers orange, floors grey; bars end at {WIDEST:g}",
-        fontsize=8,
+        f"seconds in times of minalign's (blue);\npeers orange, floors grey; bars end at {WIDEST:g}"
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    figure.savefig(path)
     plt.close(figure)

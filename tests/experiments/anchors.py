@@ -27,7 +27,7 @@ from collections.abc import Callable
 
 import numpy as np
 from exact_world import make_world, optimal_front, reward_at, train
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 KLS = (0.5, 1.0, 2.0, 3.0)
 STEPS, EVERY, MU = 240, 20, 0.05
@@ -133,49 +133,47 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(results: dict[int, dict]) -> None:
-    import matplotlib
+    from minalign.tools.figures import BLUE, ORANGE
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+    figure, (left, right) = panels(2)
     arms = [arm for arm in ARMS[: len(FIXED) + len(EMA)] if arm != "ema 10"]
+    looks = {"fixed": dict(color=ORANGE, ls="--", mfc="white"), "ema": dict(color=BLUE)}
     for kl, mark in ((0.5, "o"), (1.0, "s")):
         curves = [[r[arm] for arm in arms] for r in results.values()]
         points = [[(steps_to(curve, kl), at(curve, kl)) for curve in row] for row in curves]
         points = np.array(points)  # (seeds, arms, 2)
         reached = np.isfinite(points).all((1, 2))  # in every arm
         points = points[reached]
-        for arm, (steps, reward) in zip(arms, points.mean(0)):
-            kind, beta = arm.split()
-            fill = "black" if kind == "ema" else "white"
-            left.plot(steps, reward, mark, ms=5, color="black", mfc=fill)
-            if beta in ("0.4", "1", "3"):
-                offset = dict(xytext=(5, -11), textcoords="offset points")
-                left.annotate(f"beta {beta}", (steps, reward), **offset, fontsize=7)
+        for kind, look in looks.items():
+            of_kind = [i for i, arm in enumerate(arms) if arm.startswith(kind)]
+            steps, reward = points.mean(0)[of_kind].T
+            left.plot(steps, reward, marker=mark, **look)
+            beta, above = arms[of_kind[-1]].split()[1], kind == "fixed"
+            offset = dict(xytext=(0, 5 if above else -12), textcoords="offset points")
+            text = dict(color=look["color"], ha="center")
+            left.annotate(f"beta {beta}", (steps[-1], reward[-1]), **offset, **text)
         there = [r for r, reaches in zip(results.values(), reached) if reaches]
         optimal = np.mean([np.interp(kl, *r["optimal"]) for r in there])
         label = f"KL {kl:g}, {len(points)} seeds\n(optimum {optimal:.2f})"
-        left.text(steps, reward + 0.06, label, fontsize=8, ha="center")
+        left.text(190, reward[-1] + 0.06, label, ha="right")
     left.set(xlabel="steps taken to this KL", ylabel="expected reward at this KL")
     left.set(xlim=(20, 190), ylim=(0.4, 1.15))
-    left.text(25, 1.1, "filled: EMA, open: fixed anchor", fontsize=8)
-    for beta, shade in zip(FALLING, ("black", "0.4", "0.65")):
-        for kind, style in (("ema", "-"), ("falling", "--")):
+    left.text(25, 1.11, "EMA anchor", color=BLUE)
+    left.text(25, 1.06, "fixed anchor", color=ORANGE)
+    for beta in FALLING:
+        for kind, colour, style in (("ema", BLUE, "-"), ("falling", ORANGE, "--")):
             curves = [r[f"{kind} {beta:g}"] for r in results.values()]
             steps = [point["step"] for point in curves[0]]
             values = [bootstrap([curve[i]["kl"] for curve in curves]) for i in range(len(steps))]
             mean, low, high = ([v[key] for v in values] for key in ("mean", "low", "high"))
-            right.plot(steps, mean, style, color=shade, lw=1.3)
-            right.fill_between(steps, low, high, color=shade, alpha=0.12, lw=0)
-        text = dict(fontsize=8, color=shade, va="center")
-        right.text(STEPS + 4, values[-1]["mean"], f"beta {beta:g}", **text)
-    legend = "solid: EMA anchor\ndashed: fixed anchor,\nbeta / (1 + mu t)"
-    right.text(10, right.get_ylim()[1] * 0.9, legend, fontsize=8, va="top")
-    right.set(xlabel="steps", ylabel="KL to the start, nats", xlim=(0, STEPS + 55), ylim=(0, None))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "anchors.png", dpi=100)
+            right.plot(steps, mean, style, color=colour)
+            right.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
+        right.text(STEPS + 4, values[-1]["mean"], f"beta {beta:g}", va="center")
+    top = dict(transform=right.transAxes, va="top")
+    right.text(0.05, 0.97, "EMA anchor", color=BLUE, **top)
+    right.text(0.05, 0.91, "fixed anchor, beta / (1 + mu t)", color=ORANGE, **top)
+    right.set(xlabel="steps", ylabel="KL to the start, nats", xlim=(0, STEPS), ylim=(0, None))
+    save(figure, "anchors")
 
 
 if __name__ == "__main__":

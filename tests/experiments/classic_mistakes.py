@@ -29,7 +29,7 @@ import copy
 import numpy as np
 import torch
 from exact_world import MASK, World, make_world, reward_at, sequence_logprobs, train, truth
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 KLS, STEPS, BATCH, LR, BETA = (0.5, 1.0), 80, 8, 5e-5, 0.3
 LENGTHS = MASK.sum(1)
@@ -131,42 +131,39 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(results: dict[int, dict], summary: dict) -> None:
-    import matplotlib.pyplot as plt
+    from minalign.tools.figures import BLUE, GREY, ORANGE, label_ends
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+    figure, (left, right) = panels(2)
     labels = {
         "sum": "sum",
         "mean": "mean",
         "mean, no baseline, +3": "mean, rewards + 3",
         "mean, no baseline, -3": "mean, rewards - 3",
     }
-    for (name, label), line in zip(labels.items(), ("-", "--", ":", "-.")):
+    ends, looks = [], zip(("-", "--", ":", "-."), (BLUE, ORANGE, "black", GREY))
+    for (name, label), (line, colour) in zip(labels.items(), looks):
         curves = [result["curves"][name] for result in results.values()]
         lengths = np.array([[point["length"] for point in curve] for curve in curves])
         steps = [point["step"] for point in curves[0]]
         intervals = [bootstrap(column) for column in lengths.T]
         low, high = ([interval[key] for interval in intervals] for key in ("low", "high"))
-        left.plot(steps, lengths.mean(0), line, color="black", lw=1.2)
-        left.fill_between(steps, low, high, color="black", alpha=0.08, lw=0)
-        offset = dict(xytext=(4, {"sum": 5, "mean": -5}.get(name, 0)), textcoords="offset points")
-        end = (steps[-1], lengths.mean(0)[-1])
-        left.annotate(label, end, **offset, va="center", fontsize=7)
+        left.plot(steps, lengths.mean(0), line, color=colour)
+        left.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
+        ends.append((lengths.mean(0)[-1], label, colour))
     left.set(xlabel="steps", ylabel="expected length, tokens")
-    left.set(xlim=(0, 1.45 * STEPS), xticks=range(0, STEPS + 1, 20))
+    left.set(xlim=(0, STEPS), xticks=range(0, STEPS + 1, 20))
+    label_ends(left, ends)
     names = [name for name in ARMS if right_arm(name) != name]
     for row, name in enumerate(names):
         cell = summary["contrasts"][f"objective at the end: {name} - {right_arm(name)}"]
         right.plot([cell["low"], cell["high"]], [row, row], color="black", lw=1)
-        right.plot(cell["mean"], row, "o", color="black", markersize=4)
+        right.plot(cell["mean"], row, "o", color="black")
     right.axvline(0, color="grey", lw=0.8)
     labels = [name.replace(", no", ",\nno") for name in names]
     right.set(yticks=range(len(names)), yticklabels=labels)
     right.set(xlabel=f"E[r] - {BETA:g} KL at the end,\nminus that of the right arm")
     right.invert_yaxis()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "classic_mistakes.png", dpi=100)
+    save(figure, "classic_mistakes")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import copy
 import numpy as np
 from exact_world import make_world, train
 from merging import at, front
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 from minalign.merge import liti, merge_policies
 
@@ -112,28 +112,22 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(everything: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     control = "6x batch, LITI"
     names = [name for name in FRONTS if name != control][::-1]
-    figure, panels = plt.subplots(1, 3, figsize=(7, 3.5), layout="constrained", sharey=True)
-    for axes, kl in zip(panels, KLS):
+    figure, columns = panels(3, sharey=True)
+    for axes, kl in zip(columns, KLS):
         for row, name in enumerate(names):
             value = bootstrap([at(r[name], kl) - at(r[control], kl) for r in everything])
             axes.plot([value["low"], value["high"]], [row, row], color="0.5")
             axes.plot(value["mean"], row, "ko", ms=4)
         axes.axvline(0, color="black", lw=0.5)
         reached = sum(all(np.isfinite(at(r[name], kl)) for name in FRONTS) for r in everything)
-        axes.set_title(f"KL {kl:g}, {reached} seeds or more", fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"KL {kl:g}, {reached} seeds or more")
+        axes.set_yticks(range(len(names)), names)
+        axes.locator_params(axis="x", nbins=4)
     minus = f"that of one run of a batch 6 times as large ({control})"
-    figure.supxlabel(f"expected reward minus {minus}, 95% interval", fontsize=8)
-    figure.savefig(RESULTS / "iterations.png", dpi=100)
+    figure.supxlabel(f"expected reward minus {minus}, 95% interval", fontsize="medium")
+    save(figure, "iterations")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from exact_world import (
     train,
     truth,
 )
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 from minalign.logprobs import kl_k1, kl_k2, kl_k3
 from minalign.reinforce import MovingAverageBaseline, kl_penalized_rewards, reinforce_loss
@@ -205,9 +205,7 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(summary: dict) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained", sharey=True)
+    figure, (left, right) = panels(2, sharey=True)
     rows = range(len(TRAINED))
     for part, marker in zip(summary["gradients"], "os^"):
         errors = [part[name][0]["mean"] for name in TRAINED]
@@ -217,17 +215,15 @@ def draw(summary: dict) -> None:
         contrast = f"objective at the end, beta 0.3: {TRAINED[row]} - k1 in reward"
         cell = summary["contrasts"][contrast]
         right.plot([cell["low"], cell["high"]], [row, row], color="black", lw=1)
-        right.plot(cell["mean"], row, "ok", ms=4)
-    left.legend(frameon=False, fontsize=7)
+        right.plot(cell["mean"], row, "ok")
+    left.legend()
     left.set(yticks=rows, yticklabels=TRAINED)
     left.set(xlabel="error of the expected gradient,\n|g - g of KL| / |g of KL|")
     right.axvline(0, color="grey", lw=0.8)
     right.set(xlabel="E[r] - .3 KL at the end,\nminus that of k1 in the reward")
+    right.locator_params(axis="x", nbins=5)
     left.invert_yaxis()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "kl_placement.png", dpi=100)
+    save(figure, "kl_placement")
 
 
 if __name__ == "__main__":

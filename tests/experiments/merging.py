@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from anchors import at
 from exact_world import World, make_world, train, truth
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 from minalign.merge import liti, merge_policies
 
@@ -160,23 +160,21 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(everything: list[dict], summary: dict) -> None:
-    import matplotlib
+    from minalign.tools.figures import BLUE, GREY, ORANGE, label_ends
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.5), layout="constrained")
+    figure, (left, right) = panels(2)
     kls = np.arange(0.25, 3.01, 0.25)
 
     def rewards(several):  # (seeds, KLs): mean of each seed's curves
         means = [[np.mean([at(curve, kl) for curve in curves]) for kl in kls] for curves in several]
         return np.array(means)
 
+    ends = []  # of the lines: value, label, colour
     for name, count, style, color in (
-        ("training curve", 5, ":", "0.5"),
-        ("slerp 2", 2, "--", "0.4"),
-        ("slerp 3", 3, "-.", "0.4"),
-        ("slerp 5", 5, "-", "black"),
+        ("training curve", 5, ":", GREY),
+        ("slerp 2", 2, "--", ORANGE),
+        ("slerp 3", 3, "-.", "black"),
+        ("slerp 5", 5, "-", BLUE),
     ):
         curves = [r["curves"] if name == "training curve" else [r[name]] for r in everything]
         values = rewards(curves) - rewards([r["runs"][:count] for r in everything])
@@ -184,11 +182,11 @@ def draw(everything: list[dict], summary: dict) -> None:
         mean, low, high = ([v[key] for v in values] for key in ("mean", "low", "high"))
         left.plot(kls, mean, style, color=color)
         left.fill_between(kls, low, high, color=color, alpha=0.15, lw=0)
-        label = name.replace("slerp", "SLERP of")
-        left.text(3.05, mean[-1], label, fontsize=8, color=color, va="center")
+        ends.append((mean[-1], name.replace("slerp", "SLERP of"), color))
     left.axhline(0, color="black", lw=0.5)
     left.set(xlabel="KL to the start, nats", ylabel="reward minus LITI of one of the same runs")
-    left.set(xlim=(0, 4.4), xticks=range(4))
+    left.set(xlim=(0, 3))
+    label_ends(left, ends)
 
     def around(value):  # lengths of the two halves of its interval
         return [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
@@ -196,15 +194,16 @@ def draw(everything: list[dict], summary: dict) -> None:
     for name in CELLS:
         angle = summary[f"{name}: angle of 2 runs, degrees"]
         gain = summary[f"{name}: KL 0.5, SLERP of 2 - one run"]
-        place, look = (angle["mean"], gain["mean"]), dict(fmt="o", ms=3, lw=0.8, color="black")
+        place, look = (
+            (angle["mean"], gain["mean"]),
+            dict(fmt="o", ms=3, lw=0.6, color="black", ecolor="0.8"),
+        )
         right.errorbar(*place, xerr=around(angle), yerr=around(gain), **look)
-        right.annotate(name, place, (3, 4), textcoords="offset points", fontsize=7)
+        right.annotate(name, place, (0, 5), textcoords="offset points", ha="center")
     right.axhline(0, color="black", lw=0.5)
     right.set(xlabel="angle of two runs' task vectors, degrees")
     right.set(ylabel="SLERP of 2 minus one run, at KL 0.5")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / "merging.png", dpi=100)
+    save(figure, "merging")
 
 
 if __name__ == "__main__":

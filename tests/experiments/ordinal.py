@@ -43,7 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_rm
@@ -209,30 +209,27 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(results: dict[int, dict], arms: dict) -> None:
-    import matplotlib.pyplot as plt
+    from minalign.tools.figures import BLUE, GREY, ORANGE
 
-    figure, axes = plt.subplots(1, 3, figsize=(7, 3), layout="constrained")
-    looks = (("o:", "grey"), ("s-", "black"), ("^--", "tab:orange"), ("D-.", "tab:blue"))
-    looks, thin = dict(zip(LOSSES, looks)), dict(markersize=4, lw=1.2)
+    figure, axes = panels(3, height=2.8)
+    looks = (("o:", GREY), ("s-", "black"), ("^--", ORANGE), ("D-.", BLUE))
+    looks = dict(zip(LOSSES, looks))
     titles = {"gold": "rank correlation with gold", "sd": "mean predicted sd, scores"}
     for axis, (column, title) in zip(axes, titles.items()):
         for loss, (line, colour) in looks.items():
             shares = LOSSES[loss][1]
             cells = [arms[f"{loss}, {share:g}"][column] for share in shares]
             mean, low, high = ([cell[key] for cell in cells] for key in ("mean", "low", "high"))
-            axis.plot(shares, mean, line, color=colour, label=loss, **thin)
+            axis.plot(shares, mean, line, color=colour, label=loss)
             axis.fill_between(shares, low, high, color=colour, alpha=0.12, lw=0)
         axis.set(xlabel="share of random labels", ylabel=title)
-    axes[0].legend(frameon=False, fontsize=7, loc="lower left")
+    axes[0].legend(loc="lower left")
     line, colour = looks["strict"]
     for distribution in next(iter(results.values()))["free strict"]["pair"]:
-        axes[2].plot(range(1, 11), distribution, line, color=colour, **thin)
+        axes[2].plot(range(1, 11), distribution, line, color=colour)
     axes[2].set(xlabel="score", ylabel="probability", xticks=(1, 4, 7, 10), ylim=(0, None))
-    axes[2].set_title("strict, coins for labels:\na pair of free distributions", fontsize=8)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "ordinal.png", dpi=100)
+    axes[2].set_title("strict, coins for labels:\na pair of free distributions")
+    save(figure, "ordinal")
 
 
 if __name__ == "__main__":

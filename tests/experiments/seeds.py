@@ -15,18 +15,6 @@ import torch
 
 # NAME.json and NAME.png of each experiment are kept there.
 RESULTS = Path(__file__).parent / "results"
-# of every figure: 7 inches wide, as a page prints it
-STYLE = {
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 7,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "figure.constrained_layout.use": True,
-}
 
 
 def bootstrap(values, draws: int = 10_000) -> dict[str, float]:
@@ -49,11 +37,8 @@ def show(result: dict[str, float]) -> str:
 
 
 def panels(columns: int, height: float = 3.2, **how):
-    """A figure and its row of axes, as plt.subplots makes them, in the one style of the studies."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """A figure and its row of axes, as plt.subplots makes them, in the style of all figures."""
+    from minalign.tools.figures import STYLE, plt
 
     plt.rcParams.update(STYLE)
     return plt.subplots(1, columns, figsize=(7, height), **how)
@@ -62,7 +47,7 @@ def panels(columns: int, height: float = 3.2, **how):
 def save(figure, name: str) -> None:
     """RESULTS/NAME.png."""
     RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{name}.png", dpi=150)
+    figure.savefig(RESULTS / f"{name}.png")
 
 
 def _one(work: Callable[[int], dict], seed: int, path: Path) -> None:

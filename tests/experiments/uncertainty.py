@@ -47,7 +47,7 @@ from exact_world import (
     token_logprobs,
     train,
 )
-from seeds import RESULTS, bootstrap, main, show
+from seeds import bootstrap, main, panels, save, show
 
 from minalign.reinforce import reinforce_loss, uncertainty_weights
 
@@ -210,34 +210,34 @@ def report(results: dict[int, dict]) -> dict:
 
 
 def draw(summary: dict) -> None:
-    import matplotlib.pyplot as plt
+    from minalign.tools.figures import BLUE, label_ends
 
-    look = dict(figsize=(7, 3.5), layout="constrained", width_ratios=(1.1, 1))
-    figure, (left, right) = plt.subplots(1, 2, **look)
+    figure, (left, right) = panels(2, width_ratios=(1.1, 1))
     arms = (*list(KINDS)[1:], "other")
     for condition, shift, marker, colour in (
         ("unrelated", -0.15, "o", "black"),
-        ("good is uncertain", 0.15, "s", "tab:blue"),
+        ("good is uncertain", 0.15, "s", BLUE),
     ):
         for i, arm in enumerate(arms):
             cell = summary[condition]["trained - none"][f"{arm}, KL 0.5"]
             left.plot([cell["low"], cell["high"]], [i + shift] * 2, color=colour, lw=1)
             label = None if i else f"σ: {condition}"
-            left.plot(cell["mean"], i + shift, marker, color=colour, markersize=5, label=label)
+            left.plot(cell["mean"], i + shift, marker, color=colour, label=label)
     left.axvline(0, color="grey", lw=0.8)
     labels = [KINDS.get(arm, "1/σ of\nanother") for arm in arms]
     left.set(yticks=range(len(arms)), yticklabels=labels)
     left.set(xlabel="trained: true reward at KL .5, minus no weights")
     left.set_ylim(len(arms) - 0.5, -1.5)
+    left.locator_params(axis="x", nbins=5)
+    left.legend(loc="upper left")
+    ends = []
     for kind, line in zip(KINDS, (":", "-", "--", "-.", (0, (6, 1)))):
         cells = [summary["unrelated"]["ideal"][f"{kind} {shift:g}"]["mean"] for shift in SHIFTS]
-        right.plot(SHIFTS, cells, linestyle=line, color="black", lw=1.2, label=KINDS[kind])
+        right.plot(SHIFTS, cells, linestyle=line, color="black")
+        ends.append((cells[-1], KINDS[kind], "black"))
     right.set(xlabel="b over the mean reward", ylabel="best for E[w(r - b)]: true reward at KL 1")
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=7, loc="upper left" if axis is left else "best")
-        axis.spines[["top", "right"]].set_visible(False)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "uncertainty.png", dpi=100)
+    label_ends(right, ends)
+    save(figure, "uncertainty")
 
 
 if __name__ == "__main__":

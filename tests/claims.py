@@ -1,0 +1,327 @@
+"""What README and docs/experiments.md claim to have measured, and where each number is kept.
+
+A claim is a text of the page, with {} where a result stands, and the results in their order:
+numbers, or means with an interval, as the files of tests/experiments/results/ have them. The page
+decides how many digits stand there, whether a sign, a leading 0 and an interval do. Line breaks
+are spaces. tests/check_claims.py compares, and puts new results into the pages.
+
+FIXED are texts whose numbers were chosen, counted or cited, and not measured. NOT_KEPT are those
+sections whose results are in no file, by their headings.
+"""
+
+import statistics
+
+FIXED = {
+    "README.md": [
+        "(50 s on 2 idle cores; others come near)",  # what a clock said, once
+        "before step 150 after",
+        "| after 200 steps |",
+        "on 2 CPU cores;",
+        "Python 3.11",
+        "2406.16768",
+        "2402.14740",
+        "ema <- (1 - mu) ema + mu theta; SLERP; (1 - eta) theta_init",
+        "that gets past KL 1 on most seeds",
+    ],
+    "docs/experiments.md": [
+        """6 words, at most 5 per completion. All 3,906 completions of 4 prompts are enumerated, and
+        a Llama of 10^5 weights""",
+        "In brackets are 95% bootstrap intervals",
+        "reward models of 100 to 6400 pairs",  # below a figure
+    ],
+}
+NOT_KEPT = {
+    "docs/experiments.md": ["## Does WARP pay?", "## LoRA or all weights?", "## What was measured"]
+}
+
+
+def minus(result):
+    """A - B of what is kept as B - A."""
+    low, high = -result["high"], -result["low"]
+    return result | dict(mean=-result["mean"], low=low, high=high)
+
+
+def largest(results):
+    """The mean that is farthest from 0, without its sign."""
+    return max(abs(result["mean"]) for result in results if result["mean"] is not None)
+
+
+def anchors(r):
+    found, seeds = r["anchors"]["contrasts"], len(r["anchors"]["seeds"])
+    yield (
+        """| EMA anchor or fixed, beta swept for both? | EMA is higher at KL 1 by {}, with beta
+        picked on other seeds. Against a fixed anchor that takes as many steps to that KL: {}, so
+        it is a gentler way there, not a better front. The gap to the optimum at KL 1 is {} (EMA)
+        and {} (fixed) | {} |""",
+        found["KL 1: EMA - fixed, each with the other half's best beta"],
+        found["KL 1: ema 0.3 - fixed of as many steps"],
+        found["KL 1: optimal - EMA"],
+        found["KL 1: optimal - fixed"],
+        seeds,
+    )
+    shares = [found[f"beta {beta}, step 240: KL, EMA / falling"]["mean"] for beta in (1, 3, 10)]
+    yield (
+        """| Is an EMA anchor a fixed one with beta / (1 + mu t)? | Nearly: reward at KL 1 differs
+        by {} at beta 1; its KL lags by {} to {}% after 240 steps | {} |""",
+        found["beta 1, KL 1: reward, EMA - falling"],
+        100 - 100 * max(shares),
+        100 - 100 * min(shares),
+        seeds,
+    )
+
+
+def merging(r):
+    found, seeds = r["merging"]["contrasts"], len(r["merging"]["seeds"])
+    yield (
+        """| Does merging M runs beat one? | At KL 1, against the same runs: M = 2 {}, 3 {}, 5 {}.
+        As planned, two runs against the mean of all five: {} | {} |""",
+        *[found[f"KL 1: SLERP of {m} - one of these {m} runs"] for m in (2, 3, 5)],
+        found["KL 1: SLERP of 2 - one run, both by LITI"],
+        seeds,
+    )
+    yield (
+        """| SLERP or LERP? One angle per layer, tensor or model? | At matched KL no difference: {}
+        for two runs, {} for five; the scopes lie within {}. At equal eta SLERP goes further: {}
+        reward, {} nats | {} |""",
+        found["KL 1: slerp 2 - lerp 2"],
+        found["KL 1: slerp 5 - lerp 5"],
+        largest(one for key, one in found.items() if ": slerp 5 - slerp 5, " in key),
+        found["M = 2, eta 1: reward, SLERP - LERP"],
+        found["M = 2, eta 1: kl, SLERP - LERP"],
+        seeds,
+    )
+    yield (
+        "| LITI of one run against its training curve? | {} at KL 1 | {} |",
+        found["KL 1: one run by LITI - its training curve"],
+        seeds,
+    )
+    yield (
+        """batch 32 gives {} degrees, batch 4 {}, batch 1 {}, three times the learning rate for a
+        third of the steps {}. Merging gains more where the angle is wide | {} |""",
+        *[
+            found[f"{arm}: angle of 2 runs, degrees"]
+            for arm in ("batch 32", "base", "batch 1", "lr x 3, steps / 3")
+        ],
+        seeds,
+    )
+
+
+def iterations(r):
+    found, rewards = r["iterations"]["contrasts"], r["iterations"]["rewards"]
+    seeds = len(r["iterations"]["seeds"])
+    yield (
+        """| WARP (I = 3, M = 2), or its samples spent otherwise? | At KL 1: minus one run of six
+        times the batch {}; minus one merge of six runs {}; minus six times the steps {}, at a sixth
+        of the learning rate {} | {} |""",
+        *[
+            found[f"KL 1: I=3, eta 0.5 - {other}"]
+            for other in (
+                "6x batch, LITI",
+                "merge of 6",
+                "6x steps, LITI",
+                "6x steps, lr / 6, LITI",
+            )
+        ],
+        seeds,
+    )
+    yield (
+        """| Do iterations help? eta .3 or .5? | I = 3 minus I = 1 at KL 1: {}, for three times the
+        samples; they reach further (KL 3 in {} worlds against {}). eta at I = 3, .5 minus .3: {}
+        | {} |""",
+        found["KL 1: I=3, eta 0.5 - I=1"],
+        rewards["I=3, eta 0.5"]["3.0"]["seeds"],
+        rewards["I=1"]["3.0"]["seeds"],
+        found["KL 1: I=3, eta 0.5 - I=3, eta 0.3"],
+        seeds,
+    )
+
+
+def baselines(r):
+    found, spread = r["baselines"]["contrasts"], r["baselines"]["variance"]
+    seeds = len(r["baselines"]["seeds"])
+    rloo = "rloo, same samples - cumulative"
+    yield (
+        """where prompts differ by 0 / 1 / 3 standard deviations: none {} / {} / {}, moving average
+        {} / {} / {}, RLOO of the same samples {} / {} / {}. RLOO minus moving average after equal
+        steps, objective: {}, {}, {}; reward at KL 1: {}, {}, {} | {} |""",
+        *[
+            spread[f"trained, {sd} 0"][kind]
+            for kind in ("none", "cumulative", "rloo, same samples")
+            for sd in (0, 1, 3)
+        ],
+        *[
+            found[f"{what}, sd {sd}, offset 0: {rloo}"]
+            for what in ("objective at the end", "reward at KL 1")
+            for sd in (0, 1, 3)
+        ],
+        seeds,
+    )
+    yield (
+        """| What if 3 is added to all rewards? | Nothing with a baseline. Without one the
+        variance is {} instead of {}, and the objective is {} below the moving average's, instead
+        of {} | {} |""",
+        spread["trained, 1 3"]["none"],
+        spread["trained, 1 0"]["none"],
+        minus(found["objective at the end, sd 1, offset 3: none - cumulative"]),
+        minus(found["objective at the end, sd 1, offset 0: none - cumulative"]),
+        seeds,
+    )
+
+
+def kl_placement(r):
+    gradients, found = r["kl_placement"]["gradients"], r["kl_placement"]["contrasts"]
+    end = "objective at the end, beta {}: {} - k1 in reward".format
+    errors = ("k2 as loss", "k3 as loss", "k2 in reward", "k3 in reward")
+    both = ("k1 in reward", "k2 of sequence as loss")
+    yield (
+        """Error of the expected gradient at {} / {} / {} nats: k1 in the reward, and k2 of the
+        sequence as a loss, {} / {} / {}; token losses k2 {} / {} / {}, k3 {} / {} / {}; k2 and k3
+        in the reward {} / {} / {} and {} / {} / {}; k1 as a loss {}. Objective of trained policies,
+        minus k1 in the reward: at beta .3, k3 loss {}, k3 in the reward {}; at beta 1, {} and {} |
+        {} |""",
+        *[at["kl"] for at in gradients],
+        *[largest(at[way][0] for way in both) for at in gradients],
+        *[at[way][0] for way in errors for at in gradients],
+        largest(at["k1 as loss"][0] for at in gradients),
+        *[found[end(beta, f"k3 {how}")] for beta in (0.3, 1) for how in ("as loss", "in reward")],
+        len(r["kl_placement"]["seeds"]),
+    )
+
+
+def over_optimisation(r):
+    study = r["over_optimisation"]
+    sizes, seeds = (100, 400, 1600, 6400), len(study["seeds"])
+    turned = {beta: sum(study["end"][f"{n} {beta}"]["turned"] for n in sizes) for beta in (0, 0.1)}
+    of_each = seeds * len(sizes)
+    length, far = (study["warnings"][name] for name in ("length off by half", "KL over 4 nats"))
+    lost = statistics.mean(cell["gold lost"]["mean"] for cell in study["end"].values())
+    yield (
+        """With beta 0 in {} of {} runs, by leaving the grammar; with .1 in {} of {}, with .3 in
+        none. Best gold at beta .1: {}, {}, {}, {} with 100, 400, 1600, 6400 pairs | {} |""",
+        *(turned[0], of_each, turned[0.1], of_each),
+        *[study["end"][f"{n} 0.1"]["best gold"] for n in sizes],
+        seeds,
+    )
+    yield (
+        """Length warns of {} of the {} turns, and also stops {} of the {} runs that never turn. KL
+        over 4 nats warns of one turn, and stops {} of those runs. Stopping at them saves {} and {}
+        of the {} lost. Entropy, repeats and gradient norm never came first | {} |""",
+        *(len(length["leads"]), study["turned"]),
+        *(length["stops without need"], study["runs"] - study["turned"]),
+        far["stops without need"],
+        minus(length["gold lost - never stopping's"]),
+        minus(far["gold lost - never stopping's"]),
+        -lost,
+        seeds,
+    )
+    yield (
+        """gold at KL 1 with 400 pairs and beta 0 / .1 / .3 is {} / {} / {} (three seeds)""",
+        *[study["gold at KL"]["400 1"][beta] for beta in ("0", "0.1", "0.3")],
+    )
+
+
+def ordinal(r):
+    arms, found = r["ordinal"]["arms"], r["ordinal"]["contrasts"]
+    seeds = len(r["ordinal"]["seeds"])
+    yield (
+        """Spearman correlation with gold {} against {}: {}. With half of the labels random, ties
+        counted half: {}, and strict as Bradley-Terry. With ratings: {} over ties counted half alone
+        | {} |""",
+        arms["half, 0"]["gold"],
+        arms["bradley-terry, 0"]["gold"],
+        found["half, 0 - bradley-terry, 0: gold"],
+        found["half, 0.5 - bradley-terry, 0.5: gold"],
+        found["half + ratings, 0 - half, 0: gold"],
+        seeds,
+    )
+    yield ("A shared encoder does not: it becomes uniform | {} |", seeds)
+    yield (
+        "rank correlation {} with ties counted half, {} with ratings | {} |",
+        arms["half, 0"]["var~error"],
+        arms["half + ratings, 0"]["var~error"],
+        seeds,
+    )
+
+
+def uncertainty(r):
+    worlds = r["uncertainty"]["unrelated"], r["uncertainty"]["good is uncertain"]
+    ways = ("inverse_std", "inverse_variance", "one_plus_std")
+    trained = worlds[0]["trained - none"]
+    yield (
+        """cosine with the gradient of E[r] {} (1/sigma), {} (1/sigma^2), {} (1/(1+sigma)), and b
+        matters. True reward at KL 1 of the policies that are best for it, if sigma says nothing of
+        quality: {}, {}, {}; if good answers are the uncertain ones: {}, {}, {}. Trained, at KL
+        .5: no mean differs by more than {} | {}; {} |""",
+        *[worlds[0]["gradient"][way]["cosine with E[r]"] for way in ways],
+        *[world["ideal - none"][f"{way} 0"] for world in worlds for way in ways],
+        largest(world["trained - none"][f"{way}, KL 0.5"] for world in worlds for way in ways),
+        len(r["uncertainty"]["seeds"]),
+        trained["none, KL 0.5"]["seeds"],
+    )
+
+
+def classic_mistakes(r):
+    study, seeds = r["classic_mistakes"], len(r["classic_mistakes"]["seeds"])
+    found, ends = study["contrasts"], study["ends"]
+    longer = "length at the end: mean, no baseline, {0} - sum, no baseline, {0}".format
+    yield (
+        """| Mean of a completion's log-probs instead of the sum? | Objective {}. Without a baseline
+        lengths follow the sign of the rewards (+3: {} tokens of {}, -3: {}) | {} |""",
+        found["objective at the end: mean - sum"],
+        found[longer("+3")],
+        study["start length"],
+        found[longer("-3")],
+        seeds,
+    )
+    yield (
+        """At .7 the logged KL is {} nats too high, objective {}; at 1.4 it is {} too low | {} |""",
+        ends["sampling at 0.7"]["reported KL - KL"],
+        found["objective at the end: sampling at 0.7 - sum"],
+        minus(ends["sampling at 1.4"]["reported KL - KL"]),
+        seeds,
+    )
+
+
+def first_run(r):
+    runs = r["first_run"]["beta 0.1"], r["first_run"]["beta 0"]
+    start, best, after = (runs[0][when] for when in ("before", "best", "after"))
+    for name in ("reward", "kl_sft", "gold", "grammatical"):
+        yield (f"{name} {{}} {{}} {{}} ", *[at[name] for at in (start, best, after)])
+    rows = ("| start policy |", "| `--beta 0.1` |", "| `--beta 0` |")
+    for row, at in zip(rows, (start, after, runs[1]["after"])):
+        numbers = at["reward"], at["gold"], at["kl_sft"], 100 * at["grammatical"]
+        form = " {} | {} | {} | {}% |"
+        form = " {} | **{}** | {} | {}% |" if row == rows[1] else form
+        form = " **{}** | {} | {} | {}% |" if row == rows[2] else form
+        yield (row + form, *numbers)
+
+
+def speed(r):
+    works = {(x["benchmark"], x["shape"], x["work"], x["who"]): x for x in r["speed"]}
+    ratios = works["policy_step", "S", "", "TRL"]["ratios"]
+    yield ("[{} times as long](docs/speed.md)", statistics.median(ratios))
+
+
+STUDIES = {
+    "README.md": [first_run, speed],
+    "docs/experiments.md": [
+        anchors,
+        merging,
+        iterations,
+        baselines,
+        kl_placement,
+        over_optimisation,
+        ordinal,
+        uncertainty,
+        classic_mistakes,
+    ],
+}
+
+
+def claims_of(results):
+    """Page -> its claims, with the numbers that `results` (name -> what the file says) has."""
+    return {
+        page: [(text,) for text in FIXED[page]]
+        + [one for study in studies for one in study(results)]
+        for page, studies in STUDIES.items()
+    }
