@@ -367,7 +367,7 @@ def draw(results: dict[int, dict]) -> None:
     axes[0].set_ylabel("reward over the start's")
     axes[0].text(0.04, 0.96, "proxy", color="tab:orange", va="top", transform=axes[0].transAxes)
     axes[0].text(0.04, 0.04, "gold", transform=axes[0].transAxes)
-    axes[-1].legend(loc="lower right")
+    axes[-1].legend(loc="upper left")
     save(figure, "over_optimisation")
 
 
