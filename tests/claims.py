@@ -31,9 +31,7 @@ FIXED = {
         "(toy world; thresholds from two other seeds, for at most a tenth of their good runs)",
     ],
 }
-NOT_KEPT = {
-    "docs/experiments.md": ["## Does WARP pay?", "## LoRA or all weights?", "## What was measured"]
-}
+NOT_KEPT = {"docs/experiments.md": ["## What was measured"]}
 
 
 def minus(result):
@@ -294,6 +292,58 @@ def classic_mistakes(r):
     )
 
 
+def warp_front(r):
+    gold, found = r["warp_front"]["gold"], r["warp_front"]["contrasts"]
+    kls = ("KL 1", "KL 2", "KL 4")
+    fixed, ema, double = (
+        f"one run, {kind}" for kind in ("fixed anchor", "EMA anchor", "EMA anchor, twice the batch")
+    )
+    rows = [
+        (f"{label}, beta {beta[1:]}", f"{kind} {beta}")
+        for label, kind in (
+            ("one run, fixed anchor", fixed),
+            ("one run, EMA anchor", ema),
+            ("one EMA run of 200 steps, twice the batch", double),
+            ("WARP (I = 2, M = 2)", "WARP"),
+        )
+        for beta in ("0.1", "0.3")
+    ]
+    rows.append(("best of n samples of the start policy, no training", "best of n"))
+    for label, name in rows:
+        cells = [gold[name][kl] for kl in kls]
+        numbers = [value for cell in cells for value in (cell["mean"], cell["seeds"])]
+        yield (f"| {label} | {{}} ({{}}) | {{}} ({{}}) | {{}} ({{}}) |", *numbers)
+    for label, other in (
+        ("one run, fixed anchor", fixed),
+        ("one run, EMA anchor", ema),
+        ("one EMA run, twice the batch", double),
+        ("best of n", "best of n"),
+    ):
+        yield (
+            f"| WARP minus {label} | {{}} | {{}} | {{}} |",
+            *[found[f"{kl}: WARP - {other}"] for kl in kls],
+        )
+
+
+def lora_front(r):
+    study = r["lora_front"]
+    gold, found, trained = (study[part] for part in ("gold", "contrasts", "trained"))
+    labels = {
+        "all weights": "all weights",
+        "embedding frozen": "all but the tied embedding",
+        "rank 8": "`--lora-rank 8`",
+        "rank 32": "`--lora-rank 32`",
+    }
+    for arm, label in labels.items():
+        of, difference = gold[arm], found.get(f"KL 0.5: {arm} - all weights")
+        yield (
+            f"| {label} | {{}} | {{}} | {{}} | {{}}, {{}} | {'{} ' * bool(difference)}|",
+            trained[arm],
+            *[of[key]["mean"] for key in ("KL 0.5", "KL 1", "end kl", "end gold")],
+            *([difference] if difference else []),
+        )
+
+
 def first_run(r):
     runs = r["first_run"]["beta 0.1"], r["first_run"]["beta 0"]
     start, best, after = (runs[0][when] for when in ("before", "best", "after"))
@@ -326,6 +376,8 @@ STUDIES = {
         ordinal,
         uncertainty,
         classic_mistakes,
+        warp_front,
+        lora_front,
     ],
 }
 
