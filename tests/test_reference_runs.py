@@ -4,15 +4,24 @@ import copy
 import json
 import math
 import statistics
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+
+from minalign.data.rows import read_rows
+from minalign.models.loading import end_token_ids, load_policy
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments/reference"))
 import compare
+import prepare
+
+SHARED = Path(__file__).parents[2] / "shared/data"
+STORIES, SNIPPETS = SHARED / "stories260k", SHARED / "movie_snippets.jsonl"
 
 NAMES = ("rm: accuracy", "policy: reward, step 2", "policy: kl_sft, step 2", "warp: reward, eta 1")
 
@@ -166,3 +175,186 @@ def test_the_exit_status_reaches_the_shell(tmp_path, capsys):
     status(tmp_path, capsys, record(9.0, first=7), PUBLISHED)
     command = [sys.executable, compare.__file__, tmp_path / "new", tmp_path / "published"]
     assert subprocess.run(command, capture_output=True).returncode == 1
+
+
+class Llama2C:
+    """A forward pass in llama2.c's own terms, and a checkpoint of random weights for it.
+
+    Two heads share a key; RoPE turns neighbours; one matrix embeds and unembeds.
+    """
+
+    dim, layers, heads, kv_heads, hidden, vocabulary = 24, 2, 4, 2, 40, 270
+
+    def __init__(self):
+        shapes = {"tok_embeddings": (self.vocabulary, self.dim), "norm": (self.dim,)}
+        kv = self.dim * self.kv_heads // self.heads
+        for i in range(self.layers):
+            shapes |= {f"layers.{i}.attention.wq": (self.dim, self.dim)}
+            shapes |= {f"layers.{i}.attention.w{k}": (kv, self.dim) for k in "kv"}
+            shapes |= {f"layers.{i}.attention.wo": (self.dim, self.dim)}
+            shapes |= {f"layers.{i}.feed_forward.w{n}": (self.hidden, self.dim) for n in (1, 3)}
+            shapes |= {f"layers.{i}.feed_forward.w2": (self.dim, self.hidden)}
+            shapes |= {f"layers.{i}.{name}_norm": (self.dim,) for name in ("attention", "ffn")}
+        self.weights = {name: torch.randn(shape) / 3 for name, shape in shapes.items()}
+        self.weights["output"] = self.weights["tok_embeddings"]
+
+    def checkpoint(self):
+        """What train.py saves, compiled as it is by default."""
+        args = dict(dim=self.dim, n_layers=self.layers, n_heads=self.heads)
+        args |= dict(n_kv_heads=self.kv_heads, vocab_size=self.vocabulary, multiple_of=4)
+        args |= dict(max_seq_len=32, dropout=0.05)
+        model = {f"_orig_mod.{name}.weight": weight for name, weight in self.weights.items()}
+        return {"model": model, "model_args": args, "iter_num": 7, "best_val_loss": torch.ones(())}
+
+    def norm(self, name, x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weights[name]
+
+    def turn(self, x):
+        """RoPE on (positions, heads, width): complex numbers of neighbours."""
+        width = x.shape[-1]
+        speed = 10000 ** (-torch.arange(0, width, 2) / width)
+        angles = torch.arange(len(x))[:, None, None] * speed
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+    def logits(self, ids):
+        x, count = self.weights["tok_embeddings"][ids], len(ids)
+        future = torch.full((count, count), float("-inf")).triu(1)
+        for i in range(self.layers):
+            w = {n.removeprefix(f"layers.{i}."): weight for n, weight in self.weights.items()}
+            y = self.norm(f"layers.{i}.attention_norm", x)
+            q = self.turn((y @ w["attention.wq"].T).view(count, self.heads, -1))
+            k = self.turn((y @ w["attention.wk"].T).view(count, self.kv_heads, -1))
+            v = (y @ w["attention.wv"].T).view(count, self.kv_heads, -1)
+            heads = []
+            for head in range(self.heads):
+                shared = head * self.kv_heads // self.heads
+                scores = q[:, head] @ k[:, shared].T / math.sqrt(q.shape[-1]) + future
+                heads.append(scores.softmax(-1) @ v[:, shared])
+            x = x + torch.cat(heads, -1) @ w["attention.wo"].T
+            y = self.norm(f"layers.{i}.ffn_norm", x)
+            gate = torch.nn.functional.silu(y @ w["feed_forward.w1"].T)
+            x = x + (gate * (y @ w["feed_forward.w3"].T)) @ w["feed_forward.w2"].T
+        return self.norm("norm", x) @ self.weights["output"].T
+
+
+def tokenizer_file(pieces):
+    """A llama2.c .bin file of these pieces behind the special ones, as its tokenizer.py exports."""
+    exported = ["<unk>", "\n<s>\n", "\n</s>\n", *map(chr, range(256)), *pieces]
+    content = struct.pack("<I", max(len(piece.encode()) for piece in exported))
+    for i, piece in enumerate(exported):
+        piece = piece.replace("▁", " ").encode()
+        content += struct.pack("<fI", -float(max(0, i - 259)), len(piece)) + piece
+    return content
+
+
+PIECES = ("▁t", "he", "▁the", "▁", "t", "h", "e", "c", "a")
+
+
+def test_a_checkpoint_of_llama2c_gives_the_logits_of_its_own_forward_pass(tmp_path, capsys):
+    theirs = Llama2C()
+    torch.save(theirs.checkpoint(), tmp_path / "stories.pt")
+    (tmp_path / "tok.bin").write_bytes(tokenizer_file([*PIECES, "x", "y"]))
+    line = f"llama2c {tmp_path}/stories.pt --tokenizer {tmp_path}/tok.bin --out {tmp_path}/model"
+    prepare.main(line.split())
+    count = sum(weight.numel() for name, weight in theirs.weights.items() if name != "output")
+    assert f"{count} parameters" in capsys.readouterr().out
+    model, tokens = load_policy(str(tmp_path / "model"))
+    ids = torch.tensor(tokens("the cat")["input_ids"] + [9, 100, 269, 4])
+    ours = model(ids[None]).logits[0]
+    assert torch.allclose(ours, theirs.logits(ids), atol=1e-4), (ours - theirs.logits(ids)).abs()
+    assert sorted(end_token_ids(model, tokens)) == [1, 2]
+
+
+def test_a_tokenizer_of_llama2c_merges_in_the_order_of_its_pieces():
+    made = prepare.tokenizer(tokenizer_file(PIECES), 32)
+    pieces = made.convert_ids_to_tokens(made("the cath é")["input_ids"])
+    assert pieces == ["<s>", "▁the", "▁", "c", "a", "t", "h", "▁", "<0xC3>", "<0xA9>"]
+    assert made.decode(made("the cath é")["input_ids"], skip_special_tokens=True) == "the cath é"
+
+
+def test_the_tokenizer_of_stories260k_is_made_anew_from_its_pieces():
+    """Merges, normalizer, decoder: what the folder in ../shared has, from a .bin file."""
+    if not (STORIES / "tokenizer.json").exists():
+        pytest.skip("no ../shared/data")
+    known = json.loads((STORIES / "tokenizer.json").read_text())
+    pieces = sorted(known["model"]["vocab"], key=known["model"]["vocab"].get)[259:]
+    made = json.loads(prepare.tokenizer(tokenizer_file(pieces), 512)._tokenizer.to_str())
+    for part in ("model", "normalizer", "decoder", "post_processor", "added_tokens"):
+        assert made[part] == known[part], part
+
+
+TABLE = (
+    "1\t2.26666666667\tThe Rock is destined to be the 21st Century's new ''Conan''.\n"
+    "2\t-0.333333333333\tIn Imax 3 D, the clichés disappear    into the vertiginous &amp; on.\n"
+    "3\t1.0\tAn  old\ttab. \n"
+)
+INDIVIDUAL = (
+    "1\t2.266666667\t1.06249\t[3, 2, 2, 2, 0, 4, 3, 1, 2, 2, 4, 3, 3, 1, 2]\n"
+    "2\t-0.333333333\t0.94281\t[-1, 1, -1]\n"
+)
+
+
+def test_tables_of_ratings_become_rows_that_a_reward_model_reads(tmp_path):
+    (tmp_path / "table.txt").write_bytes(TABLE.encode())
+    (tmp_path / "single.txt").write_bytes(INDIVIDUAL.encode())
+    line = f"ratings {tmp_path}/table.txt --individual {tmp_path}/single.txt"
+    prepare.main(f"{line} --out {tmp_path}/rated.jsonl".split())
+    rows = list(read_rows(str(tmp_path / "rated.jsonl")))
+    text = "The Rock is destined to be the 21st Century's new ''Conan''."
+    assert rows[0] == {"text": text, "rating": 2.2667, "rating_std": 1.06249}
+    assert "clichés disappear    into" in rows[1]["text"] and rows[1]["rating"] == -0.3333
+    assert rows[2]["text"] == "An  old\ttab." and not rows[2].get("rating_std")
+
+
+def test_the_rows_have_the_form_of_the_data_that_were_developed_on():
+    if not SNIPPETS.exists():
+        pytest.skip("no ../shared/data")
+    with open(SNIPPETS) as file:
+        first = json.loads(next(file))
+    made = prepare.ratings(f"1\t2.26666666667\t{first['text']}\n", INDIVIDUAL)
+    assert made == [first]
+
+
+@pytest.mark.slow
+def test_a_reference_run_is_made_resumed_and_equal_to_itself(tmp_path):
+    """A tiny model, two seeds; one evaluation and a policy's log are lost in between."""
+    model = tiny.policy(tmp_path / "tiny", template="plain")
+    rated = [{"text": f"{n} good films", "rating": n % 5} for n in range(60)]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated))
+    prompts = tiny.rows(tmp_path / "prompts.jsonl", {"prompt": "film {n} is"}, 60)
+    command = [sys.executable, Path(compare.__file__).with_name("run.py"), "--model", model]
+    command += ["--ratings", tmp_path / "rated.jsonl", "--prompts", prompts, "--size", "smoke"]
+
+    def run(out, *more):
+        done = [*command, "--seeds", "2", "--out", tmp_path / out, *more]
+        return subprocess.run(done, capture_output=True, text=True)
+
+    done = run("a", "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "best of n: reward, n = 2" in done.stdout and done.stdout.count("--seed 1") == 4
+    record = json.loads((tmp_path / "a/record/results.json").read_text())
+    assert str(tmp_path) not in (tmp_path / "a/record/results.json").read_text()
+    for of in record["seeds"].values():
+        assert len(of["measured"]) == 13 and None not in of["measured"].values()
+        assert all(took["peak_mib"] > 100 and took["seconds"] > 0 for took in of["took"].values())
+    samples = (tmp_path / "a/record/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 2 * 3 * 3 * 2
+    assert (tmp_path / "a/record/figure.png").stat().st_size > 10_000
+
+    # the same command again runs nothing; without two of its records, those two stages alone
+    assert run("a").stdout.count("(cd ") == 0
+    for stage in ("policy", "evaluation"):
+        (tmp_path / f"a/seed-1/{stage}.json").unlink()
+    again = run("a").stdout
+    assert again.count("(cd ") == 2 and "--out policy --resume" in again
+    assert json.loads((tmp_path / "a/record/results.json").read_text())["seeds"] != {}
+    other = run("a", "--size", "small")
+    assert other.returncode == 1 and "another command ran" in other.stderr
+
+    assert run("b").returncode == 0
+    folders = [tmp_path / name / "record" for name in ("b", "a")]
+    done = subprocess.run(
+        [sys.executable, compare.__file__, *folders], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.count("equal to the last digit") == 2
