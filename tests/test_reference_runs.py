@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shlex
 import statistics
 import struct
 import subprocess
@@ -13,13 +14,20 @@ import pytest
 import tiny
 import torch
 
+import train_policy
+import train_rm
+import warp
 from minalign.data.rows import read_rows
 from minalign.models.loading import end_token_ids, load_policy
+from minalign.running.flags import parse_flags
+from minalign.tools import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments/reference"))
 import compare
 import prepare
+import run
 
+REFERENCE = Path(run.__file__).parent
 SHARED = Path(__file__).parents[2] / "shared/data"
 STORIES, SNIPPETS = SHARED / "stories260k", SHARED / "movie_snippets.jsonl"
 
@@ -84,7 +92,7 @@ def test_the_band_holds_95_of_100_means_of_new_seeds():
 def test_students_quantiles(df):
     """The density, summed up to the quantile, is .975."""
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    x = torch.linspace(0, compare.T[df - 1], 100_001, dtype=torch.float64)
+    x = torch.linspace(0, compare.T[df - 1], 20_001, dtype=torch.float64)
     density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
     assert 0.5 + torch.trapezoid(density, x).item() == pytest.approx(0.975, abs=2e-5)
 
@@ -175,6 +183,87 @@ def test_the_exit_status_reaches_the_shell(tmp_path, capsys):
     status(tmp_path, capsys, record(9.0, first=7), PUBLISHED)
     command = [sys.executable, compare.__file__, tmp_path / "new", tmp_path / "published"]
     assert subprocess.run(command, capture_output=True).returncode == 1
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_is_measured_of_a_seed(tmp_path):
+    """Of the reward model the step that is kept; of the rest, what each stage's files say."""
+    held_out = [(10, None, 0.9), (20, 0.5, 0.6), (30, 0.4, 0.7), (40, 0.45, 0.8)]
+    logged = [{"step": s, "eval_loss": loss, "eval_accuracy": a} for s, loss, a in held_out]
+    write_lines(tmp_path / "rm/metrics.jsonl", [{"step": 5, "loss": 0.1}, *logged])
+    logged = [{"step": 1, "reward": 9.0}, {"step": 2, "eval_reward": 1.5, "eval_kl_sft": 0.25}]
+    write_lines(tmp_path / "policy/metrics.jsonl", logged)
+    before = {"before": {"reward": 0.5, "kl_sft": 0.0}, "after": {"reward": 1.5}}
+    write_lines(tmp_path / "policy/results.json", [before])
+    front = [{"eta": eta, "reward": eta + 1, "kl_sft": 2 * eta} for eta in (0.0, 0.5)]
+    write_lines(tmp_path / "warp/front.json", [{"front": front}])
+    best = [{"n": 1, "reward": 0.5, "kl_bound": 0.0}, {"n": 16, "reward": None, "kl_bound": 1.8}]
+    write_lines(tmp_path / "evaluation/results.json", [{"best_of": best}])
+    assert run.measured(tmp_path) == {
+        "rm: accuracy": 0.7,
+        "rm: loss": 0.4,
+        "policy: reward, step 0": 0.5,
+        "policy: reward, step 2": 1.5,
+        "policy: kl_sft, step 2": 0.25,
+        "warp: reward, eta 0.5": 1.5,
+        "warp: kl_sft, eta 0.5": 1.0,
+        "best of n: reward, n = 1": 0.5,
+        "best of n: reward, n = 16": None,
+    }
+
+
+def test_the_best_the_median_and_the_worst_samples(tmp_path):
+    rewards = {"start": [3, 9, 1, 7, None, 5, 2, 8], "policy": [4, 6, 5, 7]}
+    rows = [
+        {"model": model, "reward": reward, "prompt": "p", "completion": str(reward), "length": 1}
+        for model, of in rewards.items()
+        for reward in of
+    ]
+    write_lines(tmp_path / "evaluation/samples.jsonl", rows)
+    found = [(row["model"], row["rank"], row["completion"]) for row in run.extremes(tmp_path, 1)]
+    assert found == [
+        *(("start", "best", "9"), ("start", "median", "5"), ("start", "worst", "1")),
+        *(("policy", "best", "7"), ("policy", "median", "6"), ("policy", "worst", "4")),
+    ]
+
+
+@pytest.mark.parametrize("size", [size for size in run.SIZES if size != "smoke"])
+def test_the_commands_of_each_size_have_flags_that_exist_and_go_together(size):
+    for stage, command in run.commands("some/model", "rated.jsonl", "p.jsonl", size, 7).items():
+        words = shlex.split(command)
+        if stage == "evaluation":
+            evaluate.resolve(parse_flags(evaluate.Config, "", words[3:]))
+        else:
+            script = {"rm": train_rm, "policy": train_policy, "warp": warp}[stage]
+            config = script.resolve(parse_flags(script.Config, "", words[1:]))
+            assert (config.seed, config.format) == (7, "plain")
+
+
+def test_a_command_that_fails_leaves_no_record_and_one_that_ended_is_not_run_again(tmp_path):
+    record = tmp_path / "done.json"
+    with pytest.raises(SystemExit, match="exit status 3: see .*done.log"):
+        run.run("-c 'print(1 + 1); raise SystemExit(3)'", tmp_path, record)
+    assert not record.exists() and (tmp_path / "done.log").read_text() == "2\n"
+    for _ in range(2):
+        run.run('-c \'open("grown", "a").write("x")\'', tmp_path, record)
+    assert (tmp_path / "grown").read_text() == "x"
+    with pytest.raises(SystemExit, match="another command ran"):
+        run.run("-c 'print(2)'", tmp_path, record)
+
+
+def test_peak_memory_and_seconds_are_those_of_the_command(tmp_path):
+    """Measured from a fresh process, since a child begins with its parent's peak."""
+    use = "run.run('-c \"held = bytes(range(256)) * (300 << 12)\"', Path(), Path('a.json'))"
+    program = f"import sys; sys.path.insert(0, {str(REFERENCE)!r}); import run; {use}"
+    program = f"from pathlib import Path; {program}"
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    took = json.loads((tmp_path / "a.json").read_text())
+    assert 300 < took["peak_mib"] < 400 and not took["resumed"]
+    assert 0 < took["cpu_seconds"] < took["seconds"] + 0.2
 
 
 class Llama2C:
@@ -326,11 +415,11 @@ def test_a_reference_run_is_made_resumed_and_equal_to_itself(tmp_path):
     command = [sys.executable, Path(compare.__file__).with_name("run.py"), "--model", model]
     command += ["--ratings", tmp_path / "rated.jsonl", "--prompts", prompts, "--size", "smoke"]
 
-    def run(out, *more):
+    def repeat(out, *more):
         done = [*command, "--seeds", "2", "--out", tmp_path / out, *more]
         return subprocess.run(done, capture_output=True, text=True)
 
-    done = run("a", "--jobs", "2")
+    done = repeat("a", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "best of n: reward, n = 2" in done.stdout and done.stdout.count("--seed 1") == 4
     record = json.loads((tmp_path / "a/record/results.json").read_text())
@@ -343,16 +432,16 @@ def test_a_reference_run_is_made_resumed_and_equal_to_itself(tmp_path):
     assert (tmp_path / "a/record/figure.png").stat().st_size > 10_000
 
     # the same command again runs nothing; without two of its records, those two stages alone
-    assert run("a").stdout.count("(cd ") == 0
+    assert repeat("a").stdout.count("(cd ") == 0
     for stage in ("policy", "evaluation"):
         (tmp_path / f"a/seed-1/{stage}.json").unlink()
-    again = run("a").stdout
+    again = repeat("a").stdout
     assert again.count("(cd ") == 2 and "--out policy --resume" in again
     assert json.loads((tmp_path / "a/record/results.json").read_text())["seeds"] != {}
-    other = run("a", "--size", "small")
+    other = repeat("a", "--size", "small")
     assert other.returncode == 1 and "another command ran" in other.stderr
 
-    assert run("b").returncode == 0
+    assert repeat("b").returncode == 0
     folders = [tmp_path / name / "record" for name in ("b", "a")]
     done = subprocess.run(
         [sys.executable, compare.__file__, *folders], capture_output=True, text=True

@@ -108,6 +108,7 @@ def run(command: str, folder: Path, record: Path, resume: bool = False) -> None:
     with open(record.with_suffix(".log"), "a") as log:
         streams = {"stdout": log, "stderr": subprocess.STDOUT}
         child = subprocess.Popen([sys.executable, *words], cwd=folder, env=environment, **streams)
+        # its peak begins with the size of this process, which is small: torch is not imported
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
