@@ -216,6 +216,20 @@ def test_what_is_measured_of_a_seed(tmp_path):
     }
 
 
+def test_settings_are_flags_without_paths_seed_and_commit():
+    config = {"lr": 1e-3, "seed": 3, "model": "/a", "rm": ["b"], "dataset": "/c", "start": "/d"}
+    config |= {
+        "git": "1",
+        "machine": "m",
+        "versions": {},
+        "fingerprints": {},
+        "argv": [],
+        "out": "e",
+    }
+    config |= {"device": "cpu", "lora_rank": None, "steps": 0}
+    assert run.settings(config) == {"lr": 1e-3, "steps": 0}
+
+
 def test_the_best_the_median_and_the_worst_samples(tmp_path):
     rewards = {"start": [3, 9, 1, 7, None, 5, 2, 8], "policy": [4, 6, 5, 7]}
     rows = [

@@ -64,7 +64,8 @@ SIZES["500m"] = {
     k: flags.replace("batch-size 16", "batch-size 8") for k, flags in SIZES["135m"].items()
 }
 STAGES = ("rm", "policy", "warp", "evaluation")
-PATHS = {"model", "rm", "dataset", "start"}  # of each machine its own; fingerprints are compared
+# of config.json, of each machine its own: what they stand for is compared by fingerprints
+PLACES = {"model", "rm", "dataset", "start", "git"}
 
 
 def quoted(text: str) -> str:
@@ -179,8 +180,8 @@ def extremes(folder: Path, each: int = 2) -> list[dict]:
 
 def settings(config: dict) -> dict:
     """What of a config.json must agree for two runs to be comparable."""
-    names = config.keys() - NOT_A_SETTING - PATHS
-    return {name: config[name] for name in sorted(names) if config[name] not in (None, "", False)}
+    names = config.keys() - NOT_A_SETTING - PLACES
+    return {name: config[name] for name in sorted(names) if config[name] not in (None, "")}
 
 
 def write_record(given: argparse.Namespace) -> dict:
