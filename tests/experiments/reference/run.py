@@ -13,8 +13,8 @@ samples.jsonl, and of each seed config and log (rows with held-out numbers, and 
 
 Of --size small, the learning rates and beta are those of earlier runs (docs/experiments.md). KL was
 looked at on seed 100, which counts nowhere, with a reward model of 600 steps: 2.2 nats after 40
-steps of REINFORCE, 6.8 at the end of WARP's front. No flag was changed after that. The numbers of
-steps were set by time. Of 135m and 500m nothing has been tried.
+steps of REINFORCE, then 6.8 at the end of WARP's front. Between the two looks WARP's steps were cut
+from 50 to 40, for time; since then no flag was changed. Of 135m and 500m nothing has been tried.
 """
 
 import argparse
