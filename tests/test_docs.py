@@ -59,7 +59,7 @@ def words_of_the_code():
 
 
 WORDS = words_of_the_code()
-SOURCE = "".join(path.read_text() for path in [*CODE, *ROOT.glob("tests/*/*.py")])
+SOURCE = "".join(path.read_text() for path in [*CODE, *ROOT.glob("tests/**/*.py")])
 FLAGS = set(re.findall(r'"(--[a-z-]+)"', SOURCE))  # of argparse, and --help
 FLAGS |= {  # of dataclasses
     f"--{field.replace('_', '-')}"
@@ -73,8 +73,8 @@ def flags_of(text):
 
 def is_there(path):
     """Whether a file or folder is in the repository, or one that the code writes."""
-    folders = (ROOT, ROOT / "minalign", ROOT / "tests/benchmarks")
-    return any((folder / path).exists() for folder in folders) or path.rstrip("/") in WORDS
+    places = (".", "minalign", "tests/benchmarks", "tests/experiments/reference")
+    return any((ROOT / place / path).exists() for place in places) or path.rstrip("/") in WORDS
 
 
 def is_defined(name):

@@ -2,6 +2,7 @@
 
     python tests/experiments/memory.py                 the computed table
     python tests/experiments/memory.py --measure       measured peaks beside the computed ones
+    python tests/experiments/memory.py --reference     computed, of docs/reference_runs.md
 
 Measured is the peak of a fresh process for each set of flags, at the shape of SmolLM2-135M.
 
@@ -57,6 +58,7 @@ SHAPES = {
     "SmolLM2-360M": Shape(32, 960, 2560, 15, 5, 49152),
     "SmolLM2-1.7B": Shape(24, 2048, 8192, 32, 32, 49152),
 }
+QWEN = Shape(24, 896, 4864, 14, 2, 151936)  # Qwen2.5-0.5B, without its biases
 FLAGS = {  # name -> micro-batch size, LoRA rank, activation checkpoints, EMA anchor
     "--micro-batch-size 8": (8, 0, False, False),
     "--micro-batch-size 2": (2, 0, False, False),
@@ -174,15 +176,41 @@ def print_computed() -> None:
             print(f"{shape_name:14} {name:62} {size / 2**30:6.1f}")
 
 
+def print_reference() -> None:
+    """Of a seed of the reference run's larger sizes: the largest step in GiB, and FLOPs.
+
+    A pass costs two FLOPs per weight and token, a backward pass four. A token of REINFORCE is
+    sampled, scored by the start policy and the reward model, and trained on; in WARP also scored by
+    the anchor. Texts are as long as they may be: 80 tokens, and 15 + 48.
+    """
+    print("computed, of one seed: GiB of WARP's step in bfloat16; 10^15 FLOPs of each stage")
+    for name, shape, rows in (
+        ("SmolLM2-135M", SHAPES["SmolLM2-135M"], 16),
+        ("Qwen2.5-0.5B", QWEN, 8),
+    ):
+        size = computed(shape, (rows, 0, False, True), 15, 48, 2, reward_model=True)
+        tokens = {  # of a stage: passes, tokens
+            "reward model": (3, 600 * 2 * 32 * 80),
+            "REINFORCE": (1 + 1 + 1 + 3, 200 * 64 * 63),
+            "WARP": (1 + 1 + 1 + 1 + 3, 4 * 100 * 64 * 63),
+        }
+        flops = {stage: 2 * shape.parameters() * n * m / 1e15 for stage, (n, m) in tokens.items()}
+        of_stages = ", ".join(f"{stage} {count:.1f}" for stage, count in flops.items())
+        print(f"{name:14} {shape.parameters() / 1e6:4.0f}M {size / 2**30:6.1f} GiB  {of_stages}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--reference", action="store_true")
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
         run_once(FLAGS[arguments.once])
+    elif arguments.reference:
+        print_reference()
     elif arguments.measure:
         print_measured()
     else:
