@@ -19,7 +19,8 @@ from ..running.files import read_json
 from ..running.run_folder import FREE_TO_CHANGE
 
 # Entries of config.json. Runs that differ in nothing else are one group.
-NOT_A_SETTING = {*FREE_TO_CHANGE, *"seed argv given script machine versions fingerprints".split()}
+NOT_A_SETTING = {*FREE_TO_CHANGE, "seed", "git", "machine", "versions"}
+NOT_A_SETTING |= {"argv", "given", "script", "fingerprints"}
 
 MOST_POINTS = 2000  # of a curve: more than a figure's pixels show nothing more
 

@@ -1,5 +1,6 @@
 """Runs are read, grouped and drawn as logged. Folders that lack something are refused by name."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -7,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_policy
 from minalign.data import toy
 from minalign.running.errors import one_line_errors
+from minalign.running.run import describe
 from minalign.tools import plot
-from minalign.tools.logged import at_equal_kl, curve, group_runs, read_run, smooth
+from minalign.tools.logged import NOT_A_SETTING, at_equal_kl, curve, group_runs, read_run, smooth
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +110,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path):
     runs = [
         make("fixed-seed-0", seed=0),
         make("other", seed=0, beta=0.3),
-        make("fixed-seed-1", seed=1, device="cuda"),
+        make("fixed-seed-1", seed=1, device="cuda", git="another"),
     ]
     runs += [read_run(write_run(tmp_path / name, policy_rows())) for name in ("bare", "bare2")]
     assert labels(runs) == ["fixed (n=2)", "other", "bare", "bare2"]
@@ -116,6 +119,13 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path):
     assert labels(alike) == ["x/run", "y/run"]
     with pytest.raises(ValueError, match="the same flags and the same seed"):
         group_runs([*runs, make("again", seed=1)])
+
+
+def test_what_is_written_beside_the_flags_is_no_setting():
+    config = train_policy.Config()
+    written = describe(config, torch.device("cpu"), torch.float32) | {"fingerprints": {}}
+    flags = {field.name for field in dataclasses.fields(config)}
+    assert written.keys() - flags - {"device", "dtype"} <= NOT_A_SETTING
 
 
 def test_curves_hold_the_steps_that_all_seeds_have(tmp_path):

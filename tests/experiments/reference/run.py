@@ -66,7 +66,7 @@ SIZES["500m"] = {
 }
 STAGES = ("rm", "policy", "warp", "evaluation")
 # of config.json, of each machine its own: what they stand for is compared by fingerprints
-PLACES = {"model", "rm", "dataset", "start", "git"}
+PLACES = {"model", "rm", "dataset", "start"}
 
 
 def quoted(text: str) -> str:
