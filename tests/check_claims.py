@@ -28,11 +28,15 @@ class Stated(NamedTuple):
 
 
 class Results(dict):
-    """Name -> what a file says; of docs/speed.json under "speed", else results/NAME.json."""
+    """Name -> what a file says: results/NAME.json, or one of PLACES."""
+
+    PLACES = {
+        "speed": "docs/speed.json",
+        "reference": "tests/experiments/reference/stories260k/results.json",
+    }
 
     def __missing__(self, name: str):
-        results = ROOT / "tests/experiments/results"
-        path = ROOT / "docs/speed.json" if name == "speed" else results / f"{name}.json"
+        path = ROOT / self.PLACES.get(name, f"tests/experiments/results/{name}.json")
         self[name] = json.loads(path.read_text())
         return self[name]
 

@@ -9,6 +9,7 @@ FIXED are texts whose numbers were chosen, counted or cited, and not measured. N
 sections whose results are in no file, by their headings.
 """
 
+import math
 import statistics
 
 FIXED = {
@@ -23,6 +24,7 @@ FIXED = {
         "ema <- (1 - mu) ema + mu theta; SLERP; (1 - eta) theta_init",
         "that gets past KL 1 on most seeds",
     ],
+    "docs/reference_runs.md": ["a really pretrained language model of 260,032 parameters"],
     "docs/experiments.md": [
         """6 words, at most 5 per completion. All 3,906 completions of 4 prompts are enumerated, and
         a Llama of 10^5 weights""",
@@ -31,7 +33,16 @@ FIXED = {
         "(toy world; thresholds from two other seeds, for at most a tenth of their good runs)",
     ],
 }
-NOT_KEPT = {"docs/experiments.md": ["## What was measured"]}
+NOT_KEPT = {
+    "docs/reference_runs.md": [
+        "## Repeat it",
+        "## What comes in",
+        "## What comes out",
+        "## Is it the same?",
+        "## Models and data of a hub",
+        "## On a GPU",
+    ]
+}
 
 
 def minus(result):
@@ -137,32 +148,100 @@ def iterations(r):
 
 def baselines(r):
     found, spread = r["baselines"]["contrasts"], r["baselines"]["variance"]
-    seeds = len(r["baselines"]["seeds"])
-    rloo = "rloo, same samples - cumulative"
+    values, seeds = r["baselines"]["values"], len(r["baselines"]["seeds"])
+    levels, toy = ("exact, sd 0", "exact, sd 1", "exact, sd 3"), "toy, lr 5e-4"
+    toy_seeds = values[f"{toy}: moving"]["objective"]["seeds"]
+
+    def objective(arm, *conditions):
+        return [found[f"{condition}: objective, {arm} - moving"] for condition in conditions]
+
     yield (
         """where prompts differ by 0 / 1 / 3 standard deviations: none {} / {} / {}, moving average
-        {} / {} / {}, RLOO of the same samples {} / {} / {}. RLOO minus moving average after equal
-        steps, objective: {}, {}, {}; reward at KL 1: {}, {}, {} | {} |""",
+        {} / {} / {}, exponential {} / {} / {}, of each prompt {} / {} / {}, RLOO {} / {} / {},
+        shrunk RLOO {} / {} / {} | {} |""",
         *[
-            spread[f"trained, {sd} 0"][kind]
-            for kind in ("none", "cumulative", "rloo, same samples")
-            for sd in (0, 1, 3)
-        ],
-        *[
-            found[f"{what}, sd {sd}, offset 0: {rloo}"]
-            for what in ("objective at the end", "reward at KL 1")
+            spread[f"trained, sd {sd}"][arm]
+            for arm in ("none", "moving", "ema", "prompt", "rloo", "shrink")
             for sd in (0, 1, 3)
         ],
         seeds,
     )
     yield (
+        """Exact world, where prompts differ by 0 / 1 / 3: RLOO {}, {}, {}; shrunk {}, {}, {};
+        exponential {}, {}, {}; of each prompt {}, {}, {}. Toy world: RLOO {}, shrunk {},
+        exponential {} | {}; {} |""",
+        *[one for arm in ("rloo", "shrink", "ema", "prompt") for one in objective(arm, *levels)],
+        *[one for arm in ("rloo", "shrink", "ema") for one in objective(arm, toy)],
+        *(seeds, toy_seeds),
+    )
+    high = "exact, sd 1, lr 1.5e-4", "toy, lr 1e-3"
+    yield (
+        """Exact world, three times the rate: moving average {} nats, RLOO {}, shrunk {}; objective
+        minus the moving average's: RLOO {}, shrunk {}. Toy world, twice the rate: {}, {}, {}; {},
+        {} | {}; {} |""",
+        *[
+            one
+            for condition in high
+            for one in (
+                *[values[f"{condition}: {arm}"]["KL"] for arm in ("moving", "rloo", "shrink")],
+                *objective("rloo", condition),
+                *objective("shrink", condition),
+            )
+        ],
+        *(seeds, toy_seeds),
+    )
+    yield (
         """| What if 3 is added to all rewards? | Nothing with a baseline. Without one the
         variance is {} instead of {}, and the objective is {} below the moving average's, instead
         of {} | {} |""",
-        spread["trained, 1 3"]["none"],
-        spread["trained, 1 0"]["none"],
-        minus(found["objective at the end, sd 1, offset 3: none - cumulative"]),
-        minus(found["objective at the end, sd 1, offset 0: none - cumulative"]),
+        spread["trained, sd 1, offset 3"]["none"],
+        spread["trained, sd 1"]["none"],
+        minus(found["exact, sd 1, offset 3: objective, none - moving"]),
+        minus(found["exact, sd 1: objective, none - moving"]),
+        seeds,
+    )
+
+
+def kl_target(r):
+    values, seeds = r["kl_target"]["values"], len(r["kl_target"]["seeds"])
+    what = ("reward - front of the sweep", "KL at the end / target", "peak KL / target")
+    yield (
+        """Where targets .5 / 1 / 2 end, reward minus that of the sweep's final points: {}, {}, {}. KL
+        ends at {}, {}, {} of its target, after a peak of {}, {}, {} times | {} |""",
+        *[values[f"target {target:g}: {one}"] for one in what for target in (0.5, 1, 2)],
+        seeds,
+    )
+
+
+def best_of_n(r):
+    study, seeds = r["best_of_n"], len(r["best_of_n"]["seeds"])
+    spent = study["equal samples"]
+    yield (
+        """Reward at KL 1: best policy that there is {}, best of n {}, one run {}, WARP {}; WARP
+        minus best of n {}. The run's last policy is worth the best of {}, and has cost less after
+        {} answers | {} |""",
+        *[
+            study["rewards"][name]["KL 1"]["mean"]
+            for name in ("best policy", "best of n", "one run, LITI", "WARP")
+        ],
+        study["contrasts"]["KL 1: WARP - best of n"],
+        spent["n as good as the run's end"]["mean"],
+        spent["answers until the run is cheaper"]["mean"],
+        seeds,
+    )
+
+
+def risk(r):
+    found, seeds = r["risk"]["contrasts"], len(r["risk"]["seeds"])
+    yield (
+        """Gold at KL 1, minus the mean's: `--risk 1` {}, `--risk 0.3` {}, `--uncertainty
+        inverse_std` {}, `one_plus_std` {}. Rewards at risk 1 rank texts as their means do: rank
+        correlation {} | {} |""",
+        *[
+            found[f"pairs, beta 0.1, {arm} - mean"]["gold at KL 1"]
+            for arm in ("risk 1", "risk 0.3", "inverse_std", "one_plus_std")
+        ],
+        r["risk"]["knows"]["pairs"]["risk 1 ~ mean"]["mean"],
         seeds,
     )
 
@@ -364,13 +443,49 @@ def speed(r):
     yield ("[{} times as long](docs/speed.md)", statistics.median(ratios))
 
 
+def over_seeds(values):
+    """Mean, lowest and highest of a few seeds."""
+    return dict(mean=statistics.mean(values), low=min(values), high=max(values))
+
+
+def reference(r):
+    seeds = r["reference"]["seeds"].values()
+
+    def of(name):
+        return over_seeds([seed["measured"][name] for seed in seeds])
+
+    def took(stage, unit):
+        return statistics.mean(seed["took"][stage][unit] for seed in seeds)
+
+    yield ("| held-out pair accuracy of the reward model | {} |", of("rm: accuracy"))
+    yield ("| start policy | {} | 0 |", of("policy: reward, step 0"))
+    for label, name in (
+        ("REINFORCE, step 20", "policy: {}, step 20"),
+        ("REINFORCE, step 100", "policy: {}, step 100"),
+        ("WARP, eta .3", "warp: {}, eta 0.3"),
+        ("WARP, eta .5", "warp: {}, eta 0.5"),
+        ("WARP, eta 1", "warp: {}, eta 1"),
+    ):
+        yield (f"| {label} | {{}} | {{}} |", of(name.format("reward")), of(name.format("kl_sft")))
+    for n in (4, 16):
+        name = f"best of n: reward, n = {n}"
+        yield (f"| best of {n} | {{}} | {{}} |", of(name), math.log(n) - (n - 1) / n)
+    for stage in ("rm", "policy", "warp", "evaluation"):
+        units = ("seconds", "cpu_seconds", "peak_mib")
+        yield (f"| {stage} | {{}} | {{}} | {{}} |", *[took(stage, unit) for unit in units])
+
+
 STUDIES = {
     "README.md": [first_run, speed],
+    "docs/reference_runs.md": [reference],
     "docs/experiments.md": [
         anchors,
         merging,
         iterations,
         baselines,
+        kl_target,
+        best_of_n,
+        risk,
         kl_placement,
         over_optimisation,
         ordinal,

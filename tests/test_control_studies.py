@@ -128,9 +128,9 @@ def test_adapt_gets_the_mean_kl_of_the_batch_and_sets_the_next_beta(world):
 
 
 def test_where_a_run_ends_is_the_mean_of_its_last_third():
-    curve = [{"step": 10 * i, "kl": float(i), "gold": 2.0 * i} for i in range(7)]
-    found = kl_target.end(curve, "gold")  # steps 50 and 60
-    assert found == {"kl": 5.5, "swing": 0.5, "gold": 11.0}
+    curve = [{"step": 10 * i, "kl": float(i), "reward": 2.0 * i} for i in range(7)]
+    found = kl_target.end(curve)  # steps 50 and 60
+    assert found == {"kl": 5.5, "swing": 0.5, "reward": 11.0}
 
 
 def test_front_of_the_sweep_is_linear_between_its_ends_and_nothing_outside():
@@ -146,7 +146,7 @@ def test_a_targeted_run_is_held_against_front_curves_and_target():
         return [dict(step=s, kl=k, reward=r) for s, k, r in zip((0, 3, 8, 9), kls, rewards)]
 
     curves = {"beta 0.1": curve(3, 9), "beta 0.4": curve(1, 3), "target 2": curve(2.5, 8)}
-    found = kl_target.measures(curves, "exact")
+    found = kl_target.measures(curves)
     assert found["target 2: reward - front of the sweep"] == pytest.approx(8 - 7.5)
     # the first crossing of 2.5 lies 2.5/6 of the way to the peak
     expected = 8 - 10 * 2.5 / 6
