@@ -333,7 +333,8 @@ def draw(summary: dict) -> None:
         (axes[2], "toy", ("5e-4", "1e-3")),
     ):
         ax.axhline(0, color="grey", lw=0.8)
-        ax.set(title=f"{world} world", xlabel="learning rate", xticks=range(3), xticklabels=labels)
+        ax.set(title=f"{world} world", xlabel="learning rate", xticks=range(len(labels)))
+        ax.set_xticklabels(labels)
     axes[1].set(ylabel="objective, minus moving's")
     axes[0].legend()
     save(figure, "baselines")
