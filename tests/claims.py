@@ -38,6 +38,8 @@ FIXED = {
         "(toy world; thresholds from two other seeds, for at most a tenth of their good runs)",
         "at equal policy steps (400 of 64 samples), five seeds",
         "| KL 1 | KL 2 | KL 4 |",
+        "and ties at KL 4.",
+        "- At beta .1, where all curves are lower",
         "200 steps, five seeds, gold reward",
         "| gold at KL .5 | at KL 1 | after 200 steps: KL, gold | minus all weights at KL .5 |",
         "With the embedding of its 43 words frozen",
@@ -413,6 +415,18 @@ def warp_front(r):
             f"| WARP minus {label} | {{}} | {{}} | {{}} |",
             *[found[f"{kl}: WARP - {other}"] for kl in kls],
         )
+    yield (
+        "the EMA run of the same beta at each KL: {}, {}, {}.",
+        *[found[f"{kl}, beta 0.1: WARP - {ema}"] for kl in kls],
+    )
+    yield ("as far as 64 samples reach ({} nats at most", gold["best of n"]["end KL"]["mean"])
+    last = gold[f"{ema} 0.3"]
+    yield (
+        """No n up to 64 is as good as the last policy of the EMA run with beta .3 (gold {} at {}
+        nats)""",
+        last["end"]["mean"],
+        last["end KL"]["mean"],
+    )
 
 
 def lora_front(r):
