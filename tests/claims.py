@@ -238,8 +238,8 @@ def best_of_n(r):
             for name in ("best policy", "best of n", "one run, LITI", "WARP")
         ],
         study["contrasts"]["KL 1: WARP - best of n"],
-        spent["n as good as the run's end"]["mean"],
-        spent["answers until the run is cheaper"]["mean"],
+        spent["n as good as the run's end"],
+        spent["answers until the run is cheaper"],
         seeds,
     )
 
