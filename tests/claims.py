@@ -43,7 +43,6 @@ FIXED = {
         "200 steps, five seeds, gold reward",
         "| gold at KL .5 | at KL 1 | after 200 steps: KL, gold | minus all weights at KL .5 |",
         "With the embedding of its 43 words frozen",
-        "| Does pessimism protect gold from an over-optimised ordinal model? (toy world) |",
     ],
 }
 NOT_KEPT = {
@@ -240,21 +239,6 @@ def best_of_n(r):
         study["contrasts"]["KL 1: WARP - best of n"],
         spent["n as good as the run's end"],
         spent["answers until the run is cheaper"],
-        seeds,
-    )
-
-
-def risk(r):
-    found, seeds = r["risk"]["contrasts"], len(r["risk"]["seeds"])
-    yield (
-        """Gold at KL 1, minus the mean's: `--risk 1` {}, `--risk 0.3` {}, `--uncertainty
-        inverse_std` {}, `one_plus_std` {}. Rewards at risk 1 rank texts as their means do: rank
-        correlation {} | {} |""",
-        *[
-            found[f"pairs, beta 0.1, {arm} - mean"]["gold at KL 1"]
-            for arm in ("risk 1", "risk 0.3", "inverse_std", "one_plus_std")
-        ],
-        r["risk"]["knows"]["pairs"]["risk 1 ~ mean"]["mean"],
         seeds,
     )
 
@@ -518,7 +502,6 @@ STUDIES = {
         baselines,
         kl_target,
         best_of_n,
-        risk,
         kl_placement,
         over_optimisation,
         ordinal,
