@@ -195,12 +195,19 @@ def baselines(r):
             one
             for condition in high
             for one in (
-                *[values[f"{condition}: {arm}"]["KL"] for arm in ("moving", "rloo", "shrink")],
+                *[
+                    values[f"{condition}: {arm}"]["kl"]["mean"]
+                    for arm in ("moving", "rloo", "shrink")
+                ],
                 *objective("rloo", condition),
                 *objective("shrink", condition),
             )
         ],
         *(seeds, toy_seeds),
+    )
+    yield (
+        """at KL 1, minus the moving average's, it is {} where prompts differ by 1 and {} by 3.""",
+        *[found[f"exact, sd {sd}: reward at KL 1, rloo - moving"] for sd in (1, 3)],
     )
     yield (
         """| What if 3 is added to all rewards? | Nothing with a baseline. Without one the
