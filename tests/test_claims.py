@@ -65,6 +65,7 @@ def other_digit(printed):
 @pytest.mark.parametrize("name", PAGES)
 def test_every_number_of_the_pages_is_missed_when_it_is_another_and_is_put_back(name, claims):
     stated, _, _ = check_claims.compare(PAGES[name], claims[name])
+    stated = [one for one in stated if one.printed != "-"]  # no digit to change
     assert len(stated) > 20
     page = PAGES[name]
     for start, end, printed, _ in stated:  # as long as before, so that all places stay
