@@ -24,13 +24,14 @@ FIXED = {
         "ema <- (1 - mu) ema + mu theta; SLERP; (1 - eta) theta_init",
         "95% over five seeds",
         "At KL 2 WARP",
-        "From KL 4 on",
+        "At KL 4 one EMA-anchor",
     ],
     "docs/reference_runs.md": [
         "a really pretrained language model of 260,032 parameters",
         "Of seed 0, by reward",
     ],
     "docs/experiments.md": [
+        "No loss was found at the default horizon of 5 batches;",
         """6 words, at most 5 per completion. All 3,906 completions of 4 prompts are enumerated, and
         a Llama of 10^5 weights""",
         "In brackets are 95% bootstrap intervals",
@@ -226,8 +227,10 @@ def kl_target(r):
     what = ("reward - front of the sweep", "KL at the end / target", "peak KL / target")
     yield (
         """Where targets .5 / 1 / 2 end, reward minus that of the sweep's final points: {}, {}, {}.
-        KL ends at {}, {}, {} of its target, after a peak of {}, {}, {} times | {} |""",
+        KL ends at {}, {}, {} of its target, after a peak of {}, {}, {} times. Target 1
+        with a horizon of 1 batch {}, of 20 {} | {} |""",
         *[values[f"target {target:g}: {one}"] for one in what for target in (0.5, 1, 2)],
+        *[values[f"target 1, horizon {n}: {what[0]}"] for n in (1, 20)],
         seeds,
     )
 

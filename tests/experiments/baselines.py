@@ -54,7 +54,16 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import toy_world
-from exact_world import MASK, PROMPTS, SEQUENCES, World, make_world, sequence_logprobs, train
+from exact_world import (
+    MASK,
+    PROMPTS,
+    SEQUENCES,
+    World,
+    make_world,
+    reward_at,
+    sequence_logprobs,
+    train,
+)
 from seeds import bootstrap, main, panels, save, show
 
 import train_policy
@@ -246,7 +255,7 @@ def measures(curve: list[dict]) -> dict[str, float]:
     name = "gold" if "gold" in last[0] else "reward"
     found = {"objective": np.mean(objective)}
     found |= {key: np.mean([point[key] for point in last]) for key in ("kl", name)}
-    return found | {f"{name} at KL {kl:g}": toy_world.at(curve, kl, name) for kl in KLS}
+    return found | {f"{name} at KL {kl:g}": reward_at(curve, kl, name) for kl in KLS}
 
 
 def decide(contrasts: dict[str, dict]) -> dict[str, dict]:

@@ -141,14 +141,14 @@ def optimal_front(world: World, points: int = 200) -> tuple[np.ndarray, np.ndarr
     return np.array(kls), np.array(rewards)
 
 
-def reward_at(curve: list[dict[str, float]], kl: float) -> float:
-    """Reward where a curve of points with "kl" and "reward" first crosses this KL.
+def reward_at(curve: list[dict[str, float]], kl: float, name: str = "reward") -> float:
+    """Reward, or what else is named, where a curve's "kl" first crosses this one, linearly.
 
     NaN where it never does.
     """
     for a, b in zip(curve, curve[1:]):
         if a["kl"] < kl <= b["kl"]:
-            return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
+            return a[name] + (b[name] - a[name]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
     return float("nan")
 
 

@@ -29,9 +29,8 @@ planned, too, and left out for time.
 import functools
 
 import numpy as np
-from exact_world import make_world, train
+from exact_world import make_world, reward_at, train
 from seeds import bootstrap, main, panels, save, show
-from toy_world import at
 
 from minalign.reinforce import adapted_beta
 
@@ -75,7 +74,7 @@ def measures(curves: dict[str, list]) -> dict[str, float]:
         target = float(arm.split(",")[0].split()[1])
         found[f"{arm}: reward - front of the sweep"] = reward - front_at(points, kl)
         for beta in swept:
-            found[f"{arm}: reward - curve of {beta}"] = reward - at(curves[beta], kl, "reward")
+            found[f"{arm}: reward - curve of {beta}"] = reward - reward_at(curves[beta], kl)
         found[f"{arm}: KL at the end / target"] = kl / target
         found[f"{arm}: peak KL / target"] = max(point["kl"] for point in curves[arm]) / target
         found[f"{arm}: swing of the KL / target"] = ends[arm]["swing"] / target

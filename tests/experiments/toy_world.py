@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from exact_world import reward_at
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_policy
@@ -62,9 +63,6 @@ def train_curve(
     return [{"kl": point["kl_sft"], **point} for point in points]
 
 
-def at(curve: list[dict[str, float]], kl: float, name: str = "gold") -> float:
-    """What a curve's measure is where its "kl" first crosses this one; NaN where it never does."""
-    for a, b in zip(curve, curve[1:]):
-        if a["kl"] < kl <= b["kl"]:
-            return a[name] + (b[name] - a[name]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
-    return float("nan")
+def at(curve: list[dict[str, float]], kl: float) -> float:
+    """Gold reward where a curve first crosses this KL."""
+    return reward_at(curve, kl, "gold")
